@@ -1,0 +1,1 @@
+"""migrationctl, the tool for people. Nothing in the daemon imports it."""

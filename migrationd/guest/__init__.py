@@ -1,0 +1,1 @@
+"""What is migrated: RAM blocks, device sections, run state."""

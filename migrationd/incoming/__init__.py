@@ -1,0 +1,1 @@
+"""The destination side: the only place that knows the order of an incoming migration."""

@@ -1,0 +1,1 @@
+"""State shared by both directions: status, options, statistics. Pure."""

@@ -1,0 +1,1 @@
+"""Hot loops over arrays of pages: NumPy only, no state."""

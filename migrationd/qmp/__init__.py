@@ -1,0 +1,1 @@
+"""The monitor: reader, session, dispatch, handlers, event bus."""

@@ -1,0 +1,1 @@
+"""A guest at rest: files on disk, nothing about migration."""

@@ -1,0 +1,1 @@
+"""Byte channels and addresses; knows no format."""
