@@ -1,0 +1,7 @@
+"""``python -m migrationd``."""
+
+import sys
+
+from migrationd.cli import main
+
+sys.exit(main())

@@ -1,0 +1,284 @@
+"""Start-up configuration: command line and TOML file to one frozen value.
+
+Options are QEMU's where QEMU has them, with one dash or two. The texts of
+mistakes are one line each; the caller prints them and exits with status 2.
+"""
+
+import json
+import re
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from uuid import UUID
+
+from migrationd.errors import ConfigError
+
+LOG_LEVELS = ("debug", "info", "warning", "error")
+LOG_FORMATS = ("text", "json")
+
+_SIZE = re.compile(r"(\d{1,19})([bBkKmMgGtTpP]?)$")
+_SHIFT = {"": 0, "b": 0, "k": 10, "m": 20, "g": 30, "t": 40, "p": 50}
+
+
+@dataclass(frozen=True, slots=True)
+class DaemonConfig:
+    """Everything that the daemon is told at its start.
+
+    Attributes:
+        monitors: Texts of ``-qmp``, in order.
+        incoming: Texts of ``-incoming``: ``defer``, a URI or a JSON MigrationChannel.
+        name: Guest name, or None.
+        uuid: Guest UUID, or None.
+        start_stopped: ``-S``.
+        guest: ``parked`` or ``attach:PATH``.
+        ram_dir: Directory in which a parked guest rests, or None for memory.
+        keep: The parked guest is a template.
+        ram_limit_bytes: Largest incoming guest, or None.
+        only_migratable: Refuse devices that cannot migrate.
+        log_level: One of ``LOG_LEVELS``.
+        log_format: One of ``LOG_FORMATS``.
+    """
+
+    monitors: tuple[str, ...] = ()
+    incoming: tuple[str, ...] = ()
+    name: str | None = None
+    uuid: UUID | None = None
+    start_stopped: bool = False
+    guest: str = "parked"
+    ram_dir: Path | None = None
+    keep: bool = False
+    ram_limit_bytes: int | None = None
+    only_migratable: bool = False
+    log_level: str = "info"
+    log_format: str = "text"
+
+
+@dataclass(frozen=True, slots=True)
+class _Option:
+    name: str
+    metavar: str
+    help: str
+    is_flag: bool = False
+    is_repeatable: bool = False
+
+
+OPTIONS: tuple[_Option, ...] = (
+    _Option("qmp", "SPEC", "QMP monitor: unix:PATH, tcp:HOST:PORT[,server=on][,wait=off] or stdio",
+            is_repeatable=True),
+    _Option("incoming", "ADDR", "take a guest: defer, a migration URI or a JSON MigrationChannel",
+            is_repeatable=True),
+    _Option("name", "NAME", "name of the guest, for query-name and -ram-dir"),
+    _Option("uuid", "UUID", "UUID of the guest, for query-uuid and validate-uuid"),
+    _Option("S", "", "an attached guest is not started when the migration ends", is_flag=True),
+    _Option("guest", "KIND", "parked (default) or attach:PATH"),
+    _Option("ram-dir", "DIR", "keep the parked guest durably in a file there"),
+    _Option("keep", "", "the parked guest is a template: sending does not hand it over",
+            is_flag=True),
+    _Option("ram-limit", "SIZE", "refuse an incoming guest with more RAM, for example 64G"),
+    _Option("only-migratable", "", "refuse devices that cannot migrate", is_flag=True),
+    _Option("config", "FILE", "read options from a TOML file; the command line wins"),
+    _Option("log-level", "LEVEL", "debug, info, warning or error"),
+    _Option("log-format", "FORMAT", "text or json"),
+    _Option("version", "", "print the version and exit", is_flag=True),
+    _Option("help", "", "print this help and exit", is_flag=True),
+)  # fmt: skip
+
+_BY_NAME = {option.name: option for option in OPTIONS}
+_LATER = {
+    "object": "TLS credentials, authorization and secrets",
+    "metrics": "Prometheus metrics",
+}
+
+Values = dict[str, list[str]]
+
+
+def usage() -> str:
+    """The text of ``-help``."""
+    lines = ["usage: migrationd -qmp SPEC [option ...]", ""]
+    for option in OPTIONS:
+        head = f"  -{option.name} {option.metavar}".rstrip()
+        lines.append(f"{head:<26}{option.help}")
+    return "\n".join(lines)
+
+
+def split_arguments(arguments: Sequence[str]) -> Values:
+    """Sort a command line into option values.
+
+    Returns:
+        Option name without dashes to its values in order; flags have ``"on"``.
+
+    Raises:
+        ConfigError: On an unknown option, a missing value or a stray word.
+    """
+    values: Values = {}
+    rest = list(arguments)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("-") or word == "-":
+            raise ConfigError(f"unexpected argument '{word}'; see -help")
+        name, has_value, value = word.lstrip("-").partition("=")
+        name = "help" if name == "h" else name
+        option = _find(name, f"option '{word}'")
+        if option.is_flag:
+            value = value or "on"
+        elif not has_value:
+            if not rest:
+                raise ConfigError(f"option '-{name}' needs a value")
+            value = rest.pop(0)
+        _add(values, option, value)
+    return values
+
+
+def load_config(arguments: Sequence[str]) -> DaemonConfig:
+    """Turn a command line, and the file it may name, into a configuration.
+
+    Raises:
+        ConfigError: With one clear line.
+    """
+    values = split_arguments(arguments)
+    if paths := values.pop("config", None):
+        values = _read_file(Path(paths[-1])) | values
+    return build_config(values)
+
+
+def build_config(values: Values) -> DaemonConfig:
+    """Check option values and make the configuration of them.
+
+    Raises:
+        ConfigError: With the option's name and what was expected.
+    """
+    config = DaemonConfig()
+    for name, texts in values.items():
+        config = _apply(config, name, texts)
+    if not config.monitors:
+        raise ConfigError("no monitor: give at least one -qmp, for example -qmp unix:/run/guest.qmp")
+    if config.ram_dir is not None and config.name is None:
+        raise ConfigError("-ram-dir needs -name: the guest is found again by its name")
+    for text in config.incoming:
+        check_incoming_text(text)
+    return config
+
+
+def parse_size(text: str, *, option: str) -> int:
+    """Bytes of a size with a binary suffix (``64G``).
+
+    Raises:
+        ConfigError: If the text is not a positive size below 2^63.
+    """
+    match = _SIZE.match(text)
+    size = int(match[1]) << _SHIFT[match[2].lower()] if match else 0
+    if not 0 < size < 1 << 63:
+        raise ConfigError(f"-{option} expects a size such as 64G, not '{text}'")
+    return size
+
+
+def check_incoming_text(text: str) -> None:
+    """Refuse a JSON channel that is not JSON; addresses are checked by who opens them.
+
+    Raises:
+        ConfigError: If the text begins like JSON and is not.
+    """
+    if text.startswith("{"):
+        try:
+            json.loads(text)
+        except ValueError as error:
+            raise ConfigError(f"-incoming: not a JSON MigrationChannel: {error}") from None
+
+
+def _find(name: str, what: str) -> _Option:
+    if name in _LATER:
+        raise ConfigError(f"option '-{name}' ({_LATER[name]}) is not available in this version")
+    option = _BY_NAME.get(name)
+    if option is None:
+        raise ConfigError(f"unknown {what}; see -help")
+    return option
+
+
+def _add(values: Values, option: _Option, value: str) -> None:
+    texts = values.setdefault(option.name, [])
+    if not option.is_repeatable:
+        texts.clear()
+    texts.append(value)
+
+
+def _read_file(path: Path) -> Values:
+    try:
+        table = tomllib.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read '{path}': {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"'{path}' is not TOML: {error}") from None
+    values: Values = {}
+    for name, value in table.items():
+        option = _find(name, f"option '{name}' in '{path}'")
+        if option.name in ("config", "help", "version"):
+            raise ConfigError(f"option '{name}' does not belong in a file ('{path}')")
+        for item in value if isinstance(value, list) else [value]:
+            if isinstance(item, bool):
+                item = "on" if item else "off"
+            elif not isinstance(item, str | int):
+                raise ConfigError(f"option '{name}' in '{path}' expects text or a number")
+            _add(values, option, str(item))
+    return values
+
+
+def _apply(config: DaemonConfig, name: str, texts: list[str]) -> DaemonConfig:
+    text = texts[-1]
+    match name:
+        case "qmp":
+            return replace(config, monitors=tuple(texts))
+        case "incoming":
+            return replace(config, incoming=tuple(texts))
+        case "name":
+            return replace(config, name=_guest_name(text))
+        case "uuid":
+            try:
+                return replace(config, uuid=UUID(text))
+            except ValueError:
+                raise ConfigError(f"-uuid expects a UUID, not '{text}'") from None
+        case "S":
+            return replace(config, start_stopped=_flag(name, text))
+        case "keep":
+            return replace(config, keep=_flag(name, text))
+        case "only-migratable":
+            return replace(config, only_migratable=_flag(name, text))
+        case "guest":
+            if text.startswith("attach:"):
+                raise ConfigError("-guest attach: attached guests are not available in this version")
+            if text != "parked":
+                raise ConfigError(f"-guest expects 'parked' or 'attach:PATH', not '{text}'")
+            return config
+        case "ram-dir":
+            return replace(config, ram_dir=Path(text))
+        case "ram-limit":
+            return replace(config, ram_limit_bytes=parse_size(text, option=name))
+        case "log-level":
+            return replace(config, log_level=_choice(name, text, LOG_LEVELS))
+        case "log-format":
+            return replace(config, log_format=_choice(name, text, LOG_FORMATS))
+    raise ConfigError(f"unknown option '{name}'")
+
+
+def _guest_name(text: str) -> str:
+    first, *others = text.split(",")
+    name = first.removeprefix("guest=")
+    for other in others:
+        key, _, value = other.partition("=")
+        if key == "guest":
+            name = value
+        elif key not in ("process", "debug-threads"):
+            raise ConfigError(f"-name: unknown setting '{key}'")
+    if not name or "/" in name or "\0" in name or len(name.encode()) > 200:
+        raise ConfigError(f"-name expects 1 to 200 bytes without '/', not '{name}'")
+    return name
+
+
+def _flag(name: str, text: str) -> bool:
+    return _choice(name, text, ("on", "off")) == "on"
+
+
+def _choice(name: str, text: str, choices: tuple[str, ...]) -> str:
+    if text not in choices:
+        raise ConfigError(f"-{name} expects one of {', '.join(choices)}, not '{text}'")
+    return text

@@ -1,0 +1,89 @@
+"""Options of the command line and of a file."""
+
+import uuid
+from pathlib import Path
+
+import pytest
+
+from migrationd.cli import main
+from migrationd.config import load_config, parse_size
+from migrationd.errors import ConfigError
+
+QMP = ("-qmp", "unix:/run/guest.qmp,server=on,wait=off")
+
+
+def test_options_with_one_dash_or_two() -> None:
+    config = load_config(
+        [*QMP, "--qmp=stdio", "--incoming", "defer", "-name", "guest=vm1,debug-threads=on",
+         "-uuid", "11223344-5566-7788-99aa-bbccddeeff00", "-S", "--ram-limit", "64G", "-keep",
+         "-ram-dir", "/var/lib/x", "--only-migratable", "-log-level", "debug"]
+    )  # fmt: skip
+    assert config.monitors == (QMP[1], "stdio")
+    assert config.incoming == ("defer",)
+    assert config.name == "vm1"
+    assert config.uuid == uuid.UUID("11223344-5566-7788-99aa-bbccddeeff00")
+    assert config.ram_limit_bytes == 64 << 30
+    assert config.ram_dir == Path("/var/lib/x")
+    assert config.start_stopped and config.keep and config.only_migratable
+    assert config.log_level == "debug"
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        ((), "no monitor"),
+        ((*QMP, "-nonsense"), "unknown option '-nonsense'"),
+        ((*QMP, "stray"), "unexpected argument 'stray'"),
+        ((*QMP, "-name"), "needs a value"),
+        ((*QMP, "-uuid", "x"), "expects a UUID"),
+        ((*QMP, "-ram-limit", "lots"), "expects a size"),
+        ((*QMP, "-ram-limit", "0"), "expects a size"),
+        ((*QMP, "-ram-dir", "/x"), "needs -name"),
+        ((*QMP, "-name", "../x"), "without '/'"),
+        ((*QMP, "-guest", "vm"), "expects 'parked'"),
+        ((*QMP, "-guest", "attach:/x"), "not available"),
+        ((*QMP, "-metrics", "localhost:1"), "not available"),
+        ((*QMP, "-log-level", "loud"), "expects one of debug"),
+        ((*QMP, "-incoming", "{bad"), "not a JSON MigrationChannel"),
+        ((*QMP, "-config", "/nonexistent/x"), "cannot read"),
+    ],
+)
+def test_mistakes_are_one_clear_line(words: tuple[str, ...], text: str) -> None:
+    with pytest.raises(ConfigError, match=text) as caught:
+        load_config(words)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_gives_options_and_the_command_line_wins(tmp_path: Path) -> None:
+    path = tmp_path / "guest.toml"
+    path.write_text('qmp = ["unix:/a", "unix:/b"]\nname = "vm1"\nkeep = true\nram-limit = "1G"\n')
+    config = load_config(["-config", str(path), "-name", "vm2"])
+    assert config.monitors == ("unix:/a", "unix:/b")
+    assert (config.name, config.keep, config.ram_limit_bytes) == ("vm2", True, 1 << 30)
+
+
+@pytest.mark.parametrize("text", ["qmp = 1.5", "bogus = 1", "qmp = [", "config = 'x'"])
+def test_mistakes_in_a_file(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "guest.toml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match="guest.toml"):
+        load_config(["-config", str(path)])
+
+
+def test_sizes() -> None:
+    assert parse_size("1k", option="x") == 1024
+    assert parse_size("12", option="x") == 12
+    assert parse_size("3T", option="x") == 3 << 40
+
+
+def test_usage_error_exits_2_with_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["-bogus"]) == 2
+    captured = capsys.readouterr()
+    assert captured.err == "migrationd: unknown option '-bogus'; see -help\n"
+    assert captured.out == ""
+
+
+def test_help_lists_each_option(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["-help"]) == 0
+    text = capsys.readouterr().out
+    assert all(f"-{name} " in text for name in ("qmp", "incoming", "ram-dir", "keep"))
