@@ -28,6 +28,7 @@ from migrationd.codec.records import (
     Configuration,
     EndOfStream,
     FileHeader,
+    MixedBatch,
     MultifdFlush,
     OpaqueSection,
     Package,
@@ -87,6 +88,8 @@ class StreamEncoder:
                 return encode_block_list(record.blocks, record.total_bytes)
             case PageBatch() | ZeroBatch() | XbzrlePage() | CompressedPage():
                 return self._encode_pages(record)
+            case MixedBatch():
+                return self._encode_mixed(record)
             case MultifdFlush():
                 return RAM_SAVE_FLAG_MULTIFD_FLUSH.to_bytes(8, "big")
             case RamEos():
@@ -125,6 +128,17 @@ class StreamEncoder:
             return (record.page * size | flag | RAM_SAVE_FLAG_CONTINUE).to_bytes(8, "big") + payload
         name = encode_cstr8(self._blocks[record.block].idstr)
         return (record.page * size | flag).to_bytes(8, "big") + name + payload
+
+    def _encode_mixed(self, record: MixedBatch) -> bytes:
+        size = self._page_size
+        out = []
+        for page, at in zip(record.pages, record.content_at, strict=True):
+            number = np.array([page], np.int64)
+            if at < 0:
+                out.append(zero_records(number, size).tobytes())
+            else:
+                out.append(page_headers(number, size).tobytes() + record.buffer[at : at + size])
+        return b"".join(out)
 
     def _named(self, block: int, page: int, *, is_zero: bool = False) -> bytes:
         return encode_named_header(

@@ -13,8 +13,6 @@ Reference: stream format 2.
 """
 
 import struct
-from collections.abc import Iterator
-
 import numpy as np
 
 from migrationd.codec.buffer import NeedData, ReadBuffer
@@ -33,6 +31,7 @@ from migrationd.codec.constants import (
 from migrationd.codec.records import (
     CompressedPage,
     MappedRamHeader,
+    MixedBatch,
     MultifdFlush,
     PageBatch,
     RamBlockEntry,
@@ -46,6 +45,9 @@ from migrationd.errors import StreamCorrupt, StreamLimit, StreamUnsupported
 
 PROBE_RECORDS = 12
 """A row at least this long is worth a NumPy pass."""
+
+FIRST_RECORDS = 256
+"""A row is looked at this far first, and as a whole only if it goes on."""
 
 LOOP_RECORDS = 256
 """Most records that one pass of the plain loop collects."""
@@ -91,11 +93,8 @@ class RamDecoder:
         self._last_block: int | None = None
         self._limits: list[int] = []
 
-    def decode(self, buffer: ReadBuffer) -> Iterator[RamRecord]:
+    def decode(self, buffer: ReadBuffer) -> RamRecord:
         """Decode what is at the cursor: one record, or a row of page records.
-
-        Yields:
-            One or more records; the cursor is behind them when the first is yielded.
 
         Raises:
             NeedData: The record at the cursor is not complete.
@@ -108,9 +107,9 @@ class RamDecoder:
         flags = word & mask
         if flags == _PAGE_CONTINUE or flags == _ZERO_CONTINUE:
             return self._decode_row(buffer, flags)
-        return iter((self._decode_one(buffer, word & ~mask, flags),))
+        return self._decode_one(buffer, word & ~mask, flags)
 
-    def _decode_row(self, buffer: ReadBuffer, flags: int) -> Iterator[RamRecord]:
+    def _decode_row(self, buffer: ReadBuffer, flags: int) -> RamRecord:
         block = self._last_block
         if block is None:
             raise self._corrupt(buffer, "CONTINUE before any block was named")
@@ -119,24 +118,31 @@ class RamDecoder:
         if probe + stride <= buffer.end:
             ahead = _WORD.unpack_from(buffer.data, probe)[0]
             if ahead & (self.page_size - 1) == flags:
-                record, count = self._row_as_array(buffer, block, flags, stride)
-                if count >= PROBE_RECORDS // 2:
-                    buffer.skip(count * stride)
-                    return iter((record,))
+                available = (buffer.end - buffer.start) // stride
+                found = self._row_as_array(buffer, block, flags, min(available, FIRST_RECORDS))
+                if found is not None and found[1] == FIRST_RECORDS < available:
+                    found = self._row_as_array(buffer, block, flags, available)
+                if found is not None:
+                    buffer.skip(found[1] * stride)
+                    return found[0]
         return self._row_in_loop(buffer, block)
 
     def _row_as_array(
-        self, buffer: ReadBuffer, block: int, flags: int, stride: int
-    ) -> tuple[RamRecord, int]:
-        """All equal records at the cursor as one batch; the cursor stays."""
-        available = (buffer.end - buffer.start) // stride
+        self, buffer: ReadBuffer, block: int, flags: int, available: int
+    ) -> tuple[RamRecord, int] | None:
+        """The equal ones of the next records as one batch; the cursor stays.
+
+        Returns:
+            The batch and its number of records; None if the row is too short for an array.
+        """
+        stride = 8 + self.page_size if flags == _PAGE_CONTINUE else 9
         raw = np.frombuffer(buffer.data, np.uint8, available * stride, buffer.start)
         rows = raw.reshape(available, stride)
         words = np.ascontiguousarray(rows[:, :8]).view(">u8").reshape(available).astype(np.int64)
         other = np.flatnonzero((words & (self.page_size - 1)) != flags)
         count = int(other[0]) if len(other) else available
-        if count == 0:
-            raise NeedData
+        if count < PROBE_RECORDS // 2:
+            return None
         words = words[:count]
         # An address of 2^63 or more is negative here.
         if int(words.min()) < 0 or int(words.max()) >= self._limits[block]:
@@ -149,13 +155,13 @@ class RamDecoder:
         fills = rows[:count, 8]
         fill = int(fills[0])
         if fill or fills.any():
-            same = np.flatnonzero(fills != fill)
-            if len(same):
-                count = int(same[0])
+            different = np.flatnonzero(fills != fill)
+            if len(different):
+                count = int(different[0])
         return ZeroBatch(block, pages[:count], fill, True), count
 
-    def _row_in_loop(self, buffer: ReadBuffer, block: int) -> Iterator[RamRecord]:
-        """Short rows of mixed kinds: collect record by record, yield batches in order."""
+    def _row_in_loop(self, buffer: ReadBuffer, block: int) -> RamRecord:
+        """Short rows of mixed kinds, collected record by record."""
         page_size = self.page_size
         mask = page_size - 1
         limit = self._limits[block]
@@ -163,8 +169,8 @@ class RamDecoder:
         at = buffer.start
         end = buffer.end
         unpack = _WORD.unpack_from
-        rows: list[tuple[bool, int, list[int]]] = []
-        kind_now = -1
+        pages: list[int] = []
+        content_at: list[int] = []
         for _ in range(LOOP_RECORDS):
             if at + 9 > end:
                 break
@@ -173,36 +179,20 @@ class RamDecoder:
             if flags == _PAGE_CONTINUE:
                 if at + 8 + page_size > end:
                     break
-                size = 8 + page_size
+                content_at.append(at + 8)
+                at += 8 + page_size
             elif flags == _ZERO_CONTINUE and not data[at + 8]:
-                size = 9
+                content_at.append(-1)
+                at += 9
             else:
                 break
             if word >= limit:
                 raise self._outside(buffer, block, word)
-            if flags != kind_now:
-                kind_now = flags
-                rows.append((flags == _PAGE_CONTINUE, at + 8, []))
-            rows[-1][2].append(word // page_size)
-            at += size
-        if not rows:
-            return iter((self._continued_zero(buffer, block),))
+            pages.append(word // page_size)
+        if not pages:
+            return self._continued_zero(buffer, block)
         buffer.skip(at - buffer.start)
-        return self._row_records(block, data, rows)
-
-    def _row_records(
-        self, block: int, data: bytearray, rows: list[tuple[bool, int, list[int]]]
-    ) -> Iterator[RamRecord]:
-        size = self.page_size
-        for is_page, at, numbers in rows:
-            pages = np.array(numbers, np.int64)
-            if not is_page:
-                yield ZeroBatch(block, pages, 0, True)
-                continue
-            count = len(numbers)
-            content = np.ndarray((count, size), np.uint8, data, at, (size + 8, 1))
-            is_run = all(b - a == 1 for a, b in zip(numbers, numbers[1:], strict=False))
-            yield PageBatch(block, pages, content, is_run, True)
+        return MixedBatch(block, pages, content_at, data)
 
     def _continued_zero(self, buffer: ReadBuffer, block: int) -> RamRecord:
         """A single ZERO|CONTINUE with a fill byte other than 0, or nothing complete yet."""

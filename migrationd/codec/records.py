@@ -145,6 +145,23 @@ class ZeroBatch:
 
 
 @dataclass(frozen=True, slots=True)
+class MixedBatch:
+    """PAGE|CONTINUE and ZERO|CONTINUE (fill 0) records in short alternation, in order.
+
+    Attributes:
+        block: Index into the block list.
+        pages: Target page numbers.
+        content_at: Index in ``buffer`` of each page's content; -1 for a zero page.
+        buffer: The decoder's input buffer.
+    """
+
+    block: int
+    pages: list[int]
+    content_at: list[int]
+    buffer: bytearray
+
+
+@dataclass(frozen=True, slots=True)
 class XbzrlePage:
     """An XBZRLE record: an edit of the page's previous content."""
 
@@ -187,7 +204,14 @@ class VmDescription:
 
 
 RamRecord = (
-    RamBlockList | PageBatch | ZeroBatch | XbzrlePage | CompressedPage | MultifdFlush | RamEos
+    RamBlockList
+    | PageBatch
+    | ZeroBatch
+    | MixedBatch
+    | XbzrlePage
+    | CompressedPage
+    | MultifdFlush
+    | RamEos
 )
 
 Record = (

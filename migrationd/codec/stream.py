@@ -6,7 +6,7 @@ has not checked, and each error names the stream position.
 Reference: stream format 1, 2, 4 and 7.6.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum, auto
 
@@ -95,7 +95,6 @@ class StreamDecoder:
         self._table = SectionTable()
         self._ram: RamDecoder | None = None
         self._configuration: Configuration | None = None
-        self._pending: Iterator[Record] = iter(())
         self._section: SectionHeader | None = None
         self._framer: FooterFramer | None = None
         self._opaque_header_bytes = 0
@@ -177,8 +176,6 @@ class StreamDecoder:
         Raises:
             StreamError: With position, section and block.
         """
-        for record in self._pending:
-            return record
         while self._state is not _State.FINISHED:
             try:
                 record_or_none = self._steps[self._state]()
@@ -274,13 +271,10 @@ class StreamDecoder:
 
     def _ram_body(self) -> Record:
         assert self._ram is not None
-        records = self._ram.decode(self._buffer)
-        first = next(records)
-        if isinstance(first, RamEos):
+        record = self._ram.decode(self._buffer)
+        if isinstance(record, RamEos):
             self._state = _State.RAM_FOOTER
-        else:
-            self._pending = records
-        return first
+        return record
 
     def _ram_footer(self) -> Record | None:
         section = self._section
