@@ -10,17 +10,9 @@ Reference: compatibility properties of QEMU's machine types, stream format 1.6.
 import re
 from dataclasses import dataclass
 
+from migrationd.guest.parked import SeenOnArrival
+
 _VERSION = re.compile(r"-(\d{1,3})\.(\d{1,3})$")
-
-
-@dataclass(frozen=True, slots=True)
-class SeenOnArrival:
-    """What the stream that brought the guest contained."""
-
-    configuration: bool = True
-    section_footers: bool = True
-    vmdescription: bool = True
-    switchover_start: bool = True
 
 
 @dataclass(frozen=True, slots=True)

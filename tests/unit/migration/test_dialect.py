@@ -2,7 +2,8 @@
 
 import pytest
 
-from migrationd.migration.dialect import SeenOnArrival, dialect_of, machine_version
+from migrationd.guest.parked import SeenOnArrival
+from migrationd.migration.dialect import dialect_of, machine_version
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,148 @@
+"""A guest that arrived over a migration and is held: it never executes.
+
+It takes its shape from the stream; device sections are the bytes that came.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from migrationd.errors import GuestError
+from migrationd.guest.device import DeviceState
+from migrationd.guest.memory import Memory
+from migrationd.guest.ram_block import RamBlock, RamBlockSpec
+from migrationd.guest.run_state import RUNNING, Owner, decode_run_state, encode_run_state
+
+_GLOBAL_STATE = "globalstate"
+
+
+@dataclass(frozen=True, slots=True)
+class SeenOnArrival:
+    """What the stream that brought a guest contained; it leaves in the same form."""
+
+    configuration: bool = True
+    section_footers: bool = True
+    vmdescription: bool = True
+    switchover_start: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class GuestIdentity:
+    """What the configuration says about a guest.
+
+    Attributes:
+        machine: Versioned machine type; None if the stream had no configuration.
+        target_page_bits: Of targets with a variable page size, else None.
+        capabilities: Validated capabilities of the stream; None if not sent.
+        uuid: 16 bytes if the source sent it.
+    """
+
+    machine: str | None = None
+    target_page_bits: int | None = None
+    capabilities: tuple[str, ...] | None = None
+    uuid: bytes | None = None
+
+
+class ParkedGuest:
+    """RAM blocks, device sections and run state of a held guest.
+
+    Filled by one loading thread, then completed, then only read; run state and owner
+    change on the event loop.
+
+    Args:
+        identity: From the configuration.
+        ram: Blocks in the order of the block list.
+    """
+
+    def __init__(self, identity: GuestIdentity, ram: Sequence[RamBlock]) -> None:
+        self.identity = identity
+        self.ram: tuple[RamBlock, ...] = tuple(ram)
+        self.devices: tuple[DeviceState, ...] = ()
+        self.vmdescription: bytes | None = None
+        self.seen = SeenOnArrival()
+        self.owner = Owner.HELD
+
+    @classmethod
+    def create(
+        cls,
+        identity: GuestIdentity,
+        specs: Sequence[RamBlockSpec],
+        allocate: Callable[[int, RamBlockSpec], Memory],
+    ) -> "ParkedGuest":
+        """Make a guest of empty blocks.
+
+        Args:
+            identity: From the configuration.
+            specs: Blocks in order.
+            allocate: Gives memory to the block with this index.
+
+        Raises:
+            GuestError: There is no memory; what was allocated is released.
+        """
+        blocks: list[RamBlock] = []
+        try:
+            for index, spec in enumerate(specs):
+                blocks.append(RamBlock(spec, allocate(index, spec)))
+        except (GuestError, MemoryError) as error:
+            for block in blocks:
+                block.memory.close()
+            raise GuestError(f"cannot allocate the guest's memory: {error}") from error
+        return cls(identity, blocks)
+
+    def complete(
+        self,
+        devices: Sequence[DeviceState],
+        vmdescription: bytes | None,
+        seen: SeenOnArrival,
+    ) -> None:
+        """Add what comes after RAM; the guest is whole then."""
+        self.devices = tuple(devices)
+        self.vmdescription = vmdescription
+        self.seen = seen
+
+    @property
+    def page_size(self) -> int:
+        """Target page size in bytes."""
+        return self.ram[0].page_size if self.ram else 4096
+
+    @property
+    def ram_bytes(self) -> int:
+        """RAM of all blocks."""
+        return sum(block.used_length for block in self.ram)
+
+    @property
+    def present_bytes(self) -> int:
+        """RAM that is not zero pages."""
+        return sum(int(block.present.sum()) * block.page_size for block in self.ram)
+
+    @property
+    def next_run_state(self) -> str:
+        """The run state that the guest will have where it goes; running if none travels."""
+        for device in self.devices:
+            if device.idstr == _GLOBAL_STATE:
+                return decode_run_state(device.body) or RUNNING
+        return RUNNING
+
+    def choose_run_state(self, name: str) -> bool:
+        """Choose the run state of the destination.
+
+        Returns:
+            False if the stream carries no run state (machine types up to 2.3): the
+            destination then decides by its own ``-S``.
+        """
+        for index, device in enumerate(self.devices):
+            if device.idstr == _GLOBAL_STATE and decode_run_state(device.body) is not None:
+                changed = replace(device, body=encode_run_state(device.body, name))
+                self.devices = (*self.devices[:index], changed, *self.devices[index + 1 :])
+                return True
+        return False
+
+    def give_back_zeros(self) -> None:
+        """Release memory of zero pages; may take a while, call it on a thread."""
+        for block in self.ram:
+            block.give_back_zeros()
+
+    def close(self) -> None:
+        """Release the memory."""
+        blocks, self.ram = self.ram, ()
+        for block in blocks:
+            block.memory.close()

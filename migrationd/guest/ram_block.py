@@ -1,0 +1,157 @@
+"""One RAM block: its pages, and which of them hold something."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from migrationd.errors import GuestError
+from migrationd.guest.memory import Bytes, Memory, Pages
+
+
+@dataclass(frozen=True, slots=True)
+class RamBlockSpec:
+    """What the stream says about a block before any page comes.
+
+    Attributes:
+        idstr: Name.
+        used_length: Bytes.
+        page_size: Target page size in bytes.
+        address: Guest-physical address, where the stream carries one.
+    """
+
+    idstr: str
+    used_length: int
+    page_size: int
+    address: int | None = None
+
+
+class RamBlock:
+    """A block and its memory.
+
+    One thread places pages; others may read once the guest is complete.
+
+    Attributes:
+        present: One bool per target page: it came with contents. Others are zero pages.
+    """
+
+    def __init__(self, spec: RamBlockSpec, memory: Memory) -> None:
+        self.idstr = spec.idstr
+        self.used_length = spec.used_length
+        self.page_size = spec.page_size
+        self.address = spec.address
+        self.memory = memory
+        self.present: npt.NDArray[np.bool_] = np.zeros(self.page_count, np.bool_)
+
+    @property
+    def page_count(self) -> int:
+        """Target pages of the block."""
+        return self.used_length // self.page_size
+
+    def place_batch(self, pages: Pages, data: Bytes, is_run: bool) -> None:
+        """Place pages.
+
+        Args:
+            pages: Page numbers, shape ``(n,)``.
+            data: Contents, shape ``(n, page size)``, maybe strided.
+            is_run: Whether the numbers are consecutive.
+
+        Raises:
+            GuestError: A page is outside the block, or its memory cannot be written.
+        """
+        if not len(pages):
+            return
+        self._check(int(pages.min()), int(pages.max()))
+        if is_run:
+            first = int(pages[0])
+            self.memory.place_run(first, data)
+            self.present[first : first + len(pages)] = True
+        else:
+            self.memory.place_pages(pages, data)
+            self.present[pages] = True
+
+    def place_mixed(
+        self, pages: Sequence[int], content_at: Sequence[int], buffer: bytearray
+    ) -> None:
+        """Place a short row of full and zero pages.
+
+        Args:
+            pages: Page numbers.
+            content_at: Index in ``buffer`` of each page's content; -1 for a zero page.
+            buffer: Where the contents are.
+
+        Raises:
+            GuestError: As :meth:`place_batch`.
+        """
+        self._check(min(pages), max(pages))
+        if len(set(pages)) != len(pages):
+            # The same page twice: one after the other, the last one wins.
+            for page, at in zip(pages, content_at, strict=True):
+                if at < 0:
+                    self.zero_batch(np.array([page], np.int64))
+                else:
+                    self.memory.place_scattered((page,), (at,), buffer)
+                    self.present[page] = True
+            return
+        full = [page for page, at in zip(pages, content_at, strict=True) if at >= 0]
+        if full:
+            self.memory.place_scattered(full, [at for at in content_at if at >= 0], buffer)
+        if len(full) < len(pages):
+            zero = [page for page, at in zip(pages, content_at, strict=True) if at < 0]
+            self.zero_batch(np.array(zero, np.int64))
+        if full:
+            self.present[full] = True
+
+    def zero_batch(self, pages: Pages) -> None:
+        """Make pages zero; free for pages that never held anything.
+
+        Raises:
+            GuestError: As :meth:`place_batch`.
+        """
+        if not len(pages):
+            return
+        self._check(int(pages.min()), int(pages.max()))
+        held = pages[self.present[pages]]
+        if len(held):
+            self.memory.zero_pages(held)
+            self.present[held] = False
+
+    def page(self, number: int) -> memoryview:
+        """Content of one page.
+
+        Raises:
+            GuestError: It is outside the block.
+        """
+        self._check(number, number)
+        start = number * self.page_size
+        return memoryview(self.memory.view[start : start + self.page_size])
+
+    def write_page(self, number: int, content: bytes | bytearray) -> None:
+        """Place one page.
+
+        Raises:
+            GuestError: It is outside the block, or its memory cannot be written.
+        """
+        data = np.frombuffer(content, np.uint8).reshape(1, -1)
+        self.place_batch(np.array([number], np.int64), data, True)
+
+    def zero_runs(self) -> Pages:
+        """Runs of zero pages, shape ``(n, 2)``: first page, count."""
+        edges = np.flatnonzero(
+            np.diff(np.concatenate(([False], ~self.present, [False])).astype(np.int8))
+        )
+        runs = edges.reshape(-1, 2).astype(np.int64)
+        runs[:, 1] -= runs[:, 0]
+        return runs
+
+    def give_back_zeros(self) -> None:
+        """Release the memory of zero pages, as far as whole runs of them allow."""
+        self.memory.give_back(self.zero_runs())
+
+    def _check(self, lowest: int, highest: int) -> None:
+        if lowest < 0 or highest >= self.page_count:
+            raise GuestError(
+                f"page {highest if highest >= self.page_count else lowest} is outside RAM block "
+                f"'{self.idstr}' of {self.page_count} pages"
+            )

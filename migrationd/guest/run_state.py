@@ -1,0 +1,48 @@
+"""The run state that travels with a guest, and who owns the guest.
+
+    be32 length of the name + 1
+    name, NUL padded: 32 bytes (9.0 and later; then two flags) or 100 bytes
+
+Reference: the ``globalstate`` section, stream format 7.3; 104 bytes in all versions.
+"""
+
+from enum import Enum
+
+GLOBAL_STATE_BYTES = 104
+_NAME_BYTES = 32
+
+RUNNING = "running"
+PAUSED = "paused"
+
+
+class Owner(Enum):
+    """Who owns a held guest; kept durably with it.
+
+    ``HANDING_OVER`` is on record from the switchover to the destination's word. A daemon
+    that dies in between cannot know whether the destination runs the guest, so a guest
+    found so is not offered by itself: ``cont`` takes it back on the user's word.
+    """
+
+    HELD = "held"
+    HANDING_OVER = "handing-over"
+    HANDED_OVER = "handed-over"
+
+
+def decode_run_state(body: bytes) -> str | None:
+    """Name of the run state in a ``globalstate`` body; None if it is malformed."""
+    if len(body) != GLOBAL_STATE_BYTES:
+        return None
+    name = body[4:].split(b"\0", 1)[0]
+    return name.decode("ascii") if name.isascii() and name else None
+
+
+def encode_run_state(body: bytes, name: str) -> bytes:
+    """A ``globalstate`` body with another run state; the rest stays as it came.
+
+    Args:
+        body: The body that arrived, 104 bytes.
+        name: QMP name of a run state, below 32 bytes.
+    """
+    raw = name.encode("ascii")
+    padded = raw.ljust(_NAME_BYTES, b"\0")
+    return (len(raw) + 1).to_bytes(4, "big") + padded + body[4 + _NAME_BYTES :]

@@ -1,0 +1,146 @@
+"""Scatter/gather system calls over NumPy-made vectors: no Python object per page.
+
+Each call releases the GIL. A vector is an array of shape ``(n, 2)``, ``uint64``:
+address and length, the kernel's ``struct iovec``.
+"""
+
+import ctypes
+import errno
+import os
+from typing import cast
+
+import numpy as np
+import numpy.typing as npt
+
+IOV_MAX = 1024
+"""Entries that the kernel takes in one call."""
+
+Vector = npt.NDArray[np.uint64]
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_MSG_NOSIGNAL = 0x4000
+
+
+class _Msghdr(ctypes.Structure):
+    _fields_ = (
+        ("name", ctypes.c_void_p),
+        ("namelen", ctypes.c_uint32),
+        ("iov", ctypes.c_void_p),
+        ("iovlen", ctypes.c_size_t),
+        ("control", ctypes.c_void_p),
+        ("controllen", ctypes.c_size_t),
+        ("flags", ctypes.c_int),
+    )
+
+
+_sendmsg = _libc.sendmsg
+_sendmsg.argtypes = (ctypes.c_int, ctypes.POINTER(_Msghdr), ctypes.c_int)
+_sendmsg.restype = ctypes.c_ssize_t
+_writev = _libc.writev
+_writev.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_int)
+_writev.restype = ctypes.c_ssize_t
+_pwritev = _libc.pwritev
+_pwritev.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_int64)
+_pwritev.restype = ctypes.c_ssize_t
+
+
+def address_of(array: npt.NDArray[np.uint8]) -> int:
+    """Address of an array's first byte; valid while the array lives."""
+    return cast(int, array.__array_interface__["data"][0])
+
+
+def page_vector(
+    headers: npt.NDArray[np.uint8],
+    memory: npt.NDArray[np.uint8],
+    pages: npt.NDArray[np.int64],
+    page_size: int,
+) -> Vector:
+    """A vector that interleaves headers with pages of a mapped memory.
+
+    Args:
+        headers: One header per page, shape ``(n, h)``, contiguous.
+        memory: Whole mapped block, one dimension.
+        pages: Page numbers, shape ``(n,)``; must lie in ``memory``.
+        page_size: Bytes of a page.
+
+    Returns:
+        Shape ``(2 n, 2)``: header, page, header, page, ...
+    """
+    count, width = headers.shape
+    vector = np.empty((count, 2, 2), np.uint64)
+    vector[:, 0, 0] = np.arange(count, dtype=np.uint64) * np.uint64(width) + np.uint64(
+        address_of(headers)
+    )
+    vector[:, 0, 1] = width
+    vector[:, 1, 0] = (pages * page_size).astype(np.uint64) + np.uint64(address_of(memory))
+    vector[:, 1, 1] = page_size
+    return vector.reshape(2 * count, 2)
+
+
+def rest_of(vector: Vector, done: int) -> Vector:
+    """What is left of a vector after ``done`` bytes; changes its first entry in place."""
+    ends = np.cumsum(vector[:, 1])
+    first = int(np.searchsorted(ends, done, side="right"))
+    rest = vector[first:]
+    if len(rest):
+        begin = int(ends[first]) - int(vector[first, 1])
+        rest[0, 0] += np.uint64(done - begin)
+        rest[0, 1] -= np.uint64(done - begin)
+    return rest
+
+
+def send_vector(fd: int, vector: Vector) -> int:
+    """``sendmsg`` of up to ``IOV_MAX`` entries.
+
+    Returns:
+        Bytes taken by the kernel.
+
+    Raises:
+        OSError: As the call.
+    """
+    head = _Msghdr(
+        iov=vector.__array_interface__["data"][0], iovlen=min(len(vector), IOV_MAX)
+    )
+    return _result(_sendmsg(fd, ctypes.byref(head), _MSG_NOSIGNAL))
+
+
+def write_vector(fd: int, vector: Vector) -> int:
+    """``writev`` of up to ``IOV_MAX`` entries; returns and raises as :func:`send_vector`."""
+    return _result(
+        _writev(fd, vector.__array_interface__["data"][0], min(len(vector), IOV_MAX))
+    )
+
+
+def pwrite_rows(fd: int, rows: npt.NDArray[np.uint8], position: int) -> None:
+    """Write the rows of a strided array one behind the other at a file position.
+
+    Args:
+        fd: File.
+        rows: Shape ``(n, width)``; each row contiguous, rows at any distance.
+        position: Where the first row goes, bytes.
+
+    Raises:
+        OSError: As ``pwritev``; ENOSPC if the file takes nothing more.
+    """
+    count, width = rows.shape
+    vector = np.empty((count, 2), np.uint64)
+    vector[:, 0] = np.arange(count, dtype=np.uint64) * np.uint64(rows.strides[0]) + np.uint64(
+        address_of(rows)
+    )
+    vector[:, 1] = width
+    while len(vector):
+        part = vector[:IOV_MAX]
+        done = _result(
+            _pwritev(fd, part.__array_interface__["data"][0], len(part), position)
+        )
+        if not done:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        position += done
+        vector = rest_of(vector, done)
+
+
+def _result(value: int) -> int:
+    if value < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    return value
