@@ -152,7 +152,9 @@ def build_config(values: Values) -> DaemonConfig:
     for name, texts in values.items():
         config = _apply(config, name, texts)
     if not config.monitors:
-        raise ConfigError("no monitor: give at least one -qmp, for example -qmp unix:/run/guest.qmp")
+        raise ConfigError(
+            "no monitor: give at least one -qmp, for example -qmp unix:/run/guest.qmp"
+        )
     if config.ram_dir is not None and config.name is None:
         raise ConfigError("-ram-dir needs -name: the guest is found again by its name")
     for text in config.incoming:
@@ -245,7 +247,9 @@ def _apply(config: DaemonConfig, name: str, texts: list[str]) -> DaemonConfig:
             return replace(config, only_migratable=_flag(name, text))
         case "guest":
             if text.startswith("attach:"):
-                raise ConfigError("-guest attach: attached guests are not available in this version")
+                raise ConfigError(
+                    "-guest attach: attached guests are not available in this version"
+                )
             if text != "parked":
                 raise ConfigError(f"-guest expects 'parked' or 'attach:PATH', not '{text}'")
             return config

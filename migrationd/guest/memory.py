@@ -19,6 +19,8 @@ HUGE_PAGE_BYTES = 2 << 20
 TRIM_BYTES = 64 << 10
 """Shorter runs of zero pages are not worth a system call to give back."""
 
+_MAP_NORESERVE = 0x4000
+
 Bytes = npt.NDArray[np.uint8]
 Pages = npt.NDArray[np.int64]
 
@@ -69,7 +71,7 @@ class AnonymousMemory:
         length = max(size, mmap.PAGESIZE)
         try:
             self._map = mmap.mmap(
-                -1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_NORESERVE
+                -1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
             )
         except (OSError, OverflowError, ValueError) as error:
             raise GuestError(f"cannot map {size} bytes of guest memory: {error}") from error
@@ -156,9 +158,7 @@ class FileMemory:
     def place_pages(self, pages: Pages, data: Bytes) -> None:
         """Write pages, each run of consecutive ones by one call."""
         ends = np.flatnonzero(np.diff(pages) != 1) + 1
-        for begin, end in zip(
-            (0, *ends.tolist()), (*ends.tolist(), len(pages)), strict=True
-        ):
+        for begin, end in zip((0, *ends.tolist()), (*ends.tolist(), len(pages)), strict=True):
             self.place_run(int(pages[begin]), data[begin:end])
 
     def place_scattered(

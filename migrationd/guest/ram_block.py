@@ -125,7 +125,7 @@ class RamBlock:
         """
         self._check(number, number)
         start = number * self.page_size
-        return memoryview(self.memory.view[start : start + self.page_size])
+        return self.memory.view[start : start + self.page_size].data
 
     def write_page(self, number: int, content: bytes | bytearray) -> None:
         """Place one page.

@@ -46,7 +46,7 @@ _pwritev.restype = ctypes.c_ssize_t
 
 def address_of(array: npt.NDArray[np.uint8]) -> int:
     """Address of an array's first byte; valid while the array lives."""
-    return cast(int, array.__array_interface__["data"][0])
+    return cast("int", array.__array_interface__["data"][0])
 
 
 def page_vector(
@@ -98,17 +98,13 @@ def send_vector(fd: int, vector: Vector) -> int:
     Raises:
         OSError: As the call.
     """
-    head = _Msghdr(
-        iov=vector.__array_interface__["data"][0], iovlen=min(len(vector), IOV_MAX)
-    )
+    head = _Msghdr(iov=vector.__array_interface__["data"][0], iovlen=min(len(vector), IOV_MAX))
     return _result(_sendmsg(fd, ctypes.byref(head), _MSG_NOSIGNAL))
 
 
 def write_vector(fd: int, vector: Vector) -> int:
     """``writev`` of up to ``IOV_MAX`` entries; returns and raises as :func:`send_vector`."""
-    return _result(
-        _writev(fd, vector.__array_interface__["data"][0], min(len(vector), IOV_MAX))
-    )
+    return _result(_writev(fd, vector.__array_interface__["data"][0], min(len(vector), IOV_MAX)))
 
 
 def pwrite_rows(fd: int, rows: npt.NDArray[np.uint8], position: int) -> None:
@@ -130,9 +126,7 @@ def pwrite_rows(fd: int, rows: npt.NDArray[np.uint8], position: int) -> None:
     vector[:, 1] = width
     while len(vector):
         part = vector[:IOV_MAX]
-        done = _result(
-            _pwritev(fd, part.__array_interface__["data"][0], len(part), position)
-        )
+        done = _result(_pwritev(fd, part.__array_interface__["data"][0], len(part), position))
         if not done:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         position += done

@@ -52,10 +52,7 @@ def dialect_of(machine: str | None, seen: SeenOnArrival | None = None) -> Dialec
     """
     seen = seen or SeenOnArrival()
     version = machine_version(machine) if machine else None
-    if version is None:
-        switchover_start = seen.switchover_start
-    else:
-        switchover_start = version >= (10, 0)
+    switchover_start = seen.switchover_start if version is None else version >= (10, 0)
     return Dialect(
         send_configuration=seen.configuration and machine is not None,
         send_section_footers=seen.section_footers,

@@ -74,13 +74,7 @@ class RdmaAddress:
 
 
 Address = (
-    InetAddress
-    | UnixAddress
-    | VsockAddress
-    | FdAddress
-    | ExecAddress
-    | FileAddress
-    | RdmaAddress
+    InetAddress | UnixAddress | VsockAddress | FdAddress | ExecAddress | FileAddress | RdmaAddress
 )
 
 

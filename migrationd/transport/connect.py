@@ -90,9 +90,9 @@ async def resolve(address: InetAddress, *, passive: bool) -> list[tuple[int, tup
         ConnectFailed: With the resolver's text.
     """
     family = socket.AF_UNSPEC
-    if address.ipv4 is True and address.ipv6 is not True or address.ipv6 is False:
+    if (address.ipv4 is True and address.ipv6 is not True) or address.ipv6 is False:
         family = socket.AF_INET
-    elif address.ipv6 is True and address.ipv4 is not True or address.ipv4 is False:
+    elif (address.ipv6 is True and address.ipv4 is not True) or address.ipv4 is False:
         family = socket.AF_INET6
     loop = asyncio.get_running_loop()
     try:

@@ -170,9 +170,7 @@ def _open_file(path: str, offset: int) -> Channel:
     return Channel(fd)
 
 
-def _bound(
-    sock: socket.socket, target: str | tuple[str | int, int], name: str
-) -> socket.socket:
+def _bound(sock: socket.socket, target: str | tuple[str | int, int], name: str) -> socket.socket:
     try:
         sock.bind(target)
         sock.listen(BACKLOG)

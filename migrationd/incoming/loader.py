@@ -1,0 +1,292 @@
+"""Bytes from the source to a parked guest, one bounded step at a time.
+
+A step runs in an executor thread: it receives, decodes and places pages until a
+record comes that the driver must see in order, the step's budget is used up, or
+nothing comes for a while. RAM pages never leave the thread.
+
+Reference: order and meaning of the elements follow stream format 1.4, 2 and 6.1-6.2.
+"""
+
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+
+from migrationd.codec.constants import (
+    QEMU_VM_SECTION_END,
+    QEMU_VM_SECTION_FULL,
+    QEMU_VM_SECTION_START,
+)
+from migrationd.codec.records import (
+    Command,
+    CompressedPage,
+    Configuration,
+    EndOfStream,
+    FileHeader,
+    MixedBatch,
+    MultifdFlush,
+    OpaqueSection,
+    Package,
+    PageBatch,
+    RamBlockList,
+    RamEos,
+    Record,
+    SectionFooter,
+    SectionHeader,
+    VmDescription,
+    XbzrlePage,
+    ZeroBatch,
+)
+from migrationd.codec.stream import StreamDecoder
+from migrationd.errors import StreamCorrupt, StreamLimit, StreamTruncated, StreamUnsupported
+from migrationd.guest.device import DeviceState
+from migrationd.guest.ram_block import RamBlock
+from migrationd.pageops.xbzrle import decode_page
+from migrationd.transport.channel import Channel
+
+STEP_BUDGET_BYTES = 64 << 20
+"""A step hands back to the event loop after this many bytes."""
+
+QUIET_S = 0.25
+"""A step hands back when nothing came for this long."""
+
+MAX_DEVICE_BYTES = 1 << 30
+"""All device sections of one guest together."""
+
+
+class Pause(Enum):
+    """Why a step ended without a record for the driver."""
+
+    BUDGET = "budget"
+    QUIET = "quiet"
+    FINISHED = "finished"
+
+
+Barrier = Configuration | Command | RamBlockList
+"""Records that the driver handles before the stream goes on."""
+
+
+@dataclass(slots=True)
+class Arrival:
+    """What the stream has brought so far, besides page contents."""
+
+    configuration: Configuration | None = None
+    devices: list[DeviceState] = field(default_factory=list)
+    vmdescription: bytes | None = None
+    has_footers: bool = True
+    has_switchover_start: bool = False
+    first_byte_seen: bool = False
+
+
+class StreamLoader:
+    """Reads one precopy stream.
+
+    Args:
+        channel: Where the stream comes from.
+        decoder: A fresh decoder with the limits of this daemon.
+        on_first_bytes: Called once, on the stepping thread, when the stream begins.
+
+    One step runs at a time; between steps the event loop may read every attribute.
+    """
+
+    def __init__(
+        self, channel: Channel, decoder: StreamDecoder, on_first_bytes: Callable[[], object]
+    ) -> None:
+        self._channel = channel
+        self._decoder = decoder
+        self._on_first_bytes = on_first_bytes
+        self._blocks: Sequence[RamBlock] | None = None
+        self._device_keys: set[tuple[str, int]] = set()
+        self._device_bytes = 0
+        self._ended_handlers: set[tuple[str, int]] = set()
+        self._in_setup = True
+        self._section: str | None = None
+        self._input_ended = False
+        self.arrival = Arrival()
+
+    @property
+    def position(self) -> int:
+        """Stream position of the next undecoded byte."""
+        return self._decoder.position
+
+    @property
+    def page_size(self) -> int:
+        """Target page size in bytes."""
+        return self._decoder.page_size
+
+    def use_blocks(self, blocks: Sequence[RamBlock]) -> None:
+        """Place pages into these blocks, in the order of the block list."""
+        self._blocks = blocks
+
+    def step(self) -> Barrier | Pause:
+        """Go on with the stream.
+
+        Returns:
+            A record for the driver, or why there is none.
+
+        Raises:
+            StreamError: The stream cannot be accepted.
+            ChannelClosed: The channel was shut down or broke.
+        """
+        received = 0
+        is_quiet = False
+        while True:
+            record = self._decoder.next_record()
+            if record is not None:
+                barrier = self._apply(record)
+                if barrier is not None:
+                    return barrier
+                continue
+            if self._decoder.finished:
+                return Pause.FINISHED
+            if received >= STEP_BUDGET_BYTES:
+                return Pause.BUDGET
+            try:
+                count = self._channel.recv_into(self._decoder.receive_view(), QUIET_S)
+            except TimeoutError:
+                if is_quiet:
+                    return Pause.QUIET
+                is_quiet = True
+                self._decoder.idle()
+                continue
+            if count == 0:
+                self._end_of_input()
+                continue
+            if not self.arrival.first_byte_seen:
+                self.arrival.first_byte_seen = True
+                self._on_first_bytes()
+            received += count
+            is_quiet = False
+            self._decoder.received(count)
+
+    def _end_of_input(self) -> None:
+        if self._input_ended:
+            raise StreamTruncated(
+                "the source closed the connection before the end of the stream",
+                position=self.position,
+                section=self._section,
+                hint="look at the source's error-desc",
+            )
+        self._input_ended = True
+        self._decoder.feed_eof()
+
+    def _apply(self, record: Record) -> Barrier | None:
+        match record:
+            case PageBatch():
+                self._block(record.block).place_batch(record.pages, record.data, record.is_run)
+            case MixedBatch():
+                block = self._block(record.block)
+                block.place_mixed(record.pages, record.content_at, record.buffer)
+            case ZeroBatch():
+                if record.fill:
+                    raise self._unsupported(f"a page filled with byte {record.fill:#04x}")
+                self._block(record.block).zero_batch(record.pages)
+            case XbzrlePage():
+                self._apply_xbzrle(record)
+            case CompressedPage():
+                self._apply_compressed(record)
+            case SectionHeader():
+                self._begin_section(record)
+            case SectionFooter():
+                self._section = None
+            case OpaqueSection():
+                self._keep_section(record)
+            case VmDescription():
+                self.arrival.vmdescription = record.json
+            case FileHeader() | RamEos() | EndOfStream():
+                pass
+            case MultifdFlush():
+                raise self._unsupported("a multifd stream", "turn the source's multifd off")
+            case Package():
+                raise self._unsupported("postcopy", "let the source finish by precopy")
+            case Configuration() | Command() | RamBlockList():
+                return record
+        return None
+
+    def _block(self, index: int) -> RamBlock:
+        if self._blocks is None:
+            raise StreamCorrupt("a page before the RAM block list", position=self.position)
+        return self._blocks[index]
+
+    def _apply_xbzrle(self, record: XbzrlePage) -> None:
+        block = self._block(record.block)
+        page = bytearray(block.page(record.page))
+        try:
+            decode_page(record.encoded, page)
+        except ValueError as error:
+            raise StreamCorrupt(
+                f"XBZRLE page {record.page}: {error}", position=self.position, block=block.idstr
+            ) from None
+        block.write_page(record.page, page)
+
+    def _apply_compressed(self, record: CompressedPage) -> None:
+        block = self._block(record.block)
+        inflater = zlib.decompressobj()
+        try:
+            page = inflater.decompress(record.compressed, block.page_size + 1)
+        except zlib.error as error:
+            raise StreamCorrupt(
+                f"compressed page {record.page}: {error}",
+                position=self.position,
+                block=block.idstr,
+            ) from None
+        if len(page) != block.page_size or not inflater.eof:
+            raise StreamCorrupt(
+                f"compressed page {record.page} is not one page",
+                position=self.position,
+                block=block.idstr,
+            )
+        block.write_page(record.page, page)
+
+    def _begin_section(self, header: SectionHeader) -> None:
+        key = (header.idstr, header.instance_id)
+        if key in self._ended_handlers or (
+            header.kind == QEMU_VM_SECTION_START and self._blocks is not None
+        ):
+            raise StreamCorrupt("duplicate section", position=self.position, section=header.idstr)
+        if header.kind != QEMU_VM_SECTION_START:
+            self._in_setup = False
+        if header.kind == QEMU_VM_SECTION_END:
+            self._ended_handlers.add(key)
+        self._section = header.idstr
+
+    def _keep_section(self, section: OpaqueSection) -> None:
+        key = (section.idstr, section.instance_id)
+        if section.kind in (QEMU_VM_SECTION_FULL, QEMU_VM_SECTION_START):
+            if key in self._device_keys:
+                raise StreamCorrupt(
+                    f"duplicate section, instance {section.instance_id}",
+                    position=self.position,
+                    section=section.idstr,
+                )
+            self._device_keys.add(key)
+        elif key not in self._device_keys:
+            raise StreamCorrupt(
+                "a part of a section that never started",
+                position=self.position,
+                section=section.idstr,
+            )
+        self._device_bytes += len(section.body)
+        if self._device_bytes > MAX_DEVICE_BYTES:
+            raise StreamLimit(
+                f"device sections of more than {MAX_DEVICE_BYTES} bytes",
+                position=self.position,
+                section=section.idstr,
+            )
+        self.arrival.has_footers = section.has_footer
+        self.arrival.devices.append(
+            DeviceState(
+                idstr=section.idstr,
+                instance_id=section.instance_id,
+                version_id=section.version_id,
+                body=section.body,
+                kind=section.kind,
+                section_id=section.section_id,
+                is_early=self._in_setup and section.kind == QEMU_VM_SECTION_FULL,
+            )
+        )
+
+    def _unsupported(self, what: str, hint: str | None = None) -> StreamUnsupported:
+        return StreamUnsupported(
+            f"{what} is not taken", position=self.position, section=self._section, hint=hint
+        )

@@ -1,0 +1,103 @@
+"""Everything of the stream that is not RAM: its head and, after the switchover, its tail.
+
+Reference: element order, stream format 1.4; device sections are replayed as they
+came (7.7), only their ids are made unique again.
+"""
+
+from collections.abc import Sequence
+
+from migrationd.codec.constants import (
+    MIG_CMD_OPEN_RETURN_PATH,
+    MIG_CMD_PING,
+    MIG_CMD_SWITCHOVER_START,
+    QEMU_VM_FILE_VERSION,
+    QEMU_VM_SECTION_FULL,
+    QEMU_VM_SECTION_START,
+)
+from migrationd.codec.encode import StreamEncoder, encode_opaque_section
+from migrationd.codec.records import (
+    Command,
+    Configuration,
+    EndOfStream,
+    FileHeader,
+    OpaqueSection,
+    VmDescription,
+)
+from migrationd.guest.device import DeviceState
+from migrationd.guest.parked import ParkedGuest
+from migrationd.migration.dialect import Dialect
+
+EMPTY_VMDESCRIPTION = b"{}"
+"""A destination reads a description after the end; any JSON will do."""
+
+
+def free_section_id(devices: Sequence[DeviceState]) -> int:
+    """Smallest section id that no device of the guest uses."""
+    used = {device.section_id for device in devices}
+    return next(number for number in range(len(used) + 1) if number not in used)
+
+
+def stream_head(
+    guest: ParkedGuest, dialect: Dialect, *, return_path: bool, uuid: bytes | None
+) -> bytes:
+    """File header, configuration, first commands and early device sections.
+
+    Args:
+        guest: The guest to send.
+        dialect: Its wire dialect.
+        return_path: Whether to open the return path.
+        uuid: UUID to send for ``validate-uuid``, 16 bytes, or None.
+    """
+    encode_record = StreamEncoder().encode
+    identity = guest.identity
+    parts = [encode_record(FileHeader(QEMU_VM_FILE_VERSION))]
+    if dialect.send_configuration and identity.machine is not None:
+        parts.append(
+            encode_record(
+                Configuration(
+                    machine=identity.machine,
+                    target_page_bits=identity.target_page_bits,
+                    capabilities=None,
+                    uuid=uuid,
+                )
+            )
+        )
+    if return_path:
+        parts.append(encode_record(Command(MIG_CMD_OPEN_RETURN_PATH, b"")))
+        parts.append(encode_record(Command(MIG_CMD_PING, (1).to_bytes(4, "big"))))
+    parts += [
+        _section(device, dialect)
+        for device in guest.devices
+        if device.is_early or device.kind == QEMU_VM_SECTION_START
+    ]
+    return b"".join(parts)
+
+
+def stream_tail(guest: ParkedGuest, dialect: Dialect, ram_end: bytes) -> bytes:
+    """From the switchover to the last byte: END sections, devices, EOF, VMDESCRIPTION."""
+    encode_record = StreamEncoder().encode
+    parts = []
+    if dialect.send_switchover_start:
+        parts.append(encode_record(Command(MIG_CMD_SWITCHOVER_START, b"")))
+    late = [d for d in guest.devices if not d.is_early and d.kind != QEMU_VM_SECTION_START]
+    parts += [_section(d, dialect) for d in late if d.kind != QEMU_VM_SECTION_FULL]
+    parts.append(ram_end)
+    parts += [_section(d, dialect) for d in late if d.kind == QEMU_VM_SECTION_FULL]
+    parts.append(encode_record(EndOfStream()))
+    if dialect.send_vmdescription:
+        parts.append(encode_record(VmDescription(guest.vmdescription or EMPTY_VMDESCRIPTION)))
+    return b"".join(parts)
+
+
+def _section(device: DeviceState, dialect: Dialect) -> bytes:
+    return encode_opaque_section(
+        OpaqueSection(
+            kind=device.kind,
+            section_id=device.section_id,
+            idstr=device.idstr,
+            instance_id=device.instance_id,
+            version_id=device.version_id,
+            body=device.body,
+            has_footer=dialect.send_section_footers,
+        )
+    )

@@ -1,0 +1,344 @@
+"""The source side: set-up, RAM, switchover, completion. The only place with this order.
+
+    setup           connecting; then the head of the stream and the block list
+    active          RAM goes out
+    pre-switchover  only with pause-before-switchover, until migrate-continue
+    device          device state goes out, then the destination's SHUT 0 is awaited
+    completed       the destination holds the guest
+
+The coroutine here keeps the order; what moves bytes runs in an executor thread of
+this migration, and the return path is a coroutine beside it. A blocked thread ends
+because its channel is shut down.
+
+Reference: QEMU's source; sequences in stream format 6.1-6.3, events in QEMU 11.1's order.
+"""
+
+import asyncio
+import logging
+import threading
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol
+
+from migrationd.clock import Clock
+from migrationd.errors import ChannelError, MigrationCancelled, MigrationdError, MigrationError
+from migrationd.guest.parked import ParkedGuest
+from migrationd.migration.dialect import Dialect
+from migrationd.migration.info import MigrationInfo
+from migrationd.migration.stats import OutgoingStats
+from migrationd.migration.status import Cause, Role, StatusMachine
+from migrationd.outgoing.device_save import free_section_id, stream_head, stream_tail
+from migrationd.outgoing.ram_save import RamSaver
+from migrationd.outgoing.return_path import ReturnPath
+from migrationd.transport.channel import Channel
+from migrationd.transport.rate_limit import RateLimiter
+
+log = logging.getLogger(__name__)
+
+_STATUSES_WITH_RAM = frozenset(("active", "cancelling", "pre-switchover", "device", "completed"))
+
+
+@dataclass(frozen=True, slots=True)
+class OutgoingSettings:
+    """Capabilities and parameters as they were when ``migrate`` was accepted."""
+
+    return_path: bool = False
+    pause_before_switchover: bool = False
+    uuid: bytes | None = None
+    max_bandwidth_bytes_per_s: int = 0
+    downtime_limit_ms: int = 300
+
+
+class Observer(Protocol):
+    """What the daemon wants to know, called on the event loop."""
+
+    def on_status(self, status: str) -> None:
+        """The status changed."""
+
+    def on_pass(self, number: int) -> None:
+        """A pass over the dirty bitmap began."""
+
+    async def before_switchover(self) -> None:
+        """Put on record that the guest is being handed over (before status ``device``).
+
+        Raises:
+            StoreError: It cannot be put on record; the migration fails.
+        """
+
+    async def handed_over(self) -> None:
+        """The destination holds the guest (before status ``completed``)."""
+
+    async def kept(self) -> None:
+        """The guest stays here (before status ``failed`` or ``cancelled``)."""
+
+
+class OutgoingMigration:
+    """One outgoing migration of a held guest.
+
+    Lives on the event loop; :meth:`run` is one task owned by the daemon.
+
+    Args:
+        guest: The guest; only read.
+        dialect: Wire dialect of the guest.
+        settings: Capabilities and parameters.
+        clock: Time.
+        observer: Told of statuses, passes and the points of no return.
+    """
+
+    def __init__(
+        self,
+        guest: ParkedGuest,
+        dialect: Dialect,
+        settings: OutgoingSettings,
+        clock: Clock,
+        observer: Observer,
+    ) -> None:
+        self._guest = guest
+        self._dialect = dialect
+        self._settings = settings
+        self._clock = clock
+        self._observer = observer
+        self._status = StatusMachine(Role.OUTGOING, observer.on_status)
+        self._stats = OutgoingStats(
+            page_size=guest.page_size,
+            total_bytes=sum(block.used_length for block in guest.ram),
+        )
+        self._limiter = RateLimiter(settings.max_bandwidth_bytes_per_s)
+        self._downtime_limit_ms = settings.downtime_limit_ms
+        self._continue = asyncio.Event()
+        self._stop = threading.Event()
+        self._tail_started = threading.Event()
+        self._channel: Channel | None = None
+        self._work: asyncio.Task[None] | None = None
+        self._error: MigrationdError | None = None
+        self._start_s = clock.monotonic_s()
+        self._setup_s: float | None = None
+        self._switchover_s: float | None = None
+        self._end_s: float | None = None
+
+    @property
+    def status(self) -> str:
+        """Outgoing MigrationStatus."""
+        return self._status.status
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it is still in progress, clean-up included."""
+        return self._status.is_running
+
+    @property
+    def error(self) -> MigrationdError | None:
+        """Why it failed."""
+        return self._error
+
+    def begin(self) -> None:
+        """Enter ``setup``."""
+        self._status.advance(Cause.START)
+
+    async def run(self, open_channel: Callable[[], Awaitable[Channel]]) -> None:
+        """Carry the migration to its end; never raises for a failed migration.
+
+        Args:
+            open_channel: Connects to the destination.
+        """
+        self._work = asyncio.create_task(self._migrate(open_channel), name="outgoing")
+        try:
+            await asyncio.wait((self._work,))
+        except asyncio.CancelledError:
+            self.cancel()
+            await asyncio.wait((self._work,))
+        if self._work.cancelled():
+            await self._settle_cancel()
+            return
+        error = self._work.exception()
+        if error is None:
+            return
+        if self._status.status == "cancelling":
+            await self._settle_cancel()
+        elif isinstance(error, MigrationdError):
+            await self._settle_failure(error)
+        else:
+            log.error("internal error in the outgoing migration", exc_info=error)
+            await self._settle_failure(MigrationError(f"internal error: {error!r}"))
+
+    def cancel(self) -> None:
+        """Cancel as ``migrate_cancel`` does: status ``cancelling`` now, the rest follows.
+
+        Does nothing when there is nothing to cancel.
+        """
+        if not self._status.can(Cause.CANCEL):
+            return
+        self._status.advance(Cause.CANCEL)
+        self._interrupt()
+
+    def continue_switchover(self) -> None:
+        """Go on from ``pre-switchover``."""
+        self._continue.set()
+
+    def set_max_bandwidth(self, bytes_per_s: int) -> None:
+        """Change the limit at once; 0 is unlimited."""
+        self._limiter.set_rate(bytes_per_s)
+
+    def set_downtime_limit(self, limit_ms: int) -> None:
+        """Change the limit that the expected downtime starts from."""
+        self._downtime_limit_ms = limit_ms
+
+    def info(self) -> MigrationInfo | None:
+        """The source's part of ``query-migrate``; None before anything happened."""
+        status = self.status
+        if status == "none":
+            return None
+        error_desc = None if self._error is None else str(self._error)
+        if status not in _STATUSES_WITH_RAM:
+            return MigrationInfo(status=status, error_desc=error_desc)
+        completed = status == "completed"
+        now_s = self._end_s if self._end_s is not None else self._clock.monotonic_s()
+        ram = self._stats.snapshot(completed=completed)
+        return MigrationInfo(
+            status=status,
+            error_desc=error_desc,
+            total_time_ms=_ms(now_s - self._start_s),
+            setup_time_ms=_ms((self._setup_s or self._start_s) - self._start_s),
+            downtime_ms=_ms(now_s - (self._switchover_s or now_s)) if completed else None,
+            expected_downtime_ms=None
+            if completed
+            else self._stats.expected_downtime_ms(self._downtime_limit_ms),
+            remaining_bytes=ram.remaining,
+            ram=ram,
+        )
+
+    async def _migrate(self, open_channel: Callable[[], Awaitable[Channel]]) -> None:
+        executor = ThreadPoolExecutor(1, thread_name_prefix="outgoing")
+        try:
+            self._channel = await open_channel()
+            if self._settings.return_path and not self._channel.is_duplex:
+                raise ChannelError(
+                    "this transport has no way back for the return-path capability; turn it off"
+                )
+            await self._stream(self._channel, executor)
+        finally:
+            self._stop.set()
+            if self._channel is not None:
+                self._channel.shutdown()
+            executor.shutdown(wait=True)
+            if self._channel is not None:
+                self._channel.close()
+
+    async def _stream(self, channel: Channel, executor: ThreadPoolExecutor) -> None:
+        if not self._settings.return_path:
+            await self._send(channel, executor)
+            await asyncio.get_running_loop().run_in_executor(executor, channel.finish)
+            await self._complete()
+            return
+        return_path = ReturnPath(channel, self._tail_started.is_set)
+        reader = asyncio.create_task(return_path.run(), name="return path")
+        sender = asyncio.create_task(self._send(channel, executor), name="outgoing stream")
+        try:
+            await asyncio.wait((reader, sender), return_when=asyncio.FIRST_COMPLETED)
+            if reader.done() and reader.exception() is not None:
+                reader.result()
+            try:
+                await sender
+            except ChannelError:
+                # The destination's own word says more than a broken pipe.
+                await asyncio.wait((reader,), timeout=0.2)
+                if reader.done():
+                    reader.result()
+                raise
+            await reader
+            await self._complete()
+        finally:
+            self._stop.set()
+            channel.shutdown()
+            for task in (reader, sender):
+                task.cancel()
+            await asyncio.gather(reader, sender, return_exceptions=True)
+
+    async def _send(self, channel: Channel, executor: ThreadPoolExecutor) -> None:
+        """The stream from its first to its last byte, phase by phase."""
+        loop = asyncio.get_running_loop()
+        saver = RamSaver(
+            channel,
+            list(self._guest.ram),
+            section_id=free_section_id(list(self._guest.devices)),
+            has_footers=self._dialect.send_section_footers,
+            page_size=self._guest.page_size,
+            stats=self._stats,
+            limiter=self._limiter,
+            clock=self._clock,
+            wait=self._wait,
+        )
+        head = stream_head(
+            self._guest,
+            self._dialect,
+            return_path=self._settings.return_path,
+            uuid=self._settings.uuid,
+        )
+        self._stats.dirty_sync_count = 1
+        await loop.run_in_executor(executor, self._write, channel, head + saver.setup_bytes())
+        self._setup_s = self._clock.monotonic_s()
+        self._advance(Cause.STREAM)
+        await loop.run_in_executor(executor, saver.save_all)
+        await self._pause_before_switchover()
+        self._stats.dirty_sync_count += 1
+        self._observer.on_pass(self._stats.dirty_sync_count)
+        self._switchover_s = self._clock.monotonic_s()
+        self._stats.in_switchover = True
+        await self._observer.before_switchover()
+        self._advance(Cause.SWITCHOVER)
+        tail = stream_tail(self._guest, self._dialect, saver.end_bytes())
+        await loop.run_in_executor(executor, self._write_tail, channel, tail)
+
+    async def _pause_before_switchover(self) -> None:
+        if self._settings.pause_before_switchover:
+            self._advance(Cause.PAUSE_BEFORE_SWITCHOVER)
+            await self._continue.wait()
+
+    def _advance(self, cause: Cause) -> None:
+        if self._stop.is_set():
+            raise MigrationCancelled("cancelled")
+        self._status.advance(cause)
+
+    def _write(self, channel: Channel, data: bytes) -> None:
+        channel.send(data)
+        self._stats.sent(len(data))
+
+    def _write_tail(self, channel: Channel, data: bytes) -> None:
+        self._tail_started.set()
+        self._write(channel, data)
+
+    def _wait(self, delay_s: float) -> None:
+        """Wait for the bandwidth limit; runs on the outgoing thread."""
+        if self._stop.wait(delay_s):
+            raise MigrationCancelled("cancelled")
+
+    async def _complete(self) -> None:
+        self._end_s = self._clock.monotonic_s()
+        self._stats.finish(self._end_s - self._start_s)
+        await self._observer.handed_over()
+        self._status.advance(Cause.COMPLETE)
+
+    def _interrupt(self) -> None:
+        self._stop.set()
+        self._continue.set()
+        if self._channel is not None:
+            self._channel.shutdown()
+        elif self._work is not None:
+            self._work.cancel()
+
+    async def _settle_cancel(self) -> None:
+        await self._observer.kept()
+        self._status.advance(Cause.CLEANED_UP)
+        log.info("migration cancelled")
+
+    async def _settle_failure(self, error: MigrationdError) -> None:
+        self._error = error
+        log.error("migration failed: %s", error)
+        self._status.advance(Cause.FAIL)
+        await self._observer.kept()
+        self._status.advance(Cause.CLEANED_UP)
+
+
+def _ms(seconds: float) -> int:
+    return max(0, round(seconds * 1000))

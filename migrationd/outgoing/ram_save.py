@@ -1,0 +1,183 @@
+"""RAM of a guest to a channel: page search, page kinds, rate.
+
+Everything works on arrays of page numbers; a batch of pages goes out as one
+gather write straight from guest memory.
+
+Reference: RAM records, stream format 2.1-2.3. A held guest knows which of its
+pages are zero, so nothing is scanned on the way out.
+"""
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+from migrationd.clock import Clock
+from migrationd.codec.constants import (
+    QEMU_VM_SECTION_END,
+    QEMU_VM_SECTION_PART,
+    QEMU_VM_SECTION_START,
+)
+from migrationd.codec.ram_encode import (
+    encode_block_list,
+    encode_eos,
+    encode_named_header,
+    page_headers,
+    zero_records,
+)
+from migrationd.codec.records import RamBlockEntry
+from migrationd.codec.section import encode_section_footer, encode_section_header
+from migrationd.guest.ram_block import RamBlock
+from migrationd.migration.stats import OutgoingStats
+from migrationd.transport.channel import Channel
+from migrationd.transport.rate_limit import RateLimiter
+
+ZERO_BATCH_PAGES = 16384
+"""ZERO records of one write: 9 bytes each, 144 KiB."""
+
+PART_BYTES = 64 << 20
+"""A PART is closed after about this much, so that a reader sees the rounds go by."""
+
+Pages = npt.NDArray[np.int64]
+
+
+class RamSaver:
+    """The ``ram`` handler of one outgoing migration; used by the outgoing thread only.
+
+    Args:
+        channel: Main channel.
+        blocks: RAM blocks in the order of the block list.
+        section_id: Id of the ``ram`` section.
+        has_footers: Whether sections end with a footer.
+        batch_pages: Pages of one gather write.
+        limiter: Bandwidth limit; shared with the monitor, which may change its rate.
+        wait: Called with seconds to wait for the limit; raises when the migration ends.
+    """
+
+    def __init__(
+        self,
+        channel: Channel,
+        blocks: list[RamBlock],
+        *,
+        section_id: int,
+        has_footers: bool,
+        page_size: int,
+        stats: OutgoingStats,
+        limiter: RateLimiter,
+        clock: Clock,
+        wait: Callable[[float], None],
+        batch_pages: int = 512,
+    ) -> None:
+        self._channel = channel
+        self._blocks = blocks
+        self._section_id = section_id
+        self._footer = encode_section_footer(section_id) if has_footers else b""
+        self._page_size = page_size
+        self._stats = stats
+        self._limiter = limiter
+        self._clock = clock
+        self._wait = wait
+        self._batch_pages = batch_pages
+        self._named_block: RamBlock | None = None
+        self._part_bytes = 0
+
+    def setup_bytes(self) -> bytes:
+        """START with the block list."""
+        return (
+            encode_section_header(QEMU_VM_SECTION_START, self._section_id, "ram", 0, 4)
+            + encode_block_list(
+                tuple(RamBlockEntry(block.idstr, block.used_length) for block in self._blocks)
+            )
+            + encode_eos()
+            + self._footer
+        )
+
+    def end_bytes(self) -> bytes:
+        """END; all pages went out in PARTs, for a held guest dirties none."""
+        return (
+            encode_section_header(QEMU_VM_SECTION_END, self._section_id)
+            + encode_eos()
+            + self._footer
+        )
+
+    def save_all(self) -> None:
+        """Send every page of every block once, in PARTs.
+
+        Raises:
+            ChannelClosed: The peer went away, or the channel was shut down.
+        """
+        prefix = self._part_header()
+        for block in self._blocks:
+            for pages, is_zero in self._batches(block):
+                if self._part_bytes >= PART_BYTES:
+                    prefix += self._part_end() + self._part_header()
+                self._send_batch(block, pages, is_zero, prefix)
+                prefix = b""
+        self._send(prefix + self._part_end())
+
+    def _part_header(self) -> bytes:
+        self._part_bytes = 0
+        return encode_section_header(QEMU_VM_SECTION_PART, self._section_id)
+
+    def _part_end(self) -> bytes:
+        return encode_eos() + self._footer
+
+    def _batches(self, block: RamBlock) -> Iterator[tuple[Pages, bool]]:
+        """Page numbers of a block, zero pages first, in batches."""
+        zero = np.flatnonzero(~block.present)
+        for start in range(0, len(zero), ZERO_BATCH_PAGES):
+            yield zero[start : start + ZERO_BATCH_PAGES], True
+        normal = np.flatnonzero(block.present)
+        start = 0
+        while start < len(normal):
+            count = self._allowed_pages()
+            yield normal[start : start + count], False
+            start += count
+
+    def _allowed_pages(self) -> int:
+        """Pages of the next write: a whole batch, or what the rate's window can take."""
+        window_bytes = self._limiter.window_bytes
+        if window_bytes is None:
+            return self._batch_pages
+        return max(1, min(self._batch_pages, window_bytes // (self._page_size + 8)))
+
+    def _send_batch(self, block: RamBlock, pages: Pages, is_zero: bool, prefix: bytes) -> None:
+        self._throttle()
+        named = 0
+        if block is not self._named_block:
+            prefix += self._name_block(block, int(pages[0]), is_zero)
+            self._named_block = block
+            named = 1
+        if is_zero:
+            records = zero_records(pages[named:], self._page_size)
+            self._send(prefix + records.tobytes(), duplicate=len(pages))
+            return
+        if named:
+            # The named record's content follows its header at once.
+            prefix += block.page(int(pages[0])).tobytes()
+        size = self._channel.send_pages(
+            prefix,
+            page_headers(pages[named:], self._page_size),
+            block.memory.view,
+            pages[named:],
+            self._page_size,
+        )
+        self._account(size, normal=len(pages))
+
+    def _name_block(self, block: RamBlock, page: int, is_zero: bool) -> bytes:
+        header = encode_named_header(page, self._page_size, block.idstr, is_zero=is_zero)
+        return header + (b"\0" if is_zero else b"")
+
+    def _throttle(self) -> None:
+        while (delay_s := self._limiter.delay_s(self._clock.monotonic_s())) > 0:
+            self._wait(delay_s)
+
+    def _send(self, data: bytes, *, duplicate: int = 0) -> None:
+        self._channel.send(data)
+        self._account(len(data), duplicate=duplicate)
+
+    def _account(self, byte_count: int, *, normal: int = 0, duplicate: int = 0) -> None:
+        self._part_bytes += byte_count
+        self._limiter.charge(byte_count)
+        self._stats.sent(byte_count, normal=normal, duplicate=duplicate)
+        self._stats.measure(self._clock.monotonic_s())
