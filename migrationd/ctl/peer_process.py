@@ -153,7 +153,7 @@ class PeerProcess:
         """Execute a QMP command and return its value.
 
         Raises:
-            qemu.qmp.ExecuteError: The command was refused; ``error.desc`` says why.
+            qemu.qmp.ExecuteError: The command was refused; its text says why.
         """
         return await self.qmp.execute(command, arguments)
 
@@ -289,6 +289,12 @@ class PeerProcess:
             if asyncio.get_running_loop().time() > deadline:
                 raise PeerError(f"{self.name} does not say where it listens: {info}")
             await asyncio.sleep(_POLL_S)
+
+    async def quit(self, timeout_s: float = DEFAULT_TIMEOUT_S) -> int:
+        """Ask the process to end (QMP ``quit``) and return its exit status."""
+        with contextlib.suppress(QMPError, EOFError, OSError):
+            await self.execute("quit")
+        return await self.wait_exit(timeout_s)
 
     async def kill(self) -> None:
         """Kill the process as ``kill -9`` does, and wait."""

@@ -1,0 +1,208 @@
+"""``migrationctl``: see, start, stop and follow migrations from a terminal.
+
+All but ``demo`` speak QMP to ``--socket`` and work with migrationd and with QEMU alike.
+Exit status: 0 when done, 1 when it failed, 2 for a usage error, 130 after Ctrl-C.
+"""
+
+import asyncio
+import sys
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import typer
+from rich.console import Console
+
+from migrationd import __version__
+from migrationd.ctl.client import ClientError, Monitor, connected, parse_size
+from migrationd.ctl.progress import Progress, progress_line
+from migrationd.ctl.status import read_status, show_status
+from migrationd.ctl.watch import follow, make_display
+from migrationd.errors import MigrationdError
+
+app = typer.Typer(
+    name="migrationctl",
+    help="See, start, stop and follow migrations of migrationd and QEMU.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+console = Console()
+
+_CANCEL_TIMEOUT_S = 30.0
+
+T = TypeVar("T")
+Info = dict[str, object]
+
+
+def main() -> None:
+    """Run the command line; errors are one line on standard error."""
+    try:
+        app()
+    except MigrationdError as error:
+        Console(stderr=True, soft_wrap=True).print(f"migrationctl: {error}", markup=False)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        console.print(f"migrationctl {__version__}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    context: typer.Context,
+    socket: Annotated[
+        str | None,
+        typer.Option(
+            "--socket",
+            "-s",
+            metavar="SOCKET",
+            envvar="MIGRATIONCTL_SOCKET",
+            help="QMP monitor: path of a UNIX socket, or HOST:PORT",
+        ),
+    ] = None,
+    _version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="print the version"),
+    ] = False,
+) -> None:
+    """Options before the command."""
+    context.obj = socket
+
+
+def _with_monitor(
+    context: typer.Context, action: Callable[[Monitor], Coroutine[object, object, T]]
+) -> T:
+    address = context.obj
+    if not isinstance(address, str) or not address:
+        raise typer.BadParameter("say which monitor with -s SOCKET", param_hint="--socket")
+
+    async def run() -> T:
+        async with connected(address) as monitor:
+            return await action(monitor)
+
+    return asyncio.run(run())
+
+
+def _exit_as(progress: Progress, wanted: str = "completed") -> None:
+    if progress.status != wanted:
+        raise typer.Exit(1)
+
+
+@app.command()
+def status(context: typer.Context) -> None:
+    """Show the guest, the migration and what is switched on."""
+    show_status(_with_monitor(context, read_status), console)
+
+
+@app.command()
+def watch(context: typer.Context) -> None:
+    """Follow the migration until it ends."""
+
+    async def action(monitor: Monitor) -> Progress:
+        with make_display(console) as display:
+            return await follow(monitor.query_migrate, display)
+
+    _exit_as(_with_monitor(context, action))
+
+
+@app.command()
+def migrate(
+    context: typer.Context,
+    uri: Annotated[str, typer.Argument(help="where to: tcp:HOST:PORT, unix:PATH, file:PATH, …")],
+    capability: Annotated[
+        list[str] | None,
+        typer.Option("--capability", "-c", help="switch a capability on, or off with NAME=off"),
+    ] = None,
+    max_bandwidth: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="per second, 64M for example; 0: no limit")
+    ] = None,
+    detach: Annotated[bool, typer.Option("--detach", "-d", help="do not follow it")] = False,
+) -> None:
+    """Send the guest and follow it until it has arrived."""
+    parameters = {}
+    if max_bandwidth is not None:
+        parameters["max-bandwidth"] = parse_size(max_bandwidth)
+    states = [_capability_state(text) for text in capability or ()]
+
+    async def action(monitor: Monitor) -> Progress | None:
+        if states:
+            await monitor.execute("migrate-set-capabilities", {"capabilities": states})
+        if parameters:
+            await monitor.execute("migrate-set-parameters", parameters)
+        await monitor.execute("migrate", {"uri": uri})
+        if detach:
+            return None
+        with make_display(console) as display:
+            return await follow(monitor.query_migrate, display, ends_when_waiting=True)
+
+    progress = _with_monitor(context, action)
+    if progress is not None:
+        _report_error(progress)
+        _exit_as(progress)
+
+
+def _report_error(progress: Progress) -> None:
+    if progress.error and console.is_terminal:
+        console.print(progress_line(progress), markup=False, highlight=False, soft_wrap=True)
+
+
+def _capability_state(text: str) -> dict[str, object]:
+    name, _, value = text.partition("=")
+    if value not in ("", "on", "off"):
+        raise typer.BadParameter(f"'{text}' is not NAME, NAME=on or NAME=off")
+    return {"capability": name, "state": value != "off"}
+
+
+@app.command()
+def cancel(context: typer.Context) -> None:
+    """Cancel the migration and wait until it has ended."""
+
+    async def action(monitor: Monitor) -> Progress:
+        await monitor.execute("migrate_cancel")
+        try:
+            with make_display(console) as display:
+                return await asyncio.wait_for(
+                    follow(_none_means_cancelled(monitor), display), _CANCEL_TIMEOUT_S
+                )
+        except TimeoutError:
+            raise ClientError(f"not cancelled within {_CANCEL_TIMEOUT_S:.0f} s") from None
+
+    _exit_as(_with_monitor(context, action), "cancelled")
+
+
+def _none_means_cancelled(monitor: Monitor) -> Callable[[], Coroutine[object, object, Info]]:
+    # Where nothing was under way there is nothing to wait for.
+    async def query() -> Info:
+        info = await monitor.query_migrate()
+        return {**info, "status": "cancelled"} if "status" not in info else info
+
+    return query
+
+
+@app.command()
+def demo(
+    machine: Annotated[str, typer.Option(help="machine type: pc or q35, or one with a version")] = (
+        "pc"
+    ),
+    qemu: Annotated[Path | None, typer.Option(help="QEMU to use for both ends")] = None,
+    bandwidth: Annotated[
+        str, typer.Option(metavar="SIZE", help="limit per second, to see it move; 0: full speed")
+    ] = "96M",
+    fill: Annotated[str, typer.Option(metavar="SIZE", help="random bytes in the guest")] = "192M",
+) -> None:
+    """Move a running guest QEMU → migrationd → QEMU and prove that nothing is lost."""
+    from migrationd.ctl.demo import DemoPlan, run_demo
+
+    plan = DemoPlan(
+        machine=machine,
+        binary=str(qemu) if qemu else None,
+        bandwidth_bytes_per_s=parse_size(bandwidth),
+        fill_bytes=parse_size(fill),
+    )
+    asyncio.run(run_demo(plan, console))

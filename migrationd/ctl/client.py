@@ -1,0 +1,112 @@
+"""A QMP connection for one command of ``migrationctl``, to migrationd or to QEMU."""
+
+import asyncio
+import contextlib
+import logging
+import os
+import re
+from collections.abc import AsyncIterator, Mapping
+
+from qemu.qmp import ExecuteError, QMPClient, QMPError
+
+from migrationd.errors import MigrationdError
+
+CONNECT_TIMEOUT_S = 5.0
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kKmMgGtT]?)(?:i?[bB])?")
+_FACTORS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+
+
+class ClientError(MigrationdError):
+    """What a person is told when a monitor cannot be used."""
+
+
+class Monitor:
+    """A connected monitor."""
+
+    def __init__(self, client: QMPClient, address: str) -> None:
+        self._client = client
+        self._address = address
+
+    async def execute(self, command: str, arguments: Mapping[str, object] | None = None) -> object:
+        """Execute one command and return its value.
+
+        Raises:
+            ClientError: The command was refused, or the connection ended.
+        """
+        try:
+            return await self._client.execute(command, arguments)
+        except ExecuteError as error:
+            raise ClientError(str(error)) from error
+        except (QMPError, EOFError, OSError) as error:
+            raise ClientError(f"{self._address}: the connection ended") from error
+
+    async def query(self, command: str) -> dict[str, object]:
+        """Execute a command that returns an object."""
+        value = await self.execute(command)
+        return value if isinstance(value, dict) else {}
+
+    async def query_migrate(self) -> dict[str, object]:
+        """Return ``query-migrate``'s object."""
+        return await self.query("query-migrate")
+
+
+@contextlib.asynccontextmanager
+async def connected(address: str, timeout_s: float = CONNECT_TIMEOUT_S) -> AsyncIterator[Monitor]:
+    """Connect to a monitor for the length of a block.
+
+    Args:
+        address: Path of a UNIX socket (``unix:PATH`` as well), or ``HOST:PORT``
+            (``tcp:HOST:PORT`` as well).
+        timeout_s: How long connecting and negotiating may take.
+
+    Raises:
+        ClientError: Nobody answers there, or not in QMP.
+    """
+    client = QMPClient("migrationctl")
+    client.logger.setLevel(logging.CRITICAL)
+    try:
+        await asyncio.wait_for(client.connect(parse_address(address)), timeout_s)
+    except TimeoutError:
+        raise ClientError(
+            f"{address}: no QMP greeting within {timeout_s:.0f} s; "
+            "a monitor serves one client at a time: is another one connected?"
+        ) from None
+    except QMPError as error:
+        cause = getattr(error, "exc", None)
+        errno = cause.errno if isinstance(cause, OSError) else None
+        reason = os.strerror(errno) if errno else str(error)
+        raise ClientError(f"cannot connect to {address}: {reason}") from error
+    try:
+        yield Monitor(client, address)
+    finally:
+        with contextlib.suppress(QMPError, EOFError, OSError):
+            await client.disconnect()
+
+
+def parse_address(text: str) -> str | tuple[str, int]:
+    """Tell a socket's path from a host and port.
+
+    Raises:
+        ClientError: A ``tcp:`` address without a port.
+    """
+    if text.startswith("unix:"):
+        return text.removeprefix("unix:")
+    found = re.fullmatch(r"(?:tcp:)?(\[[^]]+]|[^:/\[\]]+):(\d{1,5})", text)
+    if found is not None:
+        return found[1].strip("[]"), int(found[2])
+    if text.startswith("tcp:"):
+        raise ClientError(f"'{text}' is not tcp:HOST:PORT")
+    return text
+
+
+def parse_size(text: str) -> int:
+    """Read a size such as ``64M``, ``1.5G`` or ``1000``, in bytes.
+
+    Raises:
+        ClientError: It is none.
+    """
+    found = _SIZE.fullmatch(text.strip())
+    if found is None:
+        raise ClientError(f"'{text}' is not a size: write for example 64M or 1.5G")
+    return int(float(found[1]) * _FACTORS[found[2].lower()])
