@@ -15,20 +15,28 @@ class ReadBuffer:
     Args:
         capacity: Initial size; grows up to ``limit`` when one element needs more.
         limit: Most bytes that one element may need at once.
+        position: Stream position of the first byte.
+
+    Attributes:
+        data: The storage; what is not decoded is ``data[start:end]``.
+        start: Index of the cursor.
+        end: Index behind the last byte that arrived.
+        is_ended: Whether no more input comes.
     """
 
-    def __init__(self, capacity: int, limit: int) -> None:
-        self._limit = max(limit, capacity)
-        self.data = bytearray(capacity)
+    def __init__(self, capacity: int, limit: int, position: int = 0) -> None:
+        self._capacity = max(capacity, 2 * MINIMUM_FREE_BYTES)
+        self._limit = max(limit, self._capacity)
+        self.data = bytearray(self._capacity)
         self.start = 0
         self.end = 0
-        self.base = 0
         self.is_ended = False
+        self._base = position
 
     @property
     def position(self) -> int:
         """Stream position of the next undecoded byte."""
-        return self.base + self.start
+        return self._base + self.start
 
     def __len__(self) -> int:
         return self.end - self.start
@@ -40,8 +48,10 @@ class ReadBuffer:
             StreamLimit: If one element would exceed the limit.
         """
         if self.start == self.end:
-            self.base += self.start
+            self._base += self.start
             self.start = self.end = 0
+            if len(self.data) > self._capacity:
+                self.data = bytearray(self._capacity)
         elif len(self.data) - self.end < MINIMUM_FREE_BYTES:
             self._compact()
         return memoryview(self.data)[self.end :]
@@ -51,7 +61,11 @@ class ReadBuffer:
         self.end += count
 
     def feed(self, data: bytes | memoryview) -> None:
-        """Append a copy of ``data``."""
+        """Append a copy of ``data``.
+
+        Raises:
+            StreamLimit: If one element would exceed the limit.
+        """
         view = memoryview(data)
         while view:
             free = self.free_view()
@@ -94,17 +108,16 @@ class ReadBuffer:
 
     def _compact(self) -> None:
         pending = self.end - self.start
-        size = len(self.data)
-        if pending + MINIMUM_FREE_BYTES > size:
+        if pending + MINIMUM_FREE_BYTES > len(self.data):
             if pending >= self._limit:
                 raise StreamLimit(
                     f"an element of more than {self._limit} bytes", position=self.position
                 )
-            data = bytearray(min(max(2 * size, pending + MINIMUM_FREE_BYTES), 2 * self._limit))
+            data = bytearray(max(2 * len(self.data), pending + MINIMUM_FREE_BYTES))
         else:
             data = self.data
         memoryview(data)[:pending] = memoryview(self.data)[self.start : self.end]
         self.data = data
-        self.base += self.start
+        self._base += self.start
         self.start = 0
         self.end = pending

@@ -70,7 +70,7 @@ class StreamEncoder:
             case Command():
                 return encode_command(record)
             case Package():
-                return record.body
+                return b"".join(map(self.encode, record.records))
             case SectionHeader():
                 return encode_section_header(
                     record.kind,

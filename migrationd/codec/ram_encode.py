@@ -17,9 +17,7 @@ from migrationd.codec.header import encode_cstr8
 from migrationd.codec.records import RamBlockEntry
 
 
-def page_headers(
-    pages: npt.NDArray[np.int64], page_size: int
-) -> npt.NDArray[np.uint8]:
+def page_headers(pages: npt.NDArray[np.int64], page_size: int) -> npt.NDArray[np.uint8]:
     """Words of PAGE|CONTINUE records.
 
     Args:

@@ -46,13 +46,6 @@ class Command:
 
 
 @dataclass(frozen=True, slots=True)
-class Package:
-    """The nested stream that follows a PACKAGED command, as it came."""
-
-    body: bytes
-
-
-@dataclass(frozen=True, slots=True)
 class SectionHeader:
     """Head of a section whose body is decoded (``ram``).
 
@@ -214,11 +207,10 @@ RamRecord = (
     | RamEos
 )
 
-Record = (
+StreamRecord = (
     FileHeader
     | Configuration
     | Command
-    | Package
     | SectionHeader
     | SectionFooter
     | OpaqueSection
@@ -226,3 +218,17 @@ Record = (
     | EndOfStream
     | VmDescription
 )
+
+
+@dataclass(frozen=True, slots=True)
+class Package:
+    """The nested stream that follows a PACKAGED command.
+
+    Attributes:
+        records: Its commands and device sections, in order.
+    """
+
+    records: tuple[StreamRecord, ...]
+
+
+Record = StreamRecord | Package

@@ -23,6 +23,7 @@ from migrationd.codec.constants import (
 from migrationd.codec.header import encode_cstr8
 from migrationd.errors import StreamCorrupt
 
+
 @dataclass(frozen=True, slots=True)
 class Shut:
     """The last message: 0 after success."""
@@ -84,11 +85,11 @@ def encode_return_path(message: ReturnPathMessage) -> bytes:
             return _frame(MIG_RP_MSG_SHUT, value.to_bytes(4, "big"))
         case Pong(value):
             return _frame(MIG_RP_MSG_PONG, value.to_bytes(4, "big"))
-        case RequestPages(start, length, None):
-            return _frame(MIG_RP_MSG_REQ_PAGES, start.to_bytes(8, "big") + length.to_bytes(4, "big"))
         case RequestPages(start, length, idstr):
-            payload = start.to_bytes(8, "big") + length.to_bytes(4, "big") + encode_cstr8(idstr)
-            return _frame(MIG_RP_MSG_REQ_PAGES_ID, payload)
+            payload = start.to_bytes(8, "big") + length.to_bytes(4, "big")
+            if idstr is None:
+                return _frame(MIG_RP_MSG_REQ_PAGES, payload)
+            return _frame(MIG_RP_MSG_REQ_PAGES_ID, payload + encode_cstr8(idstr))
         case RecvBitmap(idstr, bitmap):
             return (
                 _frame(MIG_RP_MSG_RECV_BITMAP, encode_cstr8(idstr))

@@ -29,8 +29,10 @@ class SectionTable:
     def __init__(self) -> None:
         self._headers: dict[int, SectionHeader] = {}
 
-    def __contains__(self, section_id: int) -> bool:
-        return section_id in self._headers
+    def is_live(self, section_id: int) -> bool:
+        """Whether PART and END sections of this id may come."""
+        header = self._headers.get(section_id)
+        return header is not None and header.kind == QEMU_VM_SECTION_START
 
     def decode_header(self, buffer: ReadBuffer) -> tuple[SectionHeader, int]:
         """Decode the header at the cursor, which stays where it is.
@@ -46,14 +48,12 @@ class SectionTable:
         section_id = buffer.uint(4, 1)
         if kind in (QEMU_VM_SECTION_PART, QEMU_VM_SECTION_END):
             known = self._headers.get(section_id)
-            if known is None:
+            if known is None or known.kind != QEMU_VM_SECTION_START:
                 raise StreamCorrupt(
                     f"section id {section_id} was never started", position=buffer.position
                 )
             return (
-                SectionHeader(
-                    kind, section_id, known.idstr, known.instance_id, known.version_id
-                ),
+                SectionHeader(kind, section_id, known.idstr, known.instance_id, known.version_id),
                 5,
             )
         length = buffer.uint(1, 5)

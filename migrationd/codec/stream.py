@@ -6,6 +6,7 @@ has not checked, and each error names the stream position.
 Reference: stream format 1, 2, 4 and 7.6.
 """
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -14,6 +15,7 @@ from migrationd.codec.buffer import NeedData, ReadBuffer
 from migrationd.codec.command import decode_command
 from migrationd.codec.constants import (
     MIG_CMD_PACKAGED,
+    MIG_CMD_POSTCOPY_ADVISE,
     QEMU_VM_COMMAND,
     QEMU_VM_CONFIGURATION,
     QEMU_VM_EOF,
@@ -24,14 +26,15 @@ from migrationd.codec.constants import (
     RAM_SECTION_VERSION,
     TARGET_PAGE_BITS_DEFAULT,
 )
-from migrationd.codec.framing import FooterFramer, frame_by_description
 from migrationd.codec.header import decode_configuration, decode_file_header
+from migrationd.codec.opaque import OpaqueReader
+from migrationd.codec.package import decode_package
 from migrationd.codec.ram import RamDecoder
 from migrationd.codec.records import (
+    Command,
     Configuration,
     EndOfStream,
     OpaqueSection,
-    Package,
     RamBlockEntry,
     RamEos,
     Record,
@@ -40,8 +43,13 @@ from migrationd.codec.records import (
     VmDescription,
 )
 from migrationd.codec.section import SectionTable
-from migrationd.codec.vmdescription import device_sizes
-from migrationd.errors import StreamCorrupt, StreamLimit, StreamTruncated, StreamUnsupported
+from migrationd.errors import (
+    StreamCorrupt,
+    StreamError,
+    StreamLimit,
+    StreamTruncated,
+    StreamUnsupported,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +59,7 @@ class StreamLimits:
     Attributes:
         ram_bytes: Sum of all RAM blocks; None for no limit.
         ram_blocks: Number of RAM blocks.
-        section_bytes: Body of one opaque section.
+        section_bytes: Body of one opaque section, and all device sections that come in a row.
         package_bytes: One PACKAGED stream.
         description_bytes: VMDESCRIPTION.
     """
@@ -80,51 +88,51 @@ class StreamDecoder:
 
     Args:
         limits: What the peer may ask for.
+        page_size: Target page size in bytes, where CONFIGURATION does not tell it.
         buffer_bytes: Size of the input buffer; small enough to stay in a core's cache.
     """
 
     def __init__(
-        self, limits: StreamLimits | None = None, *, buffer_bytes: int = 512 << 10
+        self,
+        limits: StreamLimits | None = None,
+        *,
+        page_size: int = 1 << TARGET_PAGE_BITS_DEFAULT,
+        buffer_bytes: int = 512 << 10,
     ) -> None:
-        self._limits = limits or StreamLimits()
-        largest = max(
-            self._limits.section_bytes, self._limits.package_bytes, self._limits.description_bytes
+        self._limits = limits = limits or StreamLimits()
+        largest = (
+            max(limits.section_bytes, limits.package_bytes) + limits.description_bytes + (1 << 20)
         )
-        self._buffer = ReadBuffer(buffer_bytes, largest + (64 << 10))
+        self._buffer = ReadBuffer(buffer_bytes, largest)
+        self._page_size = page_size
         self._state = _State.HEADER
         self._table = SectionTable()
+        self._opaque_reader = OpaqueReader(
+            self._buffer,
+            self._table,
+            section_limit=limits.section_bytes,
+            description_limit=limits.description_bytes,
+        )
         self._ram: RamDecoder | None = None
         self._configuration: Configuration | None = None
+        self._ready: deque[Record] = deque()
         self._section: SectionHeader | None = None
-        self._framer: FooterFramer | None = None
-        self._opaque_header_bytes = 0
-        self._sizes: list[tuple[str, int, int]] | None = None
         self._has_footers: bool | None = None
-        self._devices: list[tuple[str, int, int]] = []
         self._package_bytes = 0
+        self._is_postcopy = False
         self._quiet = False
-        self._steps: dict[_State, Callable[[], Record | None]] = {
-            _State.HEADER: self._header,
-            _State.CONFIGURATION: self._configure,
-            _State.ELEMENT: self._element,
-            _State.OPAQUE: self._opaque,
-            _State.RAM_BODY: self._ram_body,
-            _State.RAM_FOOTER: self._ram_footer,
-            _State.PACKAGE: self._package,
-            _State.DESCRIPTION: self._description,
-        }
+        self._error: StreamError | None = None
+        self._end_position: int | None = None
 
     @property
     def position(self) -> int:
-        """Stream position of the next undecoded byte."""
-        return self._buffer.position
+        """Stream position of the next undecoded byte; of the stream's end when finished."""
+        return self._buffer.position if self._end_position is None else self._end_position
 
     @property
     def page_size(self) -> int:
         """Target page size in bytes."""
-        configuration = self._configuration
-        bits = configuration.target_page_bits if configuration else None
-        return 1 << (bits or TARGET_PAGE_BITS_DEFAULT)
+        return self._page_size
 
     @property
     def blocks(self) -> tuple[RamBlockEntry, ...]:
@@ -139,10 +147,20 @@ class StreamDecoder:
     @property
     def finished(self) -> bool:
         """Whether the stream is complete, its optional description included."""
-        return self._state is _State.FINISHED
+        return self._state is _State.FINISHED and not self._ready
+
+    @property
+    def awaits_only_description(self) -> bool:
+        """Whether all but the optional VMDESCRIPTION is here: silence may be the end."""
+        return self._state is _State.DESCRIPTION and not len(self._buffer)
 
     def receive_view(self) -> memoryview:
-        """Space for the next bytes; invalidates arrays of earlier records."""
+        """Space for the next bytes, at least 64 KiB; invalidates arrays of earlier records.
+
+        Raises:
+            StreamLimit: One element is larger than all limits allow.
+        """
+        self._drop_rest()
         return self._buffer.free_view()
 
     def received(self, count: int) -> None:
@@ -151,7 +169,12 @@ class StreamDecoder:
         self._buffer.added(count)
 
     def feed(self, data: bytes | memoryview) -> None:
-        """Append a copy of ``data``."""
+        """Append a copy of ``data``; invalidates arrays of earlier records.
+
+        Raises:
+            StreamLimit: One element is larger than all limits allow.
+        """
+        self._drop_rest()
         self._quiet = False
         self._buffer.feed(data)
 
@@ -162,8 +185,8 @@ class StreamDecoder:
     def idle(self) -> None:
         """Say that nothing came for a while.
 
-        Only an EOF byte with nothing behind it is judged by this: the machine types that
-        suppress the VMDESCRIPTION end so.
+        An EOF byte with nothing behind it then is the end: machine types that suppress the
+        VMDESCRIPTION end so. A device section whose end was not found is looked at again.
         """
         self._quiet = True
 
@@ -174,22 +197,30 @@ class StreamDecoder:
             The record, or None when more input is needed or the stream is finished.
 
         Raises:
-            StreamError: With position, section and block.
+            StreamError: With position, section and block; the same one from then on.
         """
-        while self._state is not _State.FINISHED:
-            try:
-                record_or_none = self._steps[self._state]()
-            except NeedData:
-                if not self._buffer.is_ended:
+        if self._error is not None:
+            raise self._error
+        try:
+            while not self._ready:
+                if self._state is _State.FINISHED:
                     return None
-                raise StreamTruncated(
-                    "the input ended before the end of the stream",
-                    position=self.position + len(self._buffer),
-                    section=self.section,
-                ) from None
-            if record_or_none is not None:
-                return record_or_none
-        return None
+                record = _STEPS[self._state](self)
+                if record is not None:
+                    return record
+        except NeedData:
+            if not self._buffer.is_ended:
+                return None
+            self._error = StreamTruncated(
+                "the input ended before the end of the stream",
+                position=self.position + len(self._buffer),
+                section=self.section,
+            )
+            raise self._error from None
+        except StreamError as error:
+            self._error = error
+            raise
+        return self._ready.popleft()
 
     def _header(self) -> Record:
         record = decode_file_header(self._buffer)
@@ -200,30 +231,48 @@ class StreamDecoder:
         if self._buffer.uint(1) != QEMU_VM_CONFIGURATION:
             self._state = _State.ELEMENT
             return None
-        self._configuration = decode_configuration(self._buffer)
+        self._configuration = configuration = decode_configuration(self._buffer)
+        if configuration.target_page_bits is not None:
+            self._page_size = 1 << configuration.target_page_bits
         self._state = _State.ELEMENT
-        return self._configuration
+        return configuration
 
     def _element(self) -> Record | None:
         buffer = self._buffer
         kind = buffer.uint(1)
-        if kind == QEMU_VM_COMMAND:
-            command = decode_command(buffer)
-            if command.number == MIG_CMD_PACKAGED:
-                self._package_bytes = int.from_bytes(command.payload, "big")
-                if self._package_bytes > self._limits.package_bytes:
-                    raise StreamLimit(
-                        f"a package of {self._package_bytes} bytes", position=self.position
-                    )
-                self._state = _State.PACKAGE
-            return command
         if kind == QEMU_VM_EOF:
             buffer.skip(1)
             self._state = _State.DESCRIPTION
-            return EndOfStream()
+            return None
+        if kind != QEMU_VM_SECTION_FULL:
+            self._ready += self._opaque_reader.release()
+        if kind == QEMU_VM_COMMAND:
+            self._ready.append(self._command())
+            return None
         if QEMU_VM_SECTION_START <= kind <= QEMU_VM_SECTION_FULL:
             return self._begin_section()
         raise StreamCorrupt(f"unknown element type {kind:#04x}", position=self.position)
+
+    def _command(self) -> Command:
+        position = self.position
+        command = decode_command(self._buffer)
+        if command.number == MIG_CMD_POSTCOPY_ADVISE and command.payload:
+            backing = int.from_bytes(command.payload[:8], "big")
+            if backing & (backing - 1):
+                raise StreamUnsupported(
+                    f"RAM blocks with different page sizes ({backing:#x})", position=position
+                )
+        if command.number == MIG_CMD_PACKAGED:
+            self._package_bytes = int.from_bytes(command.payload, "big")
+            if self._package_bytes > self._limits.package_bytes:
+                raise StreamLimit(
+                    f"a package of {self._package_bytes} bytes, the limit is "
+                    f"{self._limits.package_bytes}",
+                    position=position,
+                )
+            self._is_postcopy = True
+            self._state = _State.PACKAGE
+        return command
 
     def _begin_section(self) -> Record | None:
         header, size = self._table.decode_header(self._buffer)
@@ -233,11 +282,9 @@ class StreamDecoder:
             self._begin_ram(header)
             self._buffer.skip(size)
             self._state = _State.RAM_BODY
-            return header
-        self._opaque_header_bytes = size
-        self._framer = FooterFramer(
-            header.section_id, header.idstr, size, self._limits.section_bytes
-        )
+            self._ready.append(header)
+            return None
+        self._opaque_reader.begin(header, size)
         self._state = _State.OPAQUE
         return None
 
@@ -254,13 +301,6 @@ class StreamDecoder:
             raise StreamCorrupt("duplicate section", position=self.position, section="ram")
         configuration = self._configuration
         capabilities = (configuration.capabilities if configuration else None) or ()
-        self._ram = RamDecoder(
-            self.page_size,
-            ram_limit_bytes=self._limits.ram_bytes,
-            block_limit=self._limits.ram_blocks,
-            has_addresses="x-ignore-shared" in capabilities,
-            has_mapped_ram="mapped-ram" in capabilities,
-        )
         if "mapped-ram" in capabilities:
             raise StreamUnsupported(
                 "a mapped-ram file is no stream",
@@ -268,6 +308,12 @@ class StreamDecoder:
                 section="ram",
                 hint="open it as a file at rest",
             )
+        self._ram = RamDecoder(
+            self._page_size,
+            ram_limit_bytes=self._limits.ram_bytes,
+            block_limit=self._limits.ram_blocks,
+            has_addresses="x-ignore-shared" in capabilities,
+        )
 
     def _ram_body(self) -> Record:
         assert self._ram is not None
@@ -298,109 +344,65 @@ class StreamDecoder:
         self._state = _State.ELEMENT
         return SectionFooter(section.section_id) if self._has_footers else None
 
-    def _opaque(self) -> Record:
-        header, framer = self._section, self._framer
-        assert header is not None and framer is not None
-        if self._has_footers is False:
-            length = self._length_by_description(header)
-        else:
-            length = framer.body_length(self._buffer, self._table, quiet=self._quiet)
-        body = self._buffer.peek(length, self._opaque_header_bytes)
-        has_footer = self._has_footers is not False
-        self._buffer.skip(self._opaque_header_bytes + length + (5 if has_footer else 0))
-        if header.kind == QEMU_VM_SECTION_FULL:
-            self._devices.append((header.idstr, header.instance_id, length))
-        self._section = self._framer = None
-        self._state = _State.ELEMENT
-        return OpaqueSection(
-            header.kind,
-            header.section_id,
-            header.idstr,
-            header.instance_id,
-            header.version_id,
-            body,
-            has_footer,
+    def _opaque(self) -> Record | None:
+        section = self._opaque_reader.read(
+            has_footers=self._has_footers is not False, quiet=self._quiet
         )
-
-    def _length_by_description(self, header: SectionHeader) -> int:
-        if header.kind != QEMU_VM_SECTION_FULL:
-            raise StreamUnsupported(
-                "a live section without footers cannot be framed",
-                position=self.position,
-                section=header.idstr,
-            )
-        if self._sizes is None:
-            if len(self._buffer) > self._limits.section_bytes:
-                raise StreamLimit(
-                    f"device sections of more than {self._limits.section_bytes} bytes",
-                    position=self.position,
-                )
-            if not (self._buffer.is_ended or self._quiet):
-                raise NeedData
-            try:
-                self._sizes, _ = frame_by_description(
-                    self._buffer, self._limits.description_bytes
-                )
-            except NeedData:
-                if not self._buffer.is_ended:
-                    raise
-                raise StreamUnsupported(
-                    "neither footers nor a description tell where device sections end",
-                    position=self.position,
-                    section=header.idstr,
-                    hint="use a machine type newer than 2.2",
-                ) from None
-        index = len(self._devices)
-        name, instance, size = (*self._sizes[index : index + 1], ("", 0, 0))[0]
-        if (name, instance) != (header.idstr, header.instance_id):
-            raise StreamCorrupt(
-                f"the description names '{name}' here", position=self.position, section=header.idstr
-            )
-        return size
+        self._section = None
+        self._state = _State.ELEMENT
+        return section
 
     def _package(self) -> Record:
+        position = self.position
         body = self._buffer.peek(self._package_bytes)
+        record = decode_package(body, position=position, has_footers=self._has_footers is not False)
         self._buffer.skip(self._package_bytes)
         self._state = _State.ELEMENT
-        return Package(body)
+        return record
 
     def _description(self) -> Record | None:
         buffer = self._buffer
-        if not len(buffer):
-            if not (buffer.is_ended or self._quiet):
-                raise NeedData
-            self._state = _State.FINISHED
-            return None
-        if buffer.uint(1) != QEMU_VM_VMDESCRIPTION:
-            self._state = _State.FINISHED
+        if not len(buffer) and not self._is_postcopy and not (buffer.is_ended or self._quiet):
+            raise NeedData
+        if not len(buffer) or self._is_postcopy or buffer.uint(1) != QEMU_VM_VMDESCRIPTION:
+            self._finish(self._opaque_reader.release())
             return None
         length = buffer.uint(4, 1)
         if length > self._limits.description_bytes:
             raise StreamLimit(
-                f"a VMDESCRIPTION of {length} bytes, the limit is "
-                f"{self._limits.description_bytes}",
+                f"a VMDESCRIPTION of {length} bytes, the limit is {self._limits.description_bytes}",
                 position=self.position,
                 section="VMDESCRIPTION",
             )
         description = buffer.peek(length, 5)
-        self._check_description(description)
+        sections = self._opaque_reader.settle(description)
         buffer.skip(5 + length)
+        self._finish(sections, VmDescription(description))
+        return None
+
+    def _finish(
+        self, sections: list[OpaqueSection], description: VmDescription | None = None
+    ) -> None:
+        self._ready += sections
+        self._ready.append(EndOfStream())
+        if description is not None:
+            self._ready.append(description)
+        self._end_position = self._buffer.position
         self._state = _State.FINISHED
-        return VmDescription(description)
 
-    def _check_description(self, description: bytes) -> None:
-        """Sections that were framed wrongly show here; sizes alone prove nothing."""
-        try:
-            named = [(name, instance) for name, instance, _ in device_sizes(description)]
-        except ValueError:
-            return
-        found = [(name, instance) for name, instance, _ in self._devices]
-        if named and named != found:
-            missing = [name for name in named if name not in found]
-            raise StreamCorrupt(
-                f"the description lists {len(named)} device sections, the stream has "
-                f"{len(found)}" + (f"; missing: {missing[0][0]}" if missing else ""),
-                position=self.position,
-                section="VMDESCRIPTION",
-            )
+    def _drop_rest(self) -> None:
+        """Nothing behind the end is looked at."""
+        if self._state is _State.FINISHED:
+            self._buffer.skip(len(self._buffer))
 
+
+_STEPS: dict[_State, Callable[[StreamDecoder], Record | None]] = {
+    _State.HEADER: StreamDecoder._header,
+    _State.CONFIGURATION: StreamDecoder._configure,
+    _State.ELEMENT: StreamDecoder._element,
+    _State.OPAQUE: StreamDecoder._opaque,
+    _State.RAM_BODY: StreamDecoder._ram_body,
+    _State.RAM_FOOTER: StreamDecoder._ram_footer,
+    _State.PACKAGE: StreamDecoder._package,
+    _State.DESCRIPTION: StreamDecoder._description,
+}

@@ -1,0 +1,204 @@
+"""Rows of page records: the decoder's hot path.
+
+A PAGE|CONTINUE record has a fixed length whatever its address is, and so has
+ZERO|CONTINUE. A row of equal records is therefore found and checked as one array,
+without a copy. Where kinds alternate only the walk from record to record is a plain
+loop (a NumPy call costs a microsecond, a step of the loop a tenth); the words are
+again checked as one array. A probe some records ahead chooses.
+
+Reference: stream format 2.1.
+"""
+
+import numpy as np
+import numpy.typing as npt
+
+from migrationd.codec.buffer import NeedData
+from migrationd.codec.constants import (
+    RAM_SAVE_FLAG_CONTINUE,
+    RAM_SAVE_FLAG_PAGE,
+    RAM_SAVE_FLAG_ZERO,
+)
+from migrationd.codec.records import MixedBatch, PageBatch, PageNumbers, ZeroBatch
+
+PAGE_CONTINUE = RAM_SAVE_FLAG_PAGE | RAM_SAVE_FLAG_CONTINUE
+ZERO_CONTINUE = RAM_SAVE_FLAG_ZERO | RAM_SAVE_FLAG_CONTINUE
+
+ZERO_BYTES = 9
+"""Length of a ZERO|CONTINUE record."""
+
+PROBE_RECORDS = 31
+"""If the record so far ahead is of the same kind, the row is worth an array."""
+
+RUN_RECORDS = 64
+"""Consecutive pages are cut out of a longer row from this many on."""
+
+FIRST_RECORDS = 256
+"""A row is looked at this far first, and further only if it goes on."""
+
+MOST_RECORDS = 8192
+"""Most records of one batch."""
+
+LOOP_RECORDS = 256
+"""Most records that the plain loop collects before the next probe."""
+
+_WORD = np.dtype(">u8")
+
+Batch = PageBatch | ZeroBatch | MixedBatch
+
+
+class OutsideBlockError(Exception):
+    """A page lies outside its block.
+
+    Attributes:
+        at: Index in the input of the record.
+        address: Its byte offset in the block; 2^63 and more may be negative.
+    """
+
+    def __init__(self, at: int, address: int) -> None:
+        super().__init__(at, address)
+        self.at = at
+        self.address = address
+
+
+class RowReader:
+    """Reads rows of PAGE|CONTINUE and ZERO|CONTINUE records.
+
+    Args:
+        page_size: Target page size in bytes, a power of two of at least 1024.
+    """
+
+    def __init__(self, page_size: int) -> None:
+        self._page_size = page_size
+        self._page_bits = page_size.bit_length() - 1
+        self._mask = page_size - 1
+        self._numbers: PageNumbers = np.arange(MOST_RECORDS, dtype=np.int64)
+        self._steps: PageNumbers = self._numbers * page_size
+
+    def read(
+        self, data: bytearray, start: int, end: int, *, block: int, limit: int
+    ) -> tuple[Batch, int]:
+        """Read the row that begins with a PAGE|CONTINUE or ZERO|CONTINUE record.
+
+        Args:
+            data: Input.
+            start: Index of the record.
+            end: Index behind the last byte that arrived.
+            block: Index of the block, for the batch.
+            limit: Length of the block in bytes.
+
+        Returns:
+            One batch, in the order of the stream, and the number of input bytes it covers.
+
+        Raises:
+            NeedData: The first record is not complete.
+            OutsideBlockError: A page lies outside the block.
+        """
+        kind = data[start + 7]
+        stride = self._page_size + 8 if kind == PAGE_CONTINUE else ZERO_BYTES
+        available = (end - start) // stride
+        if not available:
+            raise NeedData
+        probe = start + PROBE_RECORDS * stride + 7
+        if probe < end and data[probe] == kind:
+            batch = self._row(data, start, min(available, FIRST_RECORDS), kind, block, limit)
+            if len(batch.pages) == FIRST_RECORDS < available:
+                batch = self._row(data, start, min(available, MOST_RECORDS), kind, block, limit)
+            if len(batch.pages) > PROBE_RECORDS // 2:
+                return batch, len(batch.pages) * stride
+        return self._walk(data, start, end, block, limit)
+
+    def _row(
+        self, data: bytearray, start: int, available: int, kind: int, block: int, limit: int
+    ) -> PageBatch | ZeroBatch:
+        """The records at ``start`` that are equal in kind, as one batch."""
+        page_size = self._page_size
+        stride = page_size + 8 if kind == PAGE_CONTINUE else ZERO_BYTES
+        words = np.ndarray((available,), _WORD, data, start, (stride,)).astype(np.int64)
+        first = int(words[0])
+        # Most rows are consecutive pages: one comparison checks kinds and addresses.
+        count = _true_prefix(words == self._steps[:available] + first)
+        is_run = count >= RUN_RECORDS or count == available
+        if not is_run:
+            same_kind = _true_prefix((words & self._mask) == kind)
+            is_run = same_kind == count
+            count = same_kind
+        if kind == ZERO_CONTINUE:
+            fills = np.ndarray((count,), np.uint8, data, start + 8, (stride,))
+            if fills.any():
+                count = _true_prefix(fills == fills[0])
+        if is_run:
+            lowest, highest = first, first + (count - 1) * page_size
+            pages = self._numbers[:count] + (first >> self._page_bits)
+        else:
+            words = words[:count]
+            lowest, highest = int(words.min()), int(words.max())
+            pages = words >> self._page_bits
+        if lowest < 0 or highest >= limit:
+            index = _true_prefix((pages >= 0) & (pages < limit >> self._page_bits))
+            raise OutsideBlockError(start + index * stride, int(pages[index]) << self._page_bits)
+        if kind == ZERO_CONTINUE:
+            return ZeroBatch(block, pages, data[start + 8], True)
+        content = np.ndarray((count, page_size), np.uint8, data, start + 8, (stride, 1))
+        return PageBatch(block, pages, content, is_run, True)
+
+    def _walk(
+        self, data: bytearray, start: int, end: int, block: int, limit: int
+    ) -> tuple[Batch, int]:
+        """Records of both kinds, collected one by one."""
+        page_bytes = self._page_size + 8
+        last_page = end - page_bytes
+        last_zero = end - ZERO_BYTES
+        starts: list[int] = []
+        append = starts.append
+        at = start
+        for _ in range(LOOP_RECORDS):
+            if at > last_zero:
+                break
+            kind = data[at + 7]
+            if kind == PAGE_CONTINUE and at <= last_page:
+                append(at)
+                at += page_bytes
+            elif kind == ZERO_CONTINUE and not data[at + 8]:
+                append(at)
+                at += ZERO_BYTES
+            else:
+                break
+        if not starts:
+            # A fill byte other than 0; what is incomplete was found before.
+            return self._row(data, start, 1, ZERO_CONTINUE, block, limit), ZERO_BYTES
+        return self._collected(data, np.array(starts, np.int64), at, block, limit)
+
+    def _collected(
+        self, data: bytearray, starts: PageNumbers, stop: int, block: int, limit: int
+    ) -> tuple[Batch, int]:
+        begin = int(starts[0])
+        words = np.ndarray((len(data) - 7,), _WORD, data, 0, (1,))[starts].astype(np.int64)
+        # The walk saw the lowest flag byte only.
+        count = _true_prefix((words & (self._mask & ~0xFF)) == 0)
+        if count < len(starts):
+            stop = int(starts[count])
+            starts, words = starts[:count], words[:count]
+        pages = words >> self._page_bits
+        if int(words.min()) < 0 or int(words.max()) >= limit:
+            index = _true_prefix((words >= 0) & (words < limit))
+            raise OutsideBlockError(int(starts[index]), int(pages[index]) << self._page_bits)
+        is_zero = (words & RAM_SAVE_FLAG_ZERO) != 0
+        zeros = int(np.count_nonzero(is_zero))
+        size = self._page_size
+        batch: Batch
+        if zeros == count:
+            batch = ZeroBatch(block, pages, 0, True)
+        elif zeros:
+            content_at = np.where(is_zero, -1, starts + 8)
+            batch = MixedBatch(block, pages.tolist(), content_at.tolist(), data)
+        else:
+            content = np.ndarray((count, size), np.uint8, data, begin + 8, (size + 8, 1))
+            is_run = int(pages[-1] - pages[0]) == count - 1 and bool((np.diff(pages) == 1).all())
+            batch = PageBatch(block, pages, content, is_run, True)
+        return batch, stop - begin
+
+
+def _true_prefix(flags: npt.NDArray[np.bool_]) -> int:
+    """How many of the first elements are true; shape ``(n,)``, n at least 1."""
+    index = int(flags.argmin())
+    return len(flags) if flags[index] else index
