@@ -6,7 +6,8 @@ gather write; nothing is done for a zero page that was never anything else.
 
 import contextlib
 import mmap
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -14,6 +15,7 @@ import numpy.typing as npt
 
 from migrationd.errors import GuestError
 from migrationd.linux.iovec import pwrite_rows
+from migrationd.linux.sparse import punch_hole
 
 HUGE_PAGE_BYTES = 2 << 20
 TRIM_BYTES = 64 << 10
@@ -75,7 +77,8 @@ class AnonymousMemory:
             )
         except (OSError, OverflowError, ValueError) as error:
             raise GuestError(f"cannot map {size} bytes of guest memory: {error}") from error
-        if size >= HUGE_PAGE_BYTES:
+        self._is_huge = size >= HUGE_PAGE_BYTES
+        if self._is_huge:
             with contextlib.suppress(OSError):
                 self._map.madvise(mmap.MADV_HUGEPAGE)
         self.view: Bytes = np.frombuffer(self._map, np.uint8, size)
@@ -105,12 +108,17 @@ class AnonymousMemory:
 
     def give_back(self, runs: Pages) -> None:
         """Give long runs back to the kernel; they read as zero."""
-        for first, count in runs.tolist():
-            if count * self._page_size >= TRIM_BYTES:
-                start = -(-first * self._page_size // mmap.PAGESIZE) * mmap.PAGESIZE
-                end = (first + count) * self._page_size // mmap.PAGESIZE * mmap.PAGESIZE
-                if end > start:
-                    self._map.madvise(mmap.MADV_DONTNEED, start, end - start)
+        gave_back = False
+        for first, count in runs[runs[:, 1] * self._page_size >= TRIM_BYTES].tolist():
+            start = -(-first * self._page_size // mmap.PAGESIZE) * mmap.PAGESIZE
+            end = (first + count) * self._page_size // mmap.PAGESIZE * mmap.PAGESIZE
+            if end > start:
+                self._map.madvise(mmap.MADV_DONTNEED, start, end - start)
+                gave_back = True
+        if gave_back and self._is_huge:
+            # Or the kernel would make whole huge pages of the rest again, holes filled.
+            with contextlib.suppress(OSError):
+                self._map.madvise(mmap.MADV_NOHUGEPAGE)
 
     def close(self) -> None:
         """Unmap; a view that is still in use keeps the mapping until it goes."""
@@ -123,13 +131,12 @@ class FileMemory:
     """Pages in a file, at their place in a mapped-ram file's pages area.
 
     Writes go by ``pwritev`` straight from the receive buffer; reads come from a shared
-    mapping of the same page cache. A zero page is a hole, or is marked absent by the
-    file's bitmap, so zeroing one only has to keep the mapping true.
+    mapping of the same page cache. A page that is zero again becomes a hole.
 
     Args:
         fd: File, open for reading and, unless it is only read, writing; not owned.
-        position: Where the pages area begins; a multiple of the host page size.
-        size: Bytes of the block.
+        position: Where the pages area begins.
+        size: Bytes of the block; the area must lie within the file.
         page_size: Target page size in bytes.
 
     Raises:
@@ -140,26 +147,43 @@ class FileMemory:
         self._fd = fd
         self._position = position
         self._page_size = page_size
+        self._map: mmap.mmap | None = None
+        self.view: Bytes = np.empty(0, np.uint8)
+        if not size:
+            return
+        # A mapping begins at a host page; the pages area at any target page.
+        skipped = position % mmap.ALLOCATIONGRANULARITY
         try:
+            if position + size > os.fstat(fd).st_size:
+                raise ValueError(f"the file ends before byte {position + size}")
             self._map = mmap.mmap(
-                fd, size, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ, offset=position
+                fd,
+                skipped + size,
+                flags=mmap.MAP_SHARED,
+                prot=mmap.PROT_READ,
+                offset=position - skipped,
             )
         except (OSError, OverflowError, ValueError) as error:
             raise GuestError(f"cannot map {size} bytes of the guest's file: {error}") from error
-        self.view: Bytes = np.frombuffer(self._map, np.uint8, size)
+        self.view = np.frombuffer(self._map, np.uint8, size, skipped)
 
     def place_run(self, first_page: int, data: Bytes) -> None:
         """Write consecutive pages by gather writes."""
-        try:
+        with _write_errors():
             pwrite_rows(self._fd, data, self._position + first_page * self._page_size)
-        except OSError as error:
-            raise GuestError(f"writing the guest's file: {error.strerror}") from error
 
     def place_pages(self, pages: Pages, data: Bytes) -> None:
         """Write pages, each run of consecutive ones by one call."""
         ends = np.flatnonzero(np.diff(pages) != 1) + 1
-        for begin, end in zip((0, *ends.tolist()), (*ends.tolist(), len(pages)), strict=True):
-            self.place_run(int(pages[begin]), data[begin:end])
+        begins = (0, *ends.tolist())
+        with _write_errors():
+            for begin, end in zip(begins, (*begins[1:], len(pages)), strict=True):
+                position = self._position + int(pages[begin]) * self._page_size
+                if end - begin > 1:
+                    pwrite_rows(self._fd, data[begin:end], position)
+                elif os.pwrite(self._fd, data[begin], position) != self._page_size:
+                    # The rest of a short write, or the error that made it short.
+                    pwrite_rows(self._fd, data[begin:end], position)
 
     def place_scattered(
         self, pages: Sequence[int], content_at: Sequence[int], buffer: bytearray
@@ -170,16 +194,38 @@ class FileMemory:
             self.place_run(page, content.reshape(1, -1))
 
     def zero_pages(self, pages: Pages) -> None:
-        """Write zeros over pages."""
-        zeros = np.broadcast_to(np.zeros(self._page_size, np.uint8), (1, self._page_size))
-        for page in pages.tolist():
-            self.place_run(page, zeros)
+        """Make holes of pages, one for each run."""
+        with _write_errors():
+            for first, count in page_runs(np.unique(pages)).tolist():
+                punch_hole(
+                    self._fd,
+                    self._position + first * self._page_size,
+                    count * self._page_size,
+                )
 
     def give_back(self, runs: Pages) -> None:
-        """Nothing: what was never written is a hole already."""
+        """Nothing: what is zero is a hole already."""
 
     def close(self) -> None:
         """Unmap; the file stays."""
-        del self.view
-        with contextlib.suppress(BufferError):
-            self._map.close()
+        self.view = np.empty(0, np.uint8)
+        if self._map is not None:
+            with contextlib.suppress(BufferError):
+                self._map.close()
+
+
+def page_runs(pages: Pages) -> Pages:
+    """Runs in ascending, different page numbers, shape ``(n, 2)``: first page, count."""
+    if not len(pages):
+        return np.empty((0, 2), np.int64)
+    begins = np.concatenate(([0], np.flatnonzero(np.diff(pages) != 1) + 1))
+    counts = np.diff(np.append(begins, len(pages)))
+    return np.stack((pages[begins], counts), axis=1)
+
+
+@contextlib.contextmanager
+def _write_errors() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise GuestError(f"writing the guest's file: {error.strerror}") from error

@@ -6,7 +6,7 @@ It takes its shape from the stream; device sections are the bytes that came.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from migrationd.errors import GuestError
+from migrationd.errors import GuestError, InvalidState
 from migrationd.guest.device import DeviceState
 from migrationd.guest.memory import Memory
 from migrationd.guest.ram_block import RamBlock, RamBlockSpec
@@ -59,7 +59,7 @@ class ParkedGuest:
         self.devices: tuple[DeviceState, ...] = ()
         self.vmdescription: bytes | None = None
         self.seen = SeenOnArrival()
-        self.owner = Owner.HELD
+        self._owner = Owner.HELD
 
     @classmethod
     def create(
@@ -100,6 +100,25 @@ class ParkedGuest:
         self.seen = seen
 
     @property
+    def owner(self) -> Owner:
+        """Who owns the guest; only the changes that :class:`Owner` draws are possible.
+
+        Raises:
+            InvalidState: On assignment of an owner that the present one cannot become.
+        """
+        return self._owner
+
+    @owner.setter
+    def owner(self, owner: Owner) -> None:
+        if owner is not self._owner and not self._owner.may_become(owner):
+            raise InvalidState(f"a guest that is {self._owner.value} cannot be {owner.value} next")
+        self._owner = owner
+
+    def restore_owner(self, owner: Owner) -> None:
+        """Take over what is on record of a guest that was found at rest."""
+        self._owner = owner
+
+    @property
     def page_size(self) -> int:
         """Target page size in bytes."""
         return self.ram[0].page_size if self.ram else 4096
@@ -112,7 +131,7 @@ class ParkedGuest:
     @property
     def present_bytes(self) -> int:
         """RAM that is not zero pages."""
-        return sum(int(block.present.sum()) * block.page_size for block in self.ram)
+        return sum(block.present_count * block.page_size for block in self.ram)
 
     @property
     def next_run_state(self) -> str:

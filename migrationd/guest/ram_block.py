@@ -49,6 +49,11 @@ class RamBlock:
         """Target pages of the block."""
         return self.used_length // self.page_size
 
+    @property
+    def present_count(self) -> int:
+        """Pages that are not zero pages."""
+        return int(np.count_nonzero(self.present))
+
     def place_batch(self, pages: Pages, data: Bytes, is_run: bool) -> None:
         """Place pages.
 
@@ -118,12 +123,14 @@ class RamBlock:
             self.present[held] = False
 
     def page(self, number: int) -> memoryview:
-        """Content of one page.
+        """Content of one page; of a zero page, whatever its place in a file still holds.
 
         Raises:
             GuestError: It is outside the block.
         """
         self._check(number, number)
+        if not self.present[number]:
+            return memoryview(bytes(self.page_size))
         start = number * self.page_size
         return self.memory.view[start : start + self.page_size].data
 
@@ -138,12 +145,13 @@ class RamBlock:
 
     def zero_runs(self) -> Pages:
         """Runs of zero pages, shape ``(n, 2)``: first page, count."""
-        edges = np.flatnonzero(
-            np.diff(np.concatenate(([False], ~self.present, [False])).astype(np.int8))
-        )
-        runs = edges.reshape(-1, 2).astype(np.int64)
-        runs[:, 1] -= runs[:, 0]
-        return runs
+        present = self.present
+        if not len(present):
+            return np.empty((0, 2), np.int64)
+        edges = np.flatnonzero(present[1:] != present[:-1]) + 1
+        bounds = np.concatenate(([0], edges, [len(present)]))
+        runs = np.stack((bounds[:-1], np.diff(bounds)), axis=1)
+        return runs[int(present[0]) :: 2]
 
     def give_back_zeros(self) -> None:
         """Release the memory of zero pages, as far as whole runs of them allow."""

@@ -18,14 +18,35 @@ PAUSED = "paused"
 class Owner(Enum):
     """Who owns a held guest; kept durably with it.
 
-    ``HANDING_OVER`` is on record from the switchover to the destination's word. A daemon
-    that dies in between cannot know whether the destination runs the guest, so a guest
-    found so is not offered by itself: ``cont`` takes it back on the user's word.
+        HELD ──switchover──> HANDING_OVER ──destination's SHUT 0──> HANDED_OVER
+          ^                       │  migration failed, or cont            │ cont
+          └───────────────────────┴───────────────────────────────────────┘
+
+    ``HANDING_OVER`` is on record from before the first byte of the switchover to the
+    destination's word. QEMU's rule decides what it means: the source keeps the guest unless
+    the destination said that it has it. A migration that fails in this state under a living
+    daemon therefore gives the guest back at once. A daemon that died in this state and
+    starts again keeps the guest too, but it cannot know whether the word was under way: the
+    destination may be running the guest. Nothing is sent before the user, who can look,
+    takes the guest back with ``cont``; so no restarted tool makes it run twice.
+
+    A template (``-keep``) is always ``HELD``: being sent is not being handed over.
     """
 
     HELD = "held"
     HANDING_OVER = "handing-over"
     HANDED_OVER = "handed-over"
+
+    def may_become(self, other: "Owner") -> bool:
+        """Whether a guest of this owner can have that one next."""
+        return other in _NEXT[self]
+
+
+_NEXT = {
+    Owner.HELD: (Owner.HELD, Owner.HANDING_OVER),
+    Owner.HANDING_OVER: (Owner.HELD, Owner.HANDED_OVER),
+    Owner.HANDED_OVER: (Owner.HELD,),
+}
 
 
 def decode_run_state(body: bytes) -> str | None:

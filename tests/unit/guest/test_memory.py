@@ -1,0 +1,174 @@
+import mmap
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from migrationd.errors import GuestError
+from migrationd.guest.memory import AnonymousMemory, FileMemory, Memory, page_runs
+
+PAGE = 4096
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Iterator[int]:
+    fd = os.open(tmp_path / "pages", os.O_RDWR | os.O_CREAT)
+    os.ftruncate(fd, (1 << 20) + 512 * PAGE)
+    yield fd
+    os.close(fd)
+
+
+@pytest.fixture(params=["anonymous", "file"])
+def memory(request: pytest.FixtureRequest, file: int) -> Iterator[Memory]:
+    made: Memory
+    if request.param == "anonymous":
+        made = AnonymousMemory(512 * PAGE, PAGE)
+    else:
+        made = FileMemory(file, 1 << 20, 512 * PAGE, PAGE)
+    yield made
+    made.close()
+
+
+def rows(count: int, seed: int = 0) -> np.ndarray:
+    """Pages as they stand in a receive buffer: at a distance of a page and a header."""
+    buffer = np.random.default_rng(seed).integers(1, 255, (count, PAGE + 8), np.uint8)
+    return buffer[:, 8:]
+
+
+def test_a_run_is_placed_from_a_strided_source(memory: Memory) -> None:
+    data = rows(100)
+    memory.place_run(7, data)
+    assert (memory.view[7 * PAGE : 107 * PAGE].reshape(-1, PAGE) == data).all()
+    assert not memory.view[: 7 * PAGE].any()
+    assert not memory.view[107 * PAGE :].any()
+
+
+def test_scattered_pages_are_placed_each_at_its_number(memory: Memory) -> None:
+    pages = np.array([3, 4, 5, 100, 9, 511, 0])
+    data = rows(len(pages))
+    memory.place_pages(pages, data)
+    assert (memory.view.reshape(-1, PAGE)[pages] == data).all()
+    assert np.count_nonzero(memory.view.reshape(-1, PAGE).any(axis=1)) == len(pages)
+
+
+def test_the_last_content_of_a_page_that_is_named_twice_stays(memory: Memory) -> None:
+    data = rows(3)
+    memory.place_pages(np.array([8, 20, 8]), data)
+    assert (memory.view.reshape(-1, PAGE)[8] == data[2]).all()
+
+
+def test_a_zeroed_page_reads_as_zero_and_its_neighbours_stay(memory: Memory) -> None:
+    data = rows(10)
+    memory.place_run(0, data)
+    memory.zero_pages(np.array([6, 2, 3]))
+    kept = [0, 1, 4, 5, 7, 8, 9]
+    assert not memory.view.reshape(-1, PAGE)[[2, 3, 6]].any()
+    assert (memory.view.reshape(-1, PAGE)[kept] == data[kept]).all()
+
+
+def test_giving_back_keeps_what_is_present(memory: Memory) -> None:
+    data = rows(2)
+    memory.place_run(0, data[:1])
+    memory.place_run(300, data[1:])
+    memory.give_back(np.array([[1, 299], [301, 211]]))
+    assert (memory.view.reshape(-1, PAGE)[[0, 300]] == data).all()
+    assert not memory.view.reshape(-1, PAGE)[1:300].any()
+
+
+def resident_bytes(memory: AnonymousMemory) -> int:
+    address = memory.view.__array_interface__["data"][0]
+    found = 0
+    with open("/proc/self/smaps") as smaps:
+        inside = False
+        for line in smaps:
+            head = line.split()[0]
+            if "-" in head and not head.endswith(":"):
+                low, high = (int(text, 16) for text in head.split("-"))
+                inside = low < address + memory.view.size and high > address
+            elif inside and head == "Rss:":
+                found += int(line.split()[1]) << 10
+    return found
+
+
+def test_what_was_never_placed_costs_no_memory() -> None:
+    memory = AnonymousMemory(64 << 20, PAGE)
+    before = resident_bytes(memory)
+    memory.place_run(0, rows(512))
+    assert resident_bytes(memory) - before <= 2 << 20
+    memory.close()
+
+
+def test_memory_that_is_given_back_is_not_resident() -> None:
+    memory = AnonymousMemory(16 << 20, PAGE)
+    for first in range(0, 4096, 512):
+        memory.place_run(first, rows(512))
+    before = resident_bytes(memory)
+    memory.give_back(np.array([[1, 4095]]))
+    assert before - resident_bytes(memory) > 15 << 20
+    memory.close()
+
+
+def test_zeroed_pages_of_a_file_are_holes(file: int) -> None:
+    memory = FileMemory(file, 0, 512 * PAGE, PAGE)
+    memory.place_run(0, rows(512))
+    os.fsync(file)
+    before = os.fstat(file).st_blocks
+    memory.zero_pages(np.arange(100, 500))
+    assert before - os.fstat(file).st_blocks >= 300 * PAGE // 512
+    memory.close()
+
+
+def test_a_pages_area_may_begin_at_any_target_page(file: int) -> None:
+    position = mmap.PAGESIZE + 1024
+    os.pwrite(file, b"x" * 1024, position + 2048)
+    memory = FileMemory(file, position, 8 * 1024, 1024)
+    assert bytes(memory.view[2048:3072]) == b"x" * 1024
+    assert not memory.view[:2048].any()
+    memory.close()
+
+
+def test_an_area_outside_its_file_is_refused(file: int) -> None:
+    with pytest.raises(GuestError, match="file ends before"):
+        FileMemory(file, 1 << 20, 513 * PAGE, PAGE)
+
+
+def test_more_memory_than_there_are_addresses_is_refused() -> None:
+    with pytest.raises(GuestError, match="cannot map"):
+        AnonymousMemory(1 << 62, PAGE)
+
+
+def test_a_file_that_cannot_be_written_is_a_guest_error(tmp_path: Path) -> None:
+    path = tmp_path / "read-only"
+    path.write_bytes(bytes(16 * PAGE))
+    fd = os.open(path, os.O_RDONLY)
+    memory = FileMemory(fd, 0, 16 * PAGE, PAGE)
+    for place in (
+        lambda: memory.place_run(0, rows(2)),
+        lambda: memory.place_pages(np.array([1, 5]), rows(2)),
+        lambda: memory.zero_pages(np.array([3])),
+    ):
+        with pytest.raises(GuestError, match="writing the guest's file"):
+            place()
+    memory.close()
+    os.close(fd)
+
+
+def test_an_empty_block_has_memory_of_no_bytes(file: int) -> None:
+    memory = FileMemory(file, 0, 0, PAGE)
+    assert not memory.view.size
+    memory.close()
+
+
+@pytest.mark.parametrize(
+    ("pages", "runs"),
+    [
+        ([], []),
+        ([5], [[5, 1]]),
+        ([1, 2, 3], [[1, 3]]),
+        ([0, 2, 3, 9], [[0, 1], [2, 2], [9, 1]]),
+    ],
+)
+def test_page_runs(pages: list[int], runs: list[list[int]]) -> None:
+    assert page_runs(np.array(pages, np.int64)).tolist() == runs
