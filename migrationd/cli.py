@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _serve(config: DaemonConfig) -> int:
     import uvloop
 
-    from migrationd.daemon import Daemon
+    from migrationd.daemon.app import Daemon
     from migrationd.tracing import configure_logging
 
     configure_logging(config.log_level, config.log_format)

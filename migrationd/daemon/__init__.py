@@ -1,0 +1,1 @@
+"""The composition root: builds everything, implements what the monitor commands."""

@@ -1,0 +1,386 @@
+"""What the monitor's commands do: one guest, its migrations, its run state.
+
+Implements :class:`migrationd.qmp.context.Control`. Everything here runs on the
+event loop; migrations are tasks owned by this object.
+
+Reference: order of checks and texts of QEMU 11.1 (``migrate``, ``migrate-incoming``,
+``stop``, ``cont``).
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine, Sequence
+from uuid import UUID
+
+from migrationd.clock import Clock
+from migrationd.config import DaemonConfig
+from migrationd.daemon.shelter import Shelter
+from migrationd.errors import MigrationdError, QMPError
+from migrationd.guest.parked import ParkedGuest
+from migrationd.guest.run_state import PAUSED, RUNNING, Owner
+from migrationd.incoming.driver import IncomingMigration, IncomingSettings
+from migrationd.migration.dialect import dialect_of
+from migrationd.migration.info import MigrationInfo
+from migrationd.migration.options import MigrationOptions
+from migrationd.outgoing.driver import OutgoingMigration, OutgoingSettings
+from migrationd.qmp.context import FdLookup, MigrationChannel
+from migrationd.qmp.event_bus import EventBus
+from migrationd.transport.address import describe
+from migrationd.transport.channel import Channel
+from migrationd.transport.connect import connect, is_opened_now, open_now
+from migrationd.transport.listen import listen
+
+log = logging.getLogger(__name__)
+
+
+class GuestControl:
+    """The one guest of this process.
+
+    Args:
+        config: Start-up configuration.
+        options: Capabilities and parameters.
+        bus: Where events go.
+        clock: Time.
+        shelter: Where guests rest.
+        on_quit: Called when the process is to end.
+        on_fatal: Called with the error that ends the process with status 1.
+    """
+
+    def __init__(
+        self,
+        config: DaemonConfig,
+        options: MigrationOptions,
+        bus: EventBus,
+        clock: Clock,
+        shelter: Shelter,
+        *,
+        on_quit: Callable[[], None],
+        on_fatal: Callable[[MigrationdError], None],
+    ) -> None:
+        self.options = options
+        self._config = config
+        self._bus = bus
+        self._clock = clock
+        self._shelter = shelter
+        self._on_quit = on_quit
+        self._on_fatal = on_fatal
+        self._guest: ParkedGuest | None = None
+        self._outgoing: OutgoingMigration | None = None
+        self._incoming: IncomingMigration | None = None
+        self._incoming_started = False
+        self._chosen_run_state: str | None = None
+        self._expects_guest = bool(config.incoming)
+        self._in_switchover = False
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    @property
+    def guest_name(self) -> str | None:
+        """``-name``."""
+        return self._config.name
+
+    @property
+    def guest_uuid(self) -> UUID | None:
+        """``-uuid``, or what the guest came with."""
+        if self._config.uuid is not None:
+            return self._config.uuid
+        raw = self._guest.identity.uuid if self._guest is not None else None
+        return UUID(bytes=raw) if raw is not None else None
+
+    @property
+    def run_state(self) -> str:
+        """QMP RunState. A held guest is paused: it never executes here."""
+        if self._guest is None:
+            return "inmigrate" if self._expects_guest else "prelaunch"
+        if self._in_switchover:
+            return "finish-migrate"
+        return PAUSED if self._guest.owner is Owner.HELD else "postmigrate"
+
+    @property
+    def running(self) -> bool:
+        """Whether the guest executes here: never."""
+        return False
+
+    @property
+    def guest(self) -> ParkedGuest | None:
+        """The held guest."""
+        return self._guest
+
+    def find_saved(self) -> ParkedGuest | None:
+        """The guest that rests in the directory.
+
+        Raises:
+            StoreError: There is one, but it cannot be read.
+        """
+        return self._shelter.find()
+
+    def adopt(self, guest: ParkedGuest) -> None:
+        """Offer a guest that was found at rest."""
+        self._guest = guest
+        self._expects_guest = False
+
+    def migrate(self, channels: Sequence[MigrationChannel], *, resume: bool, fds: FdLookup) -> None:
+        """Start an outgoing migration; it goes on as a task.
+
+        Raises:
+            QMPError: The state forbids it.
+            ChannelError: A file, command or descriptor cannot be opened.
+        """
+        address = channels[0].address
+        if resume:
+            raise QMPError("Cannot resume if there is no paused migration")
+        if self._outgoing is not None and self._outgoing.is_running:
+            raise QMPError("There's a migration process in progress")
+        guest = self._guest
+        if guest is None:
+            if self._expects_guest:
+                raise QMPError("Guest is waiting for an incoming migration")
+            raise QMPError("There is no guest to migrate: start with -incoming or a guest at rest")
+        if guest.owner is not Owner.HELD:
+            raise QMPError("Can't migrate the vm that was paused due to previous migration")
+        migration = OutgoingMigration(
+            guest,
+            dialect_of(guest.identity.machine, guest.seen),
+            self._outgoing_settings(),
+            self._clock,
+            _OutgoingObserver(self, guest, describe(address)),
+        )
+        self._outgoing = migration
+        migration.begin()
+        if not is_opened_now(address):
+            self._spawn(migration.run(lambda: connect(address)))
+            return
+        try:
+            channel = open_now(address, fds)
+        except MigrationdError:
+            self._spawn(migration.run(lambda: _fail(error)))
+            raise
+        self._spawn(migration.run(lambda: _ready(channel)))
+
+    async def migrate_incoming(
+        self,
+        channels: Sequence[MigrationChannel],
+        *,
+        exit_on_error: bool,
+        fds: FdLookup,
+    ) -> None:
+        """Open the listener and load the guest as a task.
+
+        Raises:
+            QMPError: The state forbids it.
+            ChannelError: The address cannot be bound or opened.
+        """
+        if self._incoming_started:
+            raise QMPError("The incoming migration has already been started")
+        if self.run_state != "inmigrate":
+            raise QMPError("'-incoming' was not specified on the command line")
+        if self._incoming is not None:
+            raise QMPError(f"Illegal migration incoming state: {self._incoming.status}")
+        incoming = IncomingMigration(
+            self._shelter.berth(), self._incoming_settings, self._on_migration_status
+        )
+        self._incoming = incoming
+        incoming.begin()
+        listener = await listen(channels[0].address, fds)
+        self._incoming_started = True
+
+        async def load() -> None:
+            guest = await incoming.run(listener)
+            if guest is not None:
+                self._arrived(guest)
+            elif exit_on_error and incoming.error is not None:
+                self._on_fatal(incoming.error)
+
+        self._spawn(load())
+
+    def migrate_cancel(self) -> None:
+        """``migrate_cancel``: succeeds also when there is nothing to cancel."""
+        if self._outgoing is not None:
+            self._outgoing.cancel()
+
+    def migrate_continue(self, state: str) -> None:
+        """``migrate-continue``.
+
+        Raises:
+            QMPError: The migration is in another state.
+        """
+        status = self._outgoing.status if self._outgoing is not None else "none"
+        if status != state:
+            raise QMPError(f"Migration not in expected state: {status}")
+        if self._outgoing is not None and status == "pre-switchover":
+            self._outgoing.continue_switchover()
+
+    def check_capabilities_may_change(self) -> None:
+        """Capabilities stay as they are while an outgoing migration runs.
+
+        Raises:
+            QMPError: One runs.
+        """
+        if self._outgoing is not None and self._outgoing.is_running:
+            raise QMPError("There's a migration process in progress")
+
+    def parameters_changed(self) -> None:
+        """Make changed parameters take effect on a running migration."""
+        if self._outgoing is not None:
+            parameters = self.options.parameters
+            self._outgoing.set_max_bandwidth(_number(parameters["max-bandwidth"]))
+            self._outgoing.set_downtime_limit(_number(parameters["downtime-limit"]))
+
+    def outgoing_info(self) -> MigrationInfo | None:
+        """The source's part of ``query-migrate``."""
+        return self._outgoing.info() if self._outgoing is not None else None
+
+    def incoming_info(self) -> MigrationInfo | None:
+        """The destination's part of ``query-migrate``."""
+        return self._incoming.info() if self._incoming is not None else None
+
+    def stop(self) -> None:
+        """Choose that the guest is stopped where it goes next."""
+        self._choose(PAUSED, "STOP")
+
+    def cont(self) -> None:
+        """Choose that the guest runs where it goes next; takes a handed-over guest back.
+
+        Raises:
+            QMPError: The guest's state is just leaving.
+        """
+        if self._in_switchover:
+            raise QMPError("Migration is not finalized yet")
+        guest = self._guest
+        if guest is not None and guest.owner is not Owner.HELD:
+            log.warning("the guest is taken back: it must not run at the destination any more")
+            guest.owner = Owner.HELD
+            self._spawn(self._shelter.record_owner(guest, None))
+            guest.choose_run_state(RUNNING)
+            self._bus.emit("RESUME", None)
+            return
+        self._choose(RUNNING, "RESUME")
+
+    def quit(self) -> None:
+        """End the process; a running migration is cancelled on the way."""
+        self._bus.emit("SHUTDOWN", {"guest": False, "reason": "host-qmp-quit"})
+        self.migrate_cancel()
+        self._on_quit()
+
+    async def aclose(self) -> None:
+        """Cancel what is running and release the guest."""
+        self.migrate_cancel()
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if self._guest is not None:
+            self._guest.close()
+        self._shelter.close()
+
+    def _choose(self, run_state: str, event: str) -> None:
+        if self._guest is None:
+            self._chosen_run_state = run_state
+            return
+        was_running = self._guest.next_run_state == RUNNING
+        self._guest.choose_run_state(run_state)
+        if was_running != (run_state == RUNNING):
+            self._bus.emit(event, None)
+
+    def _arrived(self, guest: ParkedGuest) -> None:
+        self._guest = guest
+        self._expects_guest = False
+        if self._chosen_run_state is not None:
+            guest.choose_run_state(self._chosen_run_state)
+        log.info(
+            "holding guest %s: %d RAM blocks, %d MiB of RAM, %d MiB of it not zero, "
+            "%d device sections",
+            guest.identity.machine or "without a machine type",
+            len(guest.ram),
+            guest.ram_bytes >> 20,
+            guest.present_bytes >> 20,
+            len(guest.devices),
+        )
+        self._spawn(asyncio.to_thread(guest.give_back_zeros))
+
+    def _outgoing_settings(self) -> OutgoingSettings:
+        capabilities = self.options.capabilities
+        parameters = self.options.parameters
+        uuid = self.guest_uuid
+        return OutgoingSettings(
+            return_path=capabilities["return-path"],
+            pause_before_switchover=capabilities["pause-before-switchover"],
+            uuid=uuid.bytes if capabilities["validate-uuid"] and uuid is not None else None,
+            max_bandwidth_bytes_per_s=_number(parameters["max-bandwidth"]),
+            downtime_limit_ms=_number(parameters["downtime-limit"]),
+        )
+
+    def _incoming_settings(self) -> IncomingSettings:
+        capabilities = self.options.capabilities
+        uuid = self._config.uuid
+        return IncomingSettings(
+            ram_limit_bytes=self._config.ram_limit_bytes,
+            switchover_ack=capabilities["switchover-ack"],
+            guest_uuid=uuid.bytes if uuid is not None else None,
+        )
+
+    def _on_migration_status(self, status: str) -> None:
+        if self.options.capabilities["events"]:
+            self._bus.emit("MIGRATION", {"status": status})
+
+    def _on_pass(self, number: int) -> None:
+        if self.options.capabilities["events"]:
+            self._bus.emit("MIGRATION_PASS", {"pass": number})
+
+    async def _record_owner(
+        self, guest: ParkedGuest, owner: Owner, destination: str | None
+    ) -> None:
+        if self._config.keep:
+            return
+        guest.owner = owner
+        await self._shelter.record_owner(guest, destination)
+
+    def _spawn(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._reap)
+
+    def _reap(self, task: "asyncio.Task[None]") -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("internal error", exc_info=error)
+
+
+class _OutgoingObserver:
+    """Connects one outgoing migration to the guest's ownership and to events."""
+
+    def __init__(self, control: GuestControl, guest: ParkedGuest, destination: str) -> None:
+        self._control = control
+        self._guest = guest
+        self._destination = destination
+
+    def on_status(self, status: str) -> None:
+        self._control._on_migration_status(status)
+
+    def on_pass(self, number: int) -> None:
+        self._control._on_pass(number)
+
+    async def before_switchover(self) -> None:
+        self._control._in_switchover = True
+        await self._control._record_owner(self._guest, Owner.HANDING_OVER, self._destination)
+
+    async def handed_over(self) -> None:
+        await self._control._record_owner(self._guest, Owner.HANDED_OVER, self._destination)
+        self._control._in_switchover = False
+
+    async def kept(self) -> None:
+        if self._control._in_switchover:
+            await self._control._record_owner(self._guest, Owner.HELD, None)
+            self._control._in_switchover = False
+
+
+async def _ready(channel: Channel) -> Channel:
+    return channel
+
+
+async def _fail(error: MigrationdError) -> Channel:
+    raise error
+
+
+def _number(value: object) -> int:
+    assert isinstance(value, int)
+    return value

@@ -1,0 +1,78 @@
+"""What handlers need of the daemon."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+from uuid import UUID
+
+from migrationd.migration.info import MigrationInfo
+from migrationd.migration.options import MigrationOptions
+from migrationd.transport.address import Address
+
+FdLookup = Callable[[str], int]
+"""Gives up the descriptor of a name; raises an error of ours if there is none."""
+
+
+@dataclass(frozen=True, slots=True)
+class MigrationChannel:
+    """One entry of a ``channels`` argument."""
+
+    channel_type: str
+    address: Address
+
+
+class Control(Protocol):
+    """Commands on the one guest of the process; called on the event loop."""
+
+    options: MigrationOptions
+
+    @property
+    def guest_name(self) -> str | None:
+        """Name of the guest."""
+
+    @property
+    def guest_uuid(self) -> UUID | None:
+        """UUID of the guest."""
+
+    @property
+    def run_state(self) -> str:
+        """QMP RunState."""
+
+    @property
+    def running(self) -> bool:
+        """Whether the guest executes."""
+
+    def migrate(self, channels: Sequence[MigrationChannel], *, resume: bool, fds: FdLookup) -> None:
+        """Start an outgoing migration."""
+
+    async def migrate_incoming(
+        self, channels: Sequence[MigrationChannel], *, exit_on_error: bool, fds: FdLookup
+    ) -> None:
+        """Open the listener of an incoming migration."""
+
+    def migrate_cancel(self) -> None:
+        """Cancel the outgoing migration, if there is one."""
+
+    def migrate_continue(self, state: str) -> None:
+        """Go on from ``pre-switchover``."""
+
+    def check_capabilities_may_change(self) -> None:
+        """Raise if a running migration forbids it."""
+
+    def parameters_changed(self) -> None:
+        """Make changed parameters take effect on a running migration."""
+
+    def outgoing_info(self) -> MigrationInfo | None:
+        """The source's part of ``query-migrate``."""
+
+    def incoming_info(self) -> MigrationInfo | None:
+        """The destination's part of ``query-migrate``."""
+
+    def stop(self) -> None:
+        """Stop the guest."""
+
+    def cont(self) -> None:
+        """Let the guest run."""
+
+    def quit(self) -> None:
+        """End the process."""

@@ -1,0 +1,1 @@
+"""Commands, returns, types and events as pydantic models: the single source of QMP."""

@@ -1,0 +1,94 @@
+"""Run state, identity, descriptors and the protocol itself."""
+
+from typing import Literal
+
+from migrationd.qmp.models.base import QapiModel
+
+RunState = Literal[
+    "debug",
+    "inmigrate",
+    "internal-error",
+    "io-error",
+    "paused",
+    "postmigrate",
+    "prelaunch",
+    "finish-migrate",
+    "restore-vm",
+    "running",
+    "save-vm",
+    "shutdown",
+    "suspended",
+    "watchdog",
+    "guest-panicked",
+    "colo",
+]
+
+
+class Empty(QapiModel):
+    """No arguments, or nothing to return."""
+
+
+class QmpCapabilities(QapiModel):
+    """Arguments of ``qmp_capabilities``."""
+
+    enable: list[Literal["oob"]] = []
+
+
+class StatusInfo(QapiModel):
+    """Return of ``query-status``."""
+
+    status: RunState
+    running: bool
+
+
+class NameInfo(QapiModel):
+    """Return of ``query-name``."""
+
+    name: str | None = None
+
+
+class UuidInfo(QapiModel):
+    """Return of ``query-uuid``."""
+
+    UUID: str
+
+
+class VersionTriple(QapiModel):
+    """A version number."""
+
+    major: int
+    minor: int
+    micro: int
+
+
+class VersionInfo(QapiModel):
+    """Return of ``query-version``."""
+
+    qemu: VersionTriple
+    package: str
+
+
+class CommandInfo(QapiModel):
+    """One entry of ``query-commands``."""
+
+    name: str
+
+
+class KvmInfo(QapiModel):
+    """Return of ``query-kvm``."""
+
+    enabled: bool
+    present: bool
+
+
+class FdName(QapiModel):
+    """Arguments of ``getfd`` and ``closefd``."""
+
+    fdname: str
+
+
+class ShutdownEvent(QapiModel):
+    """Data of the SHUTDOWN event."""
+
+    guest: bool
+    reason: str

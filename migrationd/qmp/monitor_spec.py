@@ -1,0 +1,75 @@
+"""The text of ``-qmp``: where a monitor listens or connects to."""
+
+from dataclasses import dataclass
+
+from migrationd.errors import ConfigError
+
+UNIX_PATH_LIMIT = 107
+
+
+@dataclass(frozen=True, slots=True)
+class MonitorSpec:
+    """One monitor.
+
+    Attributes:
+        kind: ``unix``, ``tcp`` or ``stdio``.
+        path: Of a unix socket.
+        host: Of a TCP socket.
+        port: Of a TCP socket.
+        is_server: Listen; otherwise connect out (``qmp-shell-wrap``).
+        waits: Do not go on before the first client has connected.
+    """
+
+    kind: str
+    path: str = ""
+    host: str = ""
+    port: int = 0
+    is_server: bool = False
+    waits: bool = False
+
+
+def parse_monitor_spec(text: str) -> MonitorSpec:
+    """Parse QEMU's spelling: ``unix:PATH,server=on,wait=off``.
+
+    Without ``server`` the monitor connects out, as in QEMU.
+
+    Raises:
+        ConfigError: With one clear line.
+    """
+    if text == "stdio":
+        return MonitorSpec("stdio")
+    kind, _, rest = text.partition(":")
+    place, *options = rest.split(",")
+    if kind not in ("unix", "tcp") or not place:
+        raise ConfigError(
+            f"-qmp expects unix:PATH, tcp:HOST:PORT or stdio, with options, not '{text}'"
+        )
+    flags = {"server": False, "wait": True}
+    for option in options:
+        flags |= _flag(option, text)
+    waits = flags["server"] and flags["wait"]
+    if kind == "unix":
+        if len(place.encode()) > UNIX_PATH_LIMIT:
+            raise ConfigError(f"-qmp: the path '{place}' is too long for a unix socket")
+        return MonitorSpec("unix", path=place, is_server=flags["server"], waits=waits)
+    host, separator, port = place.rpartition(":")
+    if not separator or not port.isdigit() or int(port) > 65535:
+        raise ConfigError(f"-qmp expects tcp:HOST:PORT, not '{text}'")
+    return MonitorSpec(
+        "tcp",
+        host=host.strip("[]"),
+        port=int(port),
+        is_server=flags["server"],
+        waits=waits,
+    )
+
+
+def _flag(option: str, text: str) -> dict[str, bool]:
+    name, separator, value = option.partition("=")
+    if name == "nowait" and not separator:
+        return {"wait": False}
+    if name == "nodelay":
+        return {}
+    if name not in ("server", "wait") or (value or "on") not in ("on", "off"):
+        raise ConfigError(f"-qmp: unknown option '{option}' in '{text}'")
+    return {name: (value or "on") == "on"}
