@@ -180,11 +180,11 @@ class GuestControl:
         )
         self._incoming = incoming
         incoming.begin()
-        listener = await listen(channels[0].address, fds)
+        incoming.listen_on(await listen(channels[0].address, fds))
         self._incoming_started = True
 
         async def load() -> None:
-            guest = await incoming.run(listener)
+            guest = await incoming.run()
             if guest is not None:
                 self._arrived(guest)
             elif exit_on_error and incoming.error is not None:

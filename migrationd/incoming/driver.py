@@ -139,13 +139,18 @@ class IncomingMigration:
         """
         self._status.advance(Cause.START)
 
-    async def run(self, listener: Listener) -> ParkedGuest | None:
+    def listen_on(self, listener: Listener) -> None:
+        """Say where the source will come from; the listener is closed by :meth:`run`."""
+        self._listener = listener
+
+    async def run(self) -> ParkedGuest | None:
         """Accept the source and load its guest.
 
         Returns:
             The held guest, or None after a failure (see :attr:`error`).
         """
-        self._listener = listener
+        listener = self._listener
+        assert listener is not None
         executor = ThreadPoolExecutor(1, thread_name_prefix="incoming")
         try:
             channel = self._channel = await listener.accept()
