@@ -65,8 +65,15 @@ def page_vector(
 
     Returns:
         Shape ``(2 n, 2)``: header, page, header, page, ...
+
+    Raises:
+        ValueError: A page does not lie in the memory, or an array is not contiguous.
     """
     count, width = headers.shape
+    if not headers.flags.c_contiguous or not memory.flags.c_contiguous or count != len(pages):
+        raise ValueError("headers and memory must be contiguous, with one header for each page")
+    if count and not (int(pages.min()) >= 0 and int(pages.max()) < len(memory) // page_size):
+        raise ValueError("a page does not lie in the memory")
     vector = np.empty((count, 2, 2), np.uint64)
     vector[:, 0, 0] = np.arange(count, dtype=np.uint64) * np.uint64(width) + np.uint64(
         address_of(headers)
@@ -78,7 +85,15 @@ def page_vector(
 
 
 def rest_of(vector: Vector, done: int) -> Vector:
-    """What is left of a vector after ``done`` bytes; changes its first entry in place."""
+    """What is left of a vector after ``done`` bytes.
+
+    Args:
+        vector: Addresses and lengths; the entry that was done in part is changed in place.
+        done: Bytes of the vector that are done, at most all.
+
+    Returns:
+        A view of the entries that are left; entries without bytes are skipped.
+    """
     ends = np.cumsum(vector[:, 1])
     first = int(np.searchsorted(ends, done, side="right"))
     rest = vector[first:]
@@ -117,8 +132,11 @@ def pwrite_rows(fd: int, rows: npt.NDArray[np.uint8], position: int) -> None:
 
     Raises:
         OSError: As ``pwritev``; ENOSPC if the file takes nothing more.
+        ValueError: A row is not contiguous.
     """
     count, width = rows.shape
+    if count and (rows.strides[1] != 1 or rows.strides[0] < 0):
+        raise ValueError("each row must be contiguous, and rows must ascend")
     vector = np.empty((count, 2), np.uint64)
     vector[:, 0] = np.arange(count, dtype=np.uint64) * np.uint64(rows.strides[0]) + np.uint64(
         address_of(rows)
@@ -126,7 +144,10 @@ def pwrite_rows(fd: int, rows: npt.NDArray[np.uint8], position: int) -> None:
     vector[:, 1] = width
     while len(vector):
         part = vector[:IOV_MAX]
-        done = _result(_pwritev(fd, part.__array_interface__["data"][0], len(part), position))
+        try:
+            done = _result(_pwritev(fd, part.__array_interface__["data"][0], len(part), position))
+        except InterruptedError:
+            continue
         if not done:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         position += done

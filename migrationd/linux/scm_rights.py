@@ -1,42 +1,72 @@
-"""Descriptors that travel with bytes over a unix socket (SCM_RIGHTS)."""
+"""Descriptors over unix sockets.
 
-import array
+Reference: ``SCM_RIGHTS`` of ``unix(7)``. Descriptors travel with the first byte of the
+message that they were sent with; the kernel closes what does not fit the buffer.
+"""
+
+import contextlib
 import os
 import socket
+import struct
 
-FDS_PER_MESSAGE = 16
-"""Room for this many; the kernel drops the others."""
+FD_LIMIT = 16
+"""Descriptors of one message; as many as QEMU's sockets take."""
 
-_FD_BYTES = array.array("i").itemsize
+_INT_BYTES = struct.calcsize("i")
 
 
-def recv_with_fds(sock: socket.socket, size: int) -> tuple[bytes, list[int]]:
-    """Receive bytes and the descriptors that came with them, close-on-exec.
+def recv_with_fds(
+    sock: socket.socket, max_bytes: int, max_fds: int = FD_LIMIT
+) -> tuple[bytes, list[int]]:
+    """Receive bytes and the descriptors that came with them, without waiting.
+
+    Args:
+        sock: Unix socket; for other families there are no descriptors.
+        max_bytes: Most bytes to take.
+        max_fds: Most descriptors to take; further ones are closed.
+
+    Returns:
+        Bytes, empty at the end of the input, and descriptors, close-on-exec, which belong
+        to the caller.
 
     Raises:
-        OSError: As ``recvmsg``; BlockingIOError when nothing is there.
+        BlockingIOError: Nothing is there.
+        OSError: As ``recvmsg``.
     """
-    data, ancillary, _, _ = sock.recvmsg(
-        size, socket.CMSG_SPACE(FDS_PER_MESSAGE * _FD_BYTES), socket.MSG_CMSG_CLOEXEC
-    )
-    fds = array.array("i")
-    for level, kind, payload in ancillary:
+    flags = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
+    space = socket.CMSG_SPACE(max_fds * _INT_BYTES)
+    data, ancillary, _, _ = sock.recvmsg(max_bytes, space, flags)
+    fds: list[int] = []
+    for level, kind, content in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-            fds.frombytes(payload[: len(payload) - len(payload) % _FD_BYTES])
-    return data, fds.tolist()
+            count = len(content) // _INT_BYTES
+            fds.extend(struct.unpack_from(f"{count}i", content))
+    close_all(fds[max_fds:])
+    return data, fds[:max_fds]
 
 
-def send_with_fds(sock: socket.socket, data: bytes, fds: list[int]) -> None:
-    """Send bytes with descriptors.
+def send_with_fds(sock: socket.socket, data: bytes, fds: list[int]) -> int:
+    """Send bytes with descriptors; they stay open here.
+
+    Args:
+        sock: Unix socket.
+        data: At least one byte; the descriptors go with the first.
+        fds: Descriptors, at most 253.
+
+    Returns:
+        Bytes taken by the kernel; when it is not zero, the descriptors went as well.
 
     Raises:
+        BlockingIOError: The socket is non-blocking and takes nothing.
         OSError: As ``sendmsg``.
     """
-    payload = array.array("i", fds).tobytes()
-    sock.sendmsg([data], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, payload)])
+    content = struct.pack(f"{len(fds)}i", *fds)
+    ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, content)] if fds else []
+    return sock.sendmsg([data], ancillary, socket.MSG_NOSIGNAL)
 
 
 def close_all(fds: list[int]) -> None:
-    """Close descriptors."""
+    """Close descriptors that nobody wants."""
     for fd in fds:
-        os.close(fd)
+        with contextlib.suppress(OSError):
+            os.close(fd)

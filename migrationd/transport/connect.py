@@ -4,14 +4,14 @@ Sockets connect asynchronously: a refused or unreachable address is a failed
 migration, not a failed command. Files, commands and descriptors open at once and do
 fail the command.
 
-Reference: QEMU's ``migrate``; texts as in its ``error-desc``.
+Reference: QEMU's ``migrate``; texts as in its ``error-desc``, 11.1.
 """
 
 import asyncio
-import contextlib
+import errno
 import os
 import socket
-import subprocess
+import stat
 from collections.abc import Callable
 
 from migrationd.errors import AddressError, ConnectFailed
@@ -24,13 +24,21 @@ from migrationd.transport.address import (
     RdmaAddress,
     UnixAddress,
     VsockAddress,
-    check_unix_path,
     describe,
+    unix_target,
 )
 from migrationd.transport.channel import Channel
+from migrationd.transport.command import start_command
+from migrationd.transport.resolve import SocketTarget, resolve
 
 FdLookup = Callable[[str], int]
 """Gives up the descriptor of a name; raises an error of ours if there is none."""
+
+RDMA_REFUSAL = "rdma: this host has no RDMA support; use tcp: or unix:"
+
+_IPPROTO_MPTCP = 262
+_BACKLOG_RETRY_S = 0.01
+_OFFSET_LIMIT = 1 << 63
 
 
 def is_opened_now(address: Address) -> bool:
@@ -41,19 +49,23 @@ def is_opened_now(address: Address) -> bool:
 def open_now(address: Address, fds: FdLookup) -> Channel:
     """Open a file, command or descriptor for an outgoing stream.
 
+    Args:
+        address: What to open.
+        fds: Where the descriptor of an :class:`FdAddress` comes from; it is consumed.
+
     Raises:
         ConnectFailed: It cannot be opened.
         AddressError: It cannot serve.
     """
     match address:
         case FdAddress(name):
-            return Channel(fds(name))
+            return channel_of_fd(fds(name))
         case ExecAddress(args):
-            return spawn(args, outgoing=True)
+            return open_command(args, outgoing=True)
         case FileAddress(path, offset):
             return _create_file(path, offset)
         case RdmaAddress():
-            raise AddressError("rdma: this host has no RDMA support; use tcp: or unix:")
+            raise AddressError(RDMA_REFUSAL)
         case _:
             raise AddressError(f"'{describe(address)}' is not opened at once")
 
@@ -65,97 +77,118 @@ async def connect(address: Address) -> Channel:
         ConnectFailed: Nobody answered, or the name cannot be resolved.
         AddressError: The address cannot be used on this host.
     """
+    what = f"Failed to connect to '{describe(address)}'"
     match address:
         case InetAddress():
-            return await _connect_inet(address)
-        case UnixAddress(path, is_abstract):
-            check_unix_path(path)
-            target = "\0" + path if is_abstract else path
+            return await _connect_inet(address, what)
+        case UnixAddress():
+            target = unix_target(address)
             sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            return await _connect_socket(sock, target, f"Failed to connect to '{path}'")
+            return await _connect_socket(sock, target, what)
         case VsockAddress(cid, port):
-            vsock, target_pair = vsock_socket(cid, port)
-            return await _connect_socket(vsock, target_pair, f"Failed to connect to '{cid}:{port}'")
+            vsock, pair = vsock_socket(cid, port)
+            return await _connect_socket(vsock, pair, what)
         case _:
             raise AddressError(f"'{describe(address)}' is no socket address")
 
 
-async def resolve(address: InetAddress, *, passive: bool) -> list[tuple[int, tuple[str, int]]]:
-    """Look an address up.
-
-    Returns:
-        Socket family and socket address of each result.
+def channel_of_fd(fd: int) -> Channel:
+    """A channel over a descriptor that somebody handed over; it is consumed.
 
     Raises:
-        ConnectFailed: With the resolver's text.
+        AddressError: It can carry no stream.
     """
-    family = socket.AF_UNSPEC
-    if (address.ipv4 is True and address.ipv6 is not True) or address.ipv6 is False:
-        family = socket.AF_INET
-    elif (address.ipv6 is True and address.ipv4 is not True) or address.ipv4 is False:
-        family = socket.AF_INET6
-    loop = asyncio.get_running_loop()
     try:
-        found = await loop.getaddrinfo(
-            address.host or None,
-            address.port,
-            family=family,
-            type=socket.SOCK_STREAM,
-            flags=socket.AI_PASSIVE if passive else 0,
-        )
-    except (OSError, UnicodeError, OverflowError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise ConnectFailed(
-            f"address resolution failed for {address.host}:{address.port}: {reason}"
-        ) from error
-    return [(item[0], (str(item[4][0]), int(item[4][1]))) for item in found]
+        mode = os.fstat(fd).st_mode
+    except OSError as error:
+        raise AddressError(f"fd: {error.strerror}") from error
+    reason = None
+    if stat.S_ISREG(mode):
+        reason = "fd: migration to a file is not supported. Use file: instead."
+    elif stat.S_ISDIR(mode):
+        reason = "fd: a directory cannot carry a stream"
+    elif stat.S_ISSOCK(mode):
+        sock = socket.socket(fileno=fd)
+        if sock.type != socket.SOCK_STREAM:
+            reason = "fd: the socket is no stream socket"
+        sock.detach()
+    if reason is not None:
+        os.close(fd)
+        raise AddressError(reason)
+    return Channel(fd)
 
 
-def spawn(args: tuple[str, ...], *, outgoing: bool) -> Channel:
-    """Start a command with a pipe to its input (outgoing) or from its output.
+def open_command(args: tuple[str, ...], *, outgoing: bool) -> Channel:
+    """Start a command and take one end of a pipe to or from it.
 
     Raises:
         ConnectFailed: It cannot be started.
     """
-    read_fd, write_fd = os.pipe2(os.O_CLOEXEC)
-    ours, theirs = (write_fd, read_fd) if outgoing else (read_fd, write_fd)
+    fd, command = start_command(args, outgoing=outgoing)
+    return Channel(fd, command=command)
+
+
+def inet_socket(family: int, address: InetAddress) -> socket.socket:
+    """A TCP socket with the options of an address.
+
+    Raises:
+        OSError: The kernel has none.
+    """
+    protocol = _IPPROTO_MPTCP if address.mptcp else 0
+    sock = socket.socket(family, socket.SOCK_STREAM, protocol)
     try:
-        child = subprocess.Popen(
-            args,
-            stdin=theirs if outgoing else subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL if outgoing else theirs,
-            start_new_session=True,
-        )
-    except OSError as error:
-        os.close(ours)
-        raise ConnectFailed(f"Failed to execute '{args[0]}': {error.strerror}") from error
-    finally:
-        os.close(theirs)
-    return Channel(ours, child=child)
+        set_keep_alive(sock, address)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def set_keep_alive(sock: socket.socket, address: InetAddress) -> None:
+    """Switch keep-alive probes on when the address asks for them.
+
+    Raises:
+        OSError: A number is out of range.
+    """
+    if not address.keep_alive:
+        return
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in (
+        (socket.TCP_KEEPCNT, address.keep_alive_count),
+        (socket.TCP_KEEPIDLE, address.keep_alive_idle),
+        (socket.TCP_KEEPINTVL, address.keep_alive_interval),
+    ):
+        if value:
+            sock.setsockopt(socket.IPPROTO_TCP, option, min(value, 0x7FFFFFFF))
 
 
 def vsock_socket(cid: str, port: str) -> tuple[socket.socket, tuple[int, int]]:
     """A vsock and its address.
 
     Raises:
-        AddressError: The numbers are wrong or this host has no vsock.
+        ConnectFailed: The numbers are wrong.
+        AddressError: This host has no vsock.
     """
-    if not cid.isdigit() or not port.isdigit() or max(int(cid), int(port)) >= 1 << 32:
-        raise AddressError(f"Failed to parse vsock address '{cid}:{port}'")
+    numbers = []
+    for name, text in (("cid", cid), ("port", port)):
+        if not (text.isascii() and text.isdigit()) or int(text[:20]) >= 1 << 32:
+            raise ConnectFailed(f"Failed to parse {name} '{text}'")
+        numbers.append(int(text))
     try:
         sock = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
     except OSError as error:
         raise AddressError(f"vsock is not available on this host: {error.strerror}") from error
-    return sock, (int(cid), int(port))
+    return sock, (numbers[0], numbers[1])
 
 
-async def _connect_inet(address: InetAddress) -> Channel:
-    what = f"Failed to connect to '{address.host}:{address.port}'"
+async def _connect_inet(address: InetAddress, what: str) -> Channel:
     failure: ConnectFailed | None = None
     for family, target in await resolve(address, passive=False):
-        sock = socket.socket(family, socket.SOCK_STREAM)
-        if address.keep_alive:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        try:
+            sock = inet_socket(family, address)
+        except OSError as error:
+            failure = ConnectFailed(f"{what}: {error.strerror}")
+            continue
         try:
             return await _connect_socket(sock, target, what)
         except ConnectFailed as error:
@@ -163,12 +196,10 @@ async def _connect_inet(address: InetAddress) -> Channel:
     raise failure or ConnectFailed(f"{what}: no address found")
 
 
-async def _connect_socket(
-    sock: socket.socket, target: str | tuple[str | int, int], what: str
-) -> Channel:
+async def _connect_socket(sock: socket.socket, target: SocketTarget, what: str) -> Channel:
     sock.setblocking(False)
     try:
-        await asyncio.get_running_loop().sock_connect(sock, target)
+        await _connected(sock, target)
     except OSError as error:
         sock.close()
         reason = os.strerror(error.errno) if error.errno else str(error)
@@ -179,17 +210,57 @@ async def _connect_socket(
     return Channel(sock.detach())
 
 
+async def _connected(sock: socket.socket, target: SocketTarget) -> None:
+    """Connect; unlike the loop's own call, wait for a unix listener whose backlog is full."""
+    while True:
+        try:
+            sock.connect(target)
+            return
+        except BlockingIOError:
+            if sock.family != socket.AF_UNIX:
+                break
+        await asyncio.sleep(_BACKLOG_RETRY_S)
+    loop = asyncio.get_running_loop()
+    ready = asyncio.Event()
+    loop.add_writer(sock.fileno(), ready.set)
+    try:
+        await ready.wait()
+    finally:
+        loop.remove_writer(sock.fileno())
+    number = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    if number:
+        raise OSError(number, os.strerror(number))
+
+
 def _create_file(path: str, offset: int) -> Channel:
     try:
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        # Non-blocking: a FIFO without a reader must not hold the monitor.
+        flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
+        fd = os.open(path, flags, 0o600)
     except OSError as error:
         raise ConnectFailed(f"Could not create '{path}': {error.strerror}") from error
     try:
-        with contextlib.suppress(OSError):  # pipes and devices have no length
-            os.ftruncate(fd, offset)
-        if offset:
+        if stat.S_ISREG(os.fstat(fd).st_mode):
+            _truncate(fd, offset)
+        elif offset:
             os.lseek(fd, offset, os.SEEK_SET)
-    except OSError as error:
+    except (OSError, OverflowError) as error:
         os.close(fd)
-        raise ConnectFailed(f"Could not seek in '{path}': {error.strerror}") from error
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise ConnectFailed(f"Could not seek in '{path}': {reason}") from error
+    except BaseException:
+        os.close(fd)
+        raise
     return Channel(fd, is_durable=True)
+
+
+def _truncate(fd: int, offset: int) -> None:
+    try:
+        if offset >= _OFFSET_LIMIT:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        os.ftruncate(fd, offset)
+    except OSError as error:
+        raise ConnectFailed(
+            f"failed to truncate migration file to offset {offset:x}: {error.strerror}"
+        ) from error
+    os.lseek(fd, offset, os.SEEK_SET)

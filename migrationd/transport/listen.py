@@ -1,12 +1,11 @@
 """Opening incoming channels: listeners, and what is read at once.
 
-Binding happens before anything is awaited, so that a command can fail with it.
-
-Reference: QEMU's ``migrate-incoming``; a unix path is unlinked and bound again.
+Reference: QEMU's ``migrate-incoming``, texts of 11.1.
 """
 
 import asyncio
 import contextlib
+import errno
 import os
 import socket
 import stat
@@ -21,79 +20,139 @@ from migrationd.transport.address import (
     RdmaAddress,
     UnixAddress,
     VsockAddress,
-    check_unix_path,
-    describe,
     socket_address_to_qapi,
+    unix_target,
 )
 from migrationd.transport.channel import Channel
-from migrationd.transport.connect import FdLookup, resolve, spawn, vsock_socket
+from migrationd.transport.connect import (
+    RDMA_REFUSAL,
+    FdLookup,
+    channel_of_fd,
+    inet_socket,
+    open_command,
+    set_keep_alive,
+    vsock_socket,
+)
+from migrationd.transport.resolve import SocketTarget, resolve
 
-BACKLOG = 16
+BACKLOG = 512
+"""More than the channels of one migration; the kernel may allow fewer."""
+
+_PORT_LIMIT = 65535
+_SKIPPED_ACCEPT_ERRORS = (errno.ECONNABORTED, errno.EPROTO, errno.ENETDOWN, errno.EHOSTUNREACH)
 
 
 class Listener:
     """Where a source's channels come from: listening sockets, or one open channel.
 
+    Used on the event loop only.
+
     Args:
-        sockets: Listening sockets.
+        sockets: Listening sockets, non-blocking.
         channel: A channel that is open already (file, command, descriptor).
-        path: File of a unix socket, removed at the end.
+        address: What was asked for; its options go to accepted connections.
+        path: File of a unix socket that was bound here; removed at the end.
+
+    Attributes:
+        addresses: Where it listens, with the real ports, in the order of binding.
     """
 
     def __init__(
         self,
         sockets: list[socket.socket],
         channel: Channel | None = None,
+        *,
+        address: Address | None = None,
         path: str | None = None,
     ) -> None:
         self._sockets = sockets
         self._channel = channel
+        self._address = address
         self._path = path
+        self._path_status = _status(path) if path is not None else None
+        self._ready = asyncio.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._is_closed = False
         self.addresses: tuple[Address, ...] = tuple(_bound_address(sock) for sock in sockets)
 
     def qapi_addresses(self) -> list[dict[str, object]]:
-        """QAPI SocketAddress of each listening socket."""
-        return [socket_address_to_qapi(address) for address in self.addresses]
+        """QAPI SocketAddress of each listening socket, newest first as in QEMU."""
+        return [socket_address_to_qapi(address) for address in reversed(self.addresses)]
 
     async def accept(self) -> Channel:
-        """The next channel; the listening ones are closed to others by :meth:`close`.
+        """Wait for the next channel; one task at a time.
 
         Raises:
-            ConnectFailed: The listener broke.
+            ConnectFailed: The listener broke or was closed, or its only channel is taken.
         """
         if self._channel is not None:
             channel, self._channel = self._channel, None
             return channel
-        loop = asyncio.get_running_loop()
-        tasks = [asyncio.ensure_future(loop.sock_accept(sock)) for sock in self._sockets]
-        try:
-            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            connection, _ = done.pop().result()
-            for late in done:  # two at the same instant: the first one is the source
-                late.result()[0].close()
-        except OSError as error:
-            raise ConnectFailed(f"Failed to accept a connection: {error.strerror}") from error
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-        return Channel(connection.detach())
+        while True:
+            if self._is_closed or not self._sockets:
+                raise ConnectFailed("no further connection can come")
+            for sock in self._sockets:
+                connection = self._try_accept(sock)
+                if connection is not None:
+                    return Channel(connection.detach())
+            self._watch()
+            try:
+                await self._ready.wait()
+            finally:
+                self._unwatch()
 
     def close(self) -> None:
-        """Stop listening; any number of times."""
+        """Stop listening; any number of times. A pending :meth:`accept` fails."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        self._unwatch()
+        self._ready.set()
         for sock in self._sockets:
-            if sock.fileno() >= 0:
-                sock.close()
-                if self._path is not None:
-                    with contextlib.suppress(FileNotFoundError):
-                        os.unlink(self._path)
+            sock.close()
+        if self._path is not None and self._path_status is not None:
+            status = _status(self._path)
+            # Somebody else may listen there by now.
+            if status is not None and os.path.samestat(status, self._path_status):
+                with contextlib.suppress(OSError):
+                    os.unlink(self._path)
         if self._channel is not None:
             self._channel.close()
             self._channel = None
 
+    def _watch(self) -> None:
+        self._ready.clear()
+        self._loop = asyncio.get_running_loop()
+        for sock in self._sockets:
+            self._loop.add_reader(sock.fileno(), self._ready.set)
+
+    def _unwatch(self) -> None:
+        if self._loop is not None:
+            for sock in self._sockets:
+                self._loop.remove_reader(sock.fileno())
+            self._loop = None
+
+    def _try_accept(self, sock: socket.socket) -> socket.socket | None:
+        try:
+            connection, _ = sock.accept()
+        except (BlockingIOError, InterruptedError):
+            return None
+        except OSError as error:
+            if error.errno in _SKIPPED_ACCEPT_ERRORS:
+                return None
+            raise ConnectFailed(f"Unable to accept connection: {error.strerror}") from error
+        if isinstance(self._address, InetAddress):
+            with contextlib.suppress(OSError):
+                set_keep_alive(connection, self._address)
+        return connection
+
 
 async def listen(address: Address, fds: FdLookup) -> Listener:
     """Open a listener, or the one channel that an address stands for.
+
+    Args:
+        address: Where the source will come, or what is read.
+        fds: Where the descriptor of an :class:`FdAddress` comes from; it is consumed.
 
     Raises:
         ConnectFailed: With QEMU's text.
@@ -101,92 +160,151 @@ async def listen(address: Address, fds: FdLookup) -> Listener:
     """
     match address:
         case InetAddress():
-            return Listener(await _bind_inet(address))
+            return Listener(await _bind_inet(address), address=address)
         case UnixAddress():
-            return _listen_unix(address)
+            return Listener(
+                [_bind_unix(address)], path=None if address.is_abstract else address.path
+            )
         case VsockAddress(cid, port):
             sock, target = vsock_socket(cid, port)
-            return Listener([_bound(sock, target, f"{cid}:{port}")])
+            try:
+                _bind(sock, target)
+            except OSError as error:
+                raise ConnectFailed(f"Failed to bind socket: {error.strerror}") from error
+            return Listener([sock])
         case FdAddress(name):
             return _listen_fd(fds(name))
         case ExecAddress(args):
-            return Listener([], spawn(args, outgoing=False))
+            return Listener([], open_command(args, outgoing=False))
         case FileAddress(path, offset):
             return Listener([], _open_file(path, offset))
         case RdmaAddress():
-            raise AddressError("rdma: this host has no RDMA support; use tcp: or unix:")
+            raise AddressError(RDMA_REFUSAL)
 
 
 async def _bind_inet(address: InetAddress) -> list[socket.socket]:
+    """One listening socket for each address of the host that can be bound."""
     sockets: list[socket.socket] = []
     failure: ConnectFailed | None = None
-    for family, (host, port) in await resolve(address, passive=True):
-        for candidate in range(port, max(port, address.to or 0) + 1):
-            # A second family takes the port that the first one was given.
-            if sockets and not port:
-                candidate = sockets[0].getsockname()[1]
-            sock = socket.socket(family, socket.SOCK_STREAM)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if family == socket.AF_INET6:
-                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            try:
-                sockets.append(_bound(sock, (host, candidate), f"{address.host}:{address.port}"))
-                break
-            except ConnectFailed as error:
-                failure = error
+    for family, target in await resolve(address, passive=True):
+        # Differs from QEMU: where the kernel chooses, all families share one port.
+        chosen = sockets[0].getsockname()[1] if sockets and not target[1] else None
+        try:
+            sockets.append(_bind_range(address, family, target, chosen))
+        except ConnectFailed as error:
+            failure = error
     if not sockets:
-        raise failure or ConnectFailed(f"Failed to bind socket to {describe(address)}")
+        raise failure or ConnectFailed("Failed to bind socket: no address found")
     return sockets
 
 
-def _listen_unix(address: UnixAddress) -> Listener:
-    check_unix_path(address.path)
+def _bind_range(
+    address: InetAddress, family: int, target: tuple[str | int, ...], chosen: int | None
+) -> socket.socket:
+    """Bind to the first free port of the range."""
+    host, asked, *scope = target
+    first = int(asked)
+    if chosen is not None:
+        candidates = [chosen, 0]
+    else:
+        candidates = list(range(first, max(first, min(address.to or 0, _PORT_LIMIT)) + 1))
+    for port in candidates:
+        for is_dual in _stacks(address, family):
+            try:
+                sock = inet_socket(family, address)
+            except OSError as error:
+                raise ConnectFailed(f"Failed to create socket: {error.strerror}") from error
+            try:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if family == socket.AF_INET6:
+                    sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, not is_dual)
+                _bind(sock, (host, port, *scope))
+                return sock
+            except OSError as error:
+                sock.close()
+                if error.errno != errno.EADDRINUSE:
+                    raise ConnectFailed(f"Failed to bind socket: {error.strerror}") from error
+    raise ConnectFailed(f"Failed to find an available port: {os.strerror(errno.EADDRINUSE)}")
+
+
+def _stacks(address: InetAddress, family: int) -> tuple[bool, ...]:
+    """Whether an IPv6 socket takes IPv4 as well, in the order of trying."""
+    wants_both = address.ipv4 is None and address.ipv6 is None
+    wants_both = wants_both or bool(address.ipv4 and address.ipv6)
+    return (True, False) if wants_both and family == socket.AF_INET6 else (False,)
+
+
+def _bind_unix(address: UnixAddress) -> socket.socket:
+    target = unix_target(address)
+    if not address.is_abstract:
+        # Differs from QEMU, which removes any file: only a socket can be a stale one.
+        status = _status(address.path)
+        if status is not None and stat.S_ISSOCK(status.st_mode):
+            with contextlib.suppress(OSError):
+                os.unlink(address.path)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    if address.is_abstract:
-        return Listener([_bound(sock, "\0" + address.path, address.path)])
-    with contextlib.suppress(OSError):
-        if stat.S_ISSOCK(os.stat(address.path).st_mode):
-            os.unlink(address.path)
-    return Listener([_bound(sock, address.path, address.path)], path=address.path)
+    try:
+        _bind(sock, target)
+    except OSError as error:
+        raise ConnectFailed(f"Failed to bind socket to {address.path}: {error.strerror}") from error
+    return sock
+
+
+def _bind(sock: socket.socket, target: SocketTarget) -> None:
+    """Bind, listen and make non-blocking; closes the socket when it fails."""
+    try:
+        sock.bind(target)
+        sock.listen(BACKLOG)
+        sock.setblocking(False)
+    except BaseException:
+        sock.close()
+        raise
 
 
 def _listen_fd(fd: int) -> Listener:
-    if stat.S_ISSOCK(os.fstat(fd).st_mode):
-        sock = socket.socket(fileno=fd)
-        if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-            sock.setblocking(False)
-            return Listener([sock])
-        fd = sock.detach()
-    return Listener([], Channel(fd))
+    # Differs from QEMU: a socket that listens already, such as a service manager's, is taken too.
+    with contextlib.suppress(OSError):
+        if stat.S_ISSOCK(os.fstat(fd).st_mode):
+            sock = socket.socket(fileno=fd)
+            if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                sock.set_inheritable(False)
+                sock.setblocking(False)
+                return Listener([sock])
+            sock.detach()
+    return Listener([], channel_of_fd(fd))
 
 
 def _open_file(path: str, offset: int) -> Channel:
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        if offset:
-            os.lseek(fd, offset, os.SEEK_SET)
+        # Non-blocking: a FIFO without a writer must not hold the monitor.
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
         raise ConnectFailed(f"Could not open '{path}': {error.strerror}") from error
+    try:
+        if stat.S_ISDIR(os.fstat(fd).st_mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if offset:
+            os.lseek(fd, offset, os.SEEK_SET)
+    except (OSError, OverflowError) as error:
+        os.close(fd)
+        reason = error.strerror if isinstance(error, OSError) else "offset out of range"
+        raise ConnectFailed(f"Could not open '{path}': {reason}") from error
     return Channel(fd)
 
 
-def _bound(sock: socket.socket, target: str | tuple[str | int, int], name: str) -> socket.socket:
+def _status(path: str) -> os.stat_result | None:
     try:
-        sock.bind(target)
-        sock.listen(BACKLOG)
-    except OSError as error:
-        sock.close()
-        reason = os.strerror(error.errno) if error.errno else str(error)
-        raise ConnectFailed(f"Failed to bind socket to {name}: {reason}") from error
-    sock.setblocking(False)
-    return sock
+        return os.lstat(path)
+    except OSError:
+        return None
 
 
 def _bound_address(sock: socket.socket) -> Address:
     name = sock.getsockname()
     if sock.family == socket.AF_UNIX:
         if isinstance(name, bytes):
-            return UnixAddress(name[1:].decode("latin-1"), is_abstract=True)
+            tight = name[1:].rstrip(b"\0")
+            return UnixAddress(os.fsdecode(tight), is_abstract=True, is_tight=name[1:] == tight)
         return UnixAddress(str(name))
     if sock.family == socket.AF_VSOCK:
         return VsockAddress(str(name[0]), str(name[1]))
