@@ -15,7 +15,7 @@ from rich.console import Console
 
 from migrationd import __version__
 from migrationd.ctl.client import ClientError, Monitor, connected, parse_size
-from migrationd.ctl.progress import Progress, progress_line
+from migrationd.ctl.progress import Progress
 from migrationd.ctl.status import read_status, show_status
 from migrationd.ctl.watch import follow, make_display
 from migrationd.errors import MigrationdError
@@ -143,13 +143,7 @@ def migrate(
 
     progress = _with_monitor(context, action)
     if progress is not None:
-        _report_error(progress)
         _exit_as(progress)
-
-
-def _report_error(progress: Progress) -> None:
-    if progress.error and console.is_terminal:
-        console.print(progress_line(progress), markup=False, highlight=False, soft_wrap=True)
 
 
 def _capability_state(text: str) -> dict[str, object]:

@@ -58,7 +58,7 @@ class DemoPlan:
     @property
     def memory_mib(self) -> int:
         """RAM of the guest: what it uses, and as much again that stays zero."""
-        return 2 * max(64, -(-self.guest.needed_bytes >> 20))
+        return 128 * max(1, -(-2 * self.guest.needed_bytes // (128 << 20)))
 
 
 async def run_demo(plan: DemoPlan, console: Console) -> None:
@@ -176,7 +176,7 @@ class _Demo:
         def note() -> str:
             shown = source if isinstance(source, QemuProcess) else target
             serial = shown.serial if isinstance(shown, QemuProcess) else ""
-            return f"guest: {_tail(before + serial, 16)}"
+            return f"guest: {_tail(before + serial, 12)}"
 
         with make_display(self.console, label) as display:
             progress = await follow(source.query_migrate, display, note=note)

@@ -5,9 +5,10 @@ from collections.abc import Awaitable, Callable, Mapping
 from types import TracebackType
 from typing import Protocol, Self
 
-from rich.console import Console
-from rich.progress import BarColumn, Task, TextColumn
-from rich.progress import Progress as RichProgress
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
 from rich.text import Text
 
 from migrationd.ctl.progress import (
@@ -51,8 +52,9 @@ class Display(Protocol):
 class LineDisplay:
     """A line per second, and one whenever the status changes."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, label: str = "") -> None:
         self._console = console
+        self._label = f"{label} " if label else ""
         self._status = ""
         self._next_s = 0.0
 
@@ -73,46 +75,19 @@ class LineDisplay:
             return
         self._status = progress.status
         self._next_s = now_s + _LINE_EVERY_S
-        line = progress_line(progress) + (f"  {note}" if note else "")
+        line = self._label + progress_line(progress) + (f"  {note}" if note else "")
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-class _Figures(TextColumn):
-    def __init__(self) -> None:
-        super().__init__("")
-
-    def render(self, task: Task) -> Text:
-        progress: Progress | None = task.fields.get("look")
-        if progress is None or not progress.total_bytes:
-            return Text("")
-        text = f"{size_text(progress.transferred_bytes)}  {rate_text(progress.rate_bytes_per_s)}"
-        if not progress.has_ended:
-            eta = "?" if progress.eta_s is None else duration_text(progress.eta_s)
-            text += f"  left {size_text(progress.remaining_bytes)}  ETA {eta}"
-        if progress.downtime_ms is not None:
-            text += f"  downtime {progress.downtime_ms} ms"
-        return Text(text)
-
-
 class LiveDisplay:
-    """A bar with status, rate, remaining and ETA."""
+    """A bar with the status, and under it sizes, rate and ETA; fits 80 columns."""
 
     def __init__(self, console: Console, label: str = "") -> None:
-        self._bar = RichProgress(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=None),
-            TextColumn("{task.percentage:>3.0f}%"),
-            _Figures(),
-            TextColumn("[cyan]{task.fields[note]}", markup=True),
-            console=console,
-            auto_refresh=False,
-            expand=True,
-        )
         self._label = label
-        self._task = self._bar.add_task(label, total=1.0, note="", look=None)
+        self._live = Live(console=console, auto_refresh=False)
 
     def __enter__(self) -> Self:
-        self._bar.start()
+        self._live.start()
         return self
 
     def __exit__(
@@ -121,23 +96,40 @@ class LiveDisplay:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._bar.stop()
+        self._live.stop()
 
     def show(self, now_s: float, progress: Progress, note: str = "") -> None:
         """Show one look."""
-        self._bar.update(
-            self._task,
-            description=f"{self._label} {progress.status}".strip(),
-            completed=progress.fraction,
-            look=progress,
-            note=note,
-            refresh=True,
-        )
+        head = Table.grid(padding=(0, 1), expand=True)
+        head.add_column(no_wrap=True)
+        head.add_column(ratio=1)
+        head.add_column(justify="right", width=4)
+        status = f"{self._label} {progress.status:<9}".lstrip()
+        bar = ProgressBar(total=1.0, completed=progress.fraction)
+        head.add_row(Text(status, "bold"), bar, f"{progress.fraction:.0%}")
+        figures = Text(f"    {_figures(progress)}", no_wrap=True, overflow="ellipsis")
+        if note:
+            figures.append(f"  {note}", "cyan")
+        self._live.update(Group(head, figures), refresh=True)
+
+
+def _figures(progress: Progress) -> str:
+    if not progress.total_bytes:
+        return progress.error or ""
+    parts = [f"{size_text(progress.transferred_bytes)} sent", rate_text(progress.rate_bytes_per_s)]
+    if not progress.has_ended:
+        eta = "?" if progress.eta_s is None else duration_text(progress.eta_s)
+        parts += [f"left {size_text(progress.remaining_bytes)}", f"ETA {eta}"]
+    elif progress.total_time_ms:
+        parts.append(f"in {duration_text(progress.total_time_ms / 1000)}")
+    if progress.downtime_ms is not None:
+        parts.append(f"downtime {progress.downtime_ms} ms")
+    return "  ".join([*parts, *([progress.error] if progress.error else [])])
 
 
 def make_display(console: Console, label: str = "") -> Display:
     """Choose the display that fits where the output goes."""
-    return LiveDisplay(console, label) if console.is_terminal else LineDisplay(console)
+    return LiveDisplay(console, label) if console.is_terminal else LineDisplay(console, label)
 
 
 async def follow(

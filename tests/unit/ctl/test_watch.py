@@ -61,5 +61,5 @@ def test_bar_shows_the_figures() -> None:
         look = Progress("active", total_bytes=1 << 20, remaining_bytes=1 << 19, eta_s=2.0)
         display.show(0, look, "guest: ABC")
     text = printed(output)
-    for part in ("in active", "50%", "left 512.0 KiB", "ETA 2.0 s", "guest: ABC"):
+    for part in ("in active", " 50%", "left 512.0 KiB", "ETA 2.0 s", "guest: ABC"):
         assert part in text
