@@ -211,8 +211,8 @@ class _Demo:
         for column in table.columns[1:]:
             column.justify = "right"
         for label, progress in (
-            ("QEMU A → migrationd", inward),
-            ("migrationd → QEMU B", outward),
+            ("A → migrationd", inward),
+            ("migrationd → B", outward),
         ):
             downtime = "" if progress.downtime_ms is None else f"{progress.downtime_ms} ms"
             table.add_row(
@@ -227,7 +227,10 @@ class _Demo:
         stopped_s = _event_time_s(source, "STOP")
         resumed_s = _event_time_s(destination, "RESUME")
         if stopped_s is not None and resumed_s is not None:
-            self.say(f"From A's STOP to B's RESUME: {duration_text(resumed_s - stopped_s)}.")
+            self.say(
+                f"From A's STOP to B's RESUME, with the time parked: "
+                f"{duration_text(resumed_s - stopped_s)}."
+            )
 
 
 def _event_time_s(peer: PeerProcess, name: str) -> float | None:
