@@ -61,8 +61,10 @@ def main() -> int:
     versions = sorted({version for _, version in lines}, key=lambda text: float(text))
     width = max(len(line) for line, _ in lines)
     rows = [" " * width + "".join(f"{version:>6}" for version in versions)]
-    for line in sorted({line for line, _ in lines}):
-        rows.append(f"{line:{width}}" + "".join(f"{lines[line, v]:6}" for v in versions))
+    rows += [
+        f"{line:{width}}" + "".join(f"{lines[line, version]:6}" for version in versions)
+        for line in sorted({line for line, _ in lines})
+    ]
     sys.stdout.write("\n".join(rows) + "\n")
     return int(any(Outcome.WRONG.value in line for line, _ in lines))
 
