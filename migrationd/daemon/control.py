@@ -71,7 +71,7 @@ class GuestControl:
         self._chosen_run_state: str | None = None
         self._expects_guest = bool(config.incoming)
         self._in_switchover = False
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Future[None]] = set()
 
     @property
     def guest_name(self) -> str | None:
@@ -151,8 +151,9 @@ class GuestControl:
             return
         try:
             channel = open_now(address, fds)
-        except MigrationdError:
-            self._spawn(migration.run(lambda: _fail(error)))
+        except MigrationdError as error:
+            failure = error
+            self._spawn(migration.run(lambda: _fail(failure)))
             raise
         self._spawn(migration.run(lambda: _ready(channel)))
 
@@ -250,7 +251,7 @@ class GuestControl:
             log.warning("the guest is taken back: it must not run at the destination any more")
             guest.owner = Owner.HELD
             self._spawn(self._shelter.record_owner(guest, None))
-            guest.choose_run_state(RUNNING)
+            self._set_next_run_state(guest, RUNNING)
             self._bus.emit("RESUME", None)
             return
         self._choose(RUNNING, "RESUME")
@@ -277,15 +278,19 @@ class GuestControl:
             self._chosen_run_state = run_state
             return
         was_running = self._guest.next_run_state == RUNNING
-        self._guest.choose_run_state(run_state)
+        self._set_next_run_state(self._guest, run_state)
         if was_running != (run_state == RUNNING):
             self._bus.emit(event, None)
+
+    def _set_next_run_state(self, guest: ParkedGuest, run_state: str) -> None:
+        guest.choose_run_state(run_state)
+        self._spawn(self._shelter.record_run_state(run_state))
 
     def _arrived(self, guest: ParkedGuest) -> None:
         self._guest = guest
         self._expects_guest = False
         if self._chosen_run_state is not None:
-            guest.choose_run_state(self._chosen_run_state)
+            self._set_next_run_state(guest, self._chosen_run_state)
         log.info(
             "holding guest %s: %d RAM blocks, %d MiB of RAM, %d MiB of it not zero, "
             "%d device sections",
@@ -334,12 +339,12 @@ class GuestControl:
         guest.owner = owner
         await self._shelter.record_owner(guest, destination)
 
-    def _spawn(self, work: Coroutine[None, None, None]) -> None:
+    def _spawn(self, work: "Coroutine[None, None, None] | asyncio.Future[None]") -> None:
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._reap)
 
-    def _reap(self, task: "asyncio.Task[None]") -> None:
+    def _reap(self, task: "asyncio.Future[None]") -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("internal error", exc_info=error)

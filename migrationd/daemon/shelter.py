@@ -3,8 +3,9 @@
 import asyncio
 import contextlib
 import os
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, fields
 
 from migrationd.codec.constants import QEMU_VM_SECTION_START
 from migrationd.codec.records import Configuration, OpaqueSection
@@ -16,7 +17,7 @@ from migrationd.guest.parked import GuestIdentity, ParkedGuest, SeenOnArrival
 from migrationd.guest.ram_block import RamBlockSpec
 from migrationd.guest.run_state import Owner
 from migrationd.incoming.driver import Berth
-from migrationd.store.mapped_ram import read_bitmap
+from migrationd.store.mapped_ram_reader import read_bitmap
 from migrationd.store.parked_directory import NewGuest, ParkedDirectory, SavedGuest
 
 EMPTY_DESCRIPTION = b"{}"
@@ -49,6 +50,7 @@ class FileBerth:
     def __init__(self, directory: ParkedDirectory) -> None:
         self._directory = directory
         self._new: NewGuest | None = None
+        self._early_count = 0
 
     def allocate(
         self,
@@ -69,6 +71,7 @@ class FileBerth:
             page_size,
         )
         self._new = new
+        self._early_count = len(early)
         return ParkedGuest.create(
             identity,
             blocks,
@@ -83,12 +86,15 @@ class FileBerth:
     def settle(self, guest: ParkedGuest) -> None:
         """Write bitmaps and devices, sync, rename; the file is closed for writing then."""
         assert self._new is not None
+        rest = guest.devices[self._early_count :]
+        setup = [device for device in rest if _is_of_setup(device)]
         self._new.commit(
             [block.present for block in guest.ram],
-            [_opaque(device) for device in guest.devices if not device.is_early],
+            [_opaque(device) for device in rest if not _is_of_setup(device)],
             guest.vmdescription or EMPTY_DESCRIPTION,
             switchover_start=guest.seen.switchover_start,
             seen=asdict(guest.seen),
+            setup=[_opaque(device) for device in setup],
         )
         os.close(self._new.fd)
         self._new = None
@@ -113,7 +119,8 @@ class Shelter:
 
     def __init__(self, config: DaemonConfig) -> None:
         self._directory: ParkedDirectory | None = None
-        self._writes = asyncio.Lock()
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="record")
+        self._ram_limit_bytes = config.ram_limit_bytes
         if config.ram_dir is not None and config.name is not None:
             self._directory = ParkedDirectory(config.ram_dir, config.name)
 
@@ -127,25 +134,40 @@ class Shelter:
         Raises:
             StoreError: There is one, but it cannot be read.
         """
-        saved = self._directory.find() if self._directory is not None else None
+        if self._directory is None:
+            return None
+        saved = self._directory.find(ram_limit_bytes=self._ram_limit_bytes)
         return open_saved(saved) if saved is not None else None
 
-    async def record_owner(self, guest: ParkedGuest, destination: str | None) -> None:
+    def record_owner(self, guest: ParkedGuest, destination: str | None) -> "asyncio.Future[None]":
         """Put on record who owns the guest, durably where it rests in a file.
 
-        Raises:
-            StoreError: The record cannot be written.
+        Records are written in the order of the calls, awaited or not.
+
+        Returns:
+            Done when the record is on stable storage; raises StoreError if it cannot be.
         """
-        if self._directory is not None:
-            async with self._writes:
-                await asyncio.to_thread(
-                    self._directory.record_owner, guest.owner.value, destination
-                )
+        owner = guest.owner.value
+        return self._record(lambda directory: directory.record_owner(owner, destination))
+
+    def record_run_state(self, run_state: str) -> "asyncio.Future[None]":
+        """Put the run state for the next host on record; as :meth:`record_owner`."""
+        return self._record(lambda directory: directory.record_run_state(run_state))
 
     def close(self) -> None:
-        """Give the directory up."""
+        """Finish the records and give the directory up."""
+        self._writer.shutdown(wait=True)
         if self._directory is not None:
             self._directory.close()
+
+    def _record(self, change: Callable[[ParkedDirectory], None]) -> "asyncio.Future[None]":
+        loop = asyncio.get_running_loop()
+        directory = self._directory
+        if directory is None:
+            nothing: asyncio.Future[None] = loop.create_future()
+            nothing.set_result(None)
+            return nothing
+        return asyncio.shield(loop.run_in_executor(self._writer, change, directory))
 
 
 def open_saved(saved: SavedGuest) -> ParkedGuest:
@@ -176,17 +198,22 @@ def open_saved(saved: SavedGuest) -> ParkedGuest:
         )
         for block, place in zip(guest.ram, contents.blocks, strict=True):
             block.present[:] = read_bitmap(saved.fd, place)
-        seen = SeenOnArrival(
-            **{"switchover_start": contents.has_switchover_start, **saved.sidecar.seen}
-        )
+        seen = {"switchover_start": contents.has_switchover_start, **saved.sidecar.seen}
+        known = {field.name for field in fields(SeenOnArrival)}
         guest.complete(
             [_device(section, is_early=True) for section in contents.early]
             + [_device(section, is_early=False) for section in contents.late],
             contents.vmdescription,
-            seen,
+            SeenOnArrival(**{name: value for name, value in seen.items() if name in known}),
         )
+        if saved.sidecar.run_state is not None:
+            guest.choose_run_state(saved.sidecar.run_state)
         guest.restore_owner(Owner(saved.sidecar.owner))
     return guest
+
+
+def _is_of_setup(device: DeviceState) -> bool:
+    return device.is_early or device.kind == QEMU_VM_SECTION_START
 
 
 def _opaque(device: DeviceState) -> OpaqueSection:

@@ -16,6 +16,7 @@ the capability ``mapped-ram``; the reader is ``store/mapped_ram_reader.py``.
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +27,7 @@ from migrationd.codec.constants import (
     MIG_CMD_SWITCHOVER_START,
     QEMU_VM_FILE_VERSION,
     QEMU_VM_SECTION_END,
+    QEMU_VM_SECTION_PART,
     QEMU_VM_SECTION_START,
     RAM_SAVE_FLAG_MEM_SIZE,
     RAM_SECTION_VERSION,
@@ -140,30 +142,28 @@ def plan_layout(
 
 
 def encode_tail(
-    late: Sequence[OpaqueSection], vmdescription: bytes, *, switchover_start: bool
+    setup: Sequence[OpaqueSection],
+    late: Sequence[OpaqueSection],
+    vmdescription: bytes,
+    *,
+    switchover_start: bool,
 ) -> bytes:
     """Everything behind the START section of RAM.
 
     Args:
-        late: Sections that follow it, in order.
+        setup: Sections of the setup phase that follow it.
+        late: What came after the setup phase, in order.
         vmdescription: JSON.
         switchover_start: Whether the machine type sends SWITCHOVER_START.
-
-    Returns:
-        What the setup phase and the rounds brought, SWITCHOVER_START, END sections with RAM's
-        at their head, devices, EOF and VMDESCRIPTION.
     """
     encode = StreamEncoder().encode
-    first_late = next(
-        (at for at, section in enumerate(late) if section.kind == QEMU_VM_SECTION_END),
-        next((at for at, s in enumerate(late) if _is_late_device(s)), len(late)),
-    )
-    tail = [*map(encode_opaque_section, late[:first_late])]
+    parts = list(takewhile(lambda section: section.kind == QEMU_VM_SECTION_PART, late))
+    tail = [*map(encode_opaque_section, setup), *map(encode_opaque_section, parts)]
     if switchover_start:
         tail.append(encode(Command(MIG_CMD_SWITCHOVER_START, b"")))
     tail.append(encode_section_header(QEMU_VM_SECTION_END, RAM_SECTION_ID))
     tail.append(encode_eos() + encode_section_footer(RAM_SECTION_ID))
-    tail += map(encode_opaque_section, late[first_late:])
+    tail += map(encode_opaque_section, late[len(parts) :])
     tail += [encode(EndOfStream()), encode_vmdescription(vmdescription)]
     return b"".join(tail)
 

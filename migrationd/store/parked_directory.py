@@ -1,54 +1,37 @@
 """Guests at rest in a directory: one file each, a sidecar, and a lock.
 
     NAME.mapped-ram        the guest, a file that QEMU itself loads
-    NAME.json              what the file cannot say: owner, name, form of the stream
+    NAME.json              what the file cannot say: owner, run state, form of the stream, sums
     NAME.mapped-ram.part   a guest that is still arriving; never offered
     NAME.lock              held by the daemon that owns the name
 
-Files are written aside, synced and renamed; the sidecar last. A guest exists when its
-sidecar does.
+A guest arrives aside, is read back, synced, described by its sidecar, and only then renamed
+into place: a file in place is whole, and its sidecar is the one that belongs to it. A file
+that somebody put there without a sidecar is a guest too: QEMU may have written it.
 """
 
 import contextlib
 import fcntl
-import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
 
 from migrationd.codec.records import Configuration, OpaqueSection
 from migrationd.errors import StoreError
 from migrationd.store.mapped_ram import (
-    Contents,
     Layout,
-    PlacedBlock,
     encode_tail,
     plan_layout,
-    read_contents,
     write_at,
     write_bitmap,
 )
-
-SIDECAR_VERSION = 1
-_SIDECAR_LIMIT = 1 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class Sidecar:
-    """What the sidecar says.
-
-    Attributes:
-        name: Guest name.
-        owner: ``held``, ``handing-over`` or ``handed-over``.
-        destination: Where it was handed over to.
-        seen: Which optional parts the arriving stream had.
-    """
-
-    name: str
-    owner: str = "held"
-    destination: str | None = None
-    seen: dict[str, bool] = field(default_factory=dict)
+from migrationd.store.mapped_ram_reader import Contents, read_contents
+from migrationd.store.sidecar import Sidecar, read_sidecar, sync_directory, write_sidecar
+from migrationd.store.write_behind import WriteBehind
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,58 +47,92 @@ class NewGuest:
     """A guest that is being written; made by :meth:`ParkedDirectory.begin`.
 
     Attributes:
-        fd: File, open for reading and writing.
+        fd: File, open for reading and writing; closed by its user after commit or abandon.
         layout: Where its parts go.
     """
 
-    def __init__(self, directory: "ParkedDirectory", fd: int, layout: Layout) -> None:
+    def __init__(
+        self,
+        directory: "ParkedDirectory",
+        fd: int,
+        layout: Layout,
+        early: Sequence[OpaqueSection],
+    ) -> None:
         self._directory = directory
         self.fd = fd
         self.layout = layout
+        self._early = tuple(early)
+        self._write_behind = WriteBehind(fd)
 
     def commit(
         self,
-        present: "Sequence[object]",
+        present: Sequence[npt.NDArray[np.bool_]],
         late: Sequence[OpaqueSection],
         vmdescription: bytes,
         *,
         switchover_start: bool,
         seen: dict[str, bool],
+        setup: Sequence[OpaqueSection] = (),
     ) -> None:
         """Write what is missing and make the guest durable; it exists afterwards.
 
         Args:
             present: For each block, one bool per page.
-            late: Sections after RAM.
+            late: Sections after the setup phase, in order.
             vmdescription: JSON.
             switchover_start: Whether the stream contained SWITCHOVER_START.
             seen: For the sidecar.
+            setup: Sections of the setup phase that are not in the layout.
 
         Raises:
-            StoreError: The guest is not on stable storage.
+            StoreError: The guest is not on stable storage, or does not read back.
         """
+        self._write_behind.stop()
         try:
             for block, bools in zip(self.layout.blocks, present, strict=True):
-                write_bitmap(self.fd, block, bools)  # type: ignore[arg-type]  # bool arrays
-            tail = encode_tail(late, vmdescription, switchover_start=switchover_start)
+                write_bitmap(self.fd, block, bools)
+            tail = encode_tail(setup, late, vmdescription, switchover_start=switchover_start)
             write_at(self.fd, tail, self.layout.tail_position)
-            os.ftruncate(self.fd, self.layout.tail_position + len(tail))
+            size = self.layout.tail_position + len(tail)
+            os.ftruncate(self.fd, size)
+            crc32 = self._read_back([*self._early, *setup], late)
             os.fsync(self.fd)
-            self._directory.put_in_place(seen)
+            self._directory.put_in_place(seen, file_bytes=size, metadata_crc32=crc32)
         except OSError as error:
             raise StoreError(f"the guest cannot be stored: {error.strerror}") from error
 
     def abandon(self) -> None:
         """Throw the unfinished guest away."""
+        self._write_behind.stop()
         self._directory.remove_part()
+
+    def _read_back(self, early: Sequence[OpaqueSection], late: Sequence[OpaqueSection]) -> int:
+        """Sections are framed by their contents: what was written must be what is read.
+
+        Returns:
+            Sum of everything but pages.
+
+        Raises:
+            StoreError: It is not.
+        """
+        contents = read_contents(self.fd, "the guest's file")
+        if (
+            contents.blocks != self.layout.blocks
+            or list(contents.early) != list(early)
+            or list(contents.late) != list(late)
+        ):
+            raise StoreError("the guest's file does not read back as it was written")
+        return contents.metadata_crc32
 
 
 class ParkedDirectory:
     """The place of one guest name in a directory; holds its lock.
 
+    Used by one thread at a time.
+
     Args:
         path: Directory; made if it is missing.
-        name: Guest name.
+        name: Guest name, without a slash.
 
     Raises:
         StoreError: The directory cannot be used, or another daemon holds the name.
@@ -135,27 +152,33 @@ class ParkedDirectory:
         except OSError as error:
             raise StoreError(f"-ram-dir '{path}': {error.strerror}") from error
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(self._lock)
-            raise StoreError(f"another daemon holds guest '{name}' in '{path}'") from None
-        self.remove_part()
+            self._take_lock()
+            self.remove_part()
+        except BaseException:
+            self.close()
+            raise
 
-    def find(self) -> SavedGuest | None:
+    def find(self, *, ram_limit_bytes: int | None = None) -> SavedGuest | None:
         """Open the guest of this name; its pages are mapped lazily by the taker.
 
+        Args:
+            ram_limit_bytes: Largest guest that is taken.
+
         Raises:
-            StoreError: There is one, but it cannot be read.
+            StoreError: There is one, but it cannot be read, or it is not the file that its
+                sidecar was written for.
         """
-        if not self._sidecar.exists():
-            return None
-        sidecar = self._read_sidecar()
         try:
             fd = os.open(self._ram, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return None
         except OSError as error:
             raise StoreError(f"'{self._ram}': {error.strerror}") from error
         try:
-            return SavedGuest(fd, read_contents(fd, str(self._ram)), sidecar)
+            sidecar = read_sidecar(self._sidecar) or Sidecar(self._name)
+            contents = read_contents(fd, str(self._ram), ram_limit_bytes=ram_limit_bytes)
+            self._compare(sidecar, os.fstat(fd).st_size, contents.metadata_crc32)
+            return SavedGuest(fd, contents, sidecar)
         except BaseException:
             os.close(fd)
             raise
@@ -169,9 +192,16 @@ class ParkedDirectory:
     ) -> NewGuest:
         """Make the file of an arriving guest, with places for its pages.
 
+        Args:
+            configuration: Of the guest.
+            early: Sections that precede RAM.
+            blocks: idstr and used length in bytes of each block, in order.
+            page_size: Target page size in bytes.
+
         Raises:
-            StoreError: The file cannot be made.
+            StoreError: The file cannot be made, or a guest that was not handed over rests here.
         """
+        self._refuse_to_replace()
         layout = plan_layout(configuration, early, blocks, page_size)
         try:
             fd = os.open(self._part, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
@@ -179,36 +209,54 @@ class ParkedDirectory:
                 os.ftruncate(fd, layout.tail_position)
                 for position, data in layout.pieces:
                     write_at(fd, data, position)
+                return NewGuest(self, fd, layout, early)
             except BaseException:
                 os.close(fd)
+                self.remove_part()
                 raise
         except OSError as error:
             raise StoreError(f"'{self._part}': {error.strerror}") from error
-        return NewGuest(self, fd, layout)
 
-    def put_in_place(self, seen: dict[str, bool]) -> None:
-        """Rename the finished file and write its sidecar, durably.
+    def put_in_place(self, seen: dict[str, bool], *, file_bytes: int, metadata_crc32: int) -> None:
+        """Make the finished, synced file the guest of this name, durably.
+
+        Each step is on disk before the next one. A crash leaves the guest that was handed over,
+        or nothing, or a sidecar without a file, which is nothing, or the new guest.
 
         Raises:
             OSError: As the calls.
+            StoreError: A guest that was not handed over rests here.
         """
-        # The old sidecar describes the old file: it goes before the file is replaced.
+        self._refuse_to_replace()
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(self._sidecar)
+            os.unlink(self._ram)
+            sync_directory(self._path)
+        sidecar = Sidecar(
+            self._name, seen=seen, file_bytes=file_bytes, metadata_crc32=metadata_crc32
+        )
+        write_sidecar(self._sidecar, sidecar)
         os.rename(self._part, self._ram)
-        self._write_sidecar(Sidecar(self._name, seen=seen))
+        sync_directory(self._path)
 
     def record_owner(self, owner: str, destination: str | None) -> None:
         """Change the owner on record, durably.
 
+        Args:
+            owner: ``held``, ``handing-over`` or ``handed-over``.
+            destination: Where to, in the last two.
+
         Raises:
             StoreError: The record cannot be written.
         """
-        try:
-            old = self._read_sidecar()
-            self._write_sidecar(Sidecar(self._name, owner, destination, old.seen))
-        except OSError as error:
-            raise StoreError(f"'{self._sidecar}': {error.strerror}") from error
+        self._write(replace(self._recorded(), owner=owner, destination=destination))
+
+    def record_run_state(self, run_state: str) -> None:
+        """Change the run state for the next host on record, durably.
+
+        Raises:
+            StoreError: The record cannot be written.
+        """
+        self._write(replace(self._recorded(), run_state=run_state))
 
     def remove_part(self) -> None:
         """Remove an unfinished guest."""
@@ -221,37 +269,40 @@ class ParkedDirectory:
             os.close(self._lock)
             self._lock = -1
 
-    def _read_sidecar(self) -> Sidecar:
+    def _take_lock(self) -> None:
         try:
-            if self._sidecar.stat().st_size > _SIDECAR_LIMIT:
-                raise ValueError("too large")
-            tree = json.loads(self._sidecar.read_text("utf-8"))
-            if tree["version"] != SIDECAR_VERSION:
-                raise ValueError(f"version {tree['version']}, only {SIDECAR_VERSION} is known")
-            if tree["owner"] not in ("held", "handing-over", "handed-over"):
-                raise ValueError(f"owner '{tree['owner']}'")
-            seen = {str(key): bool(value) for key, value in tree["seen"].items()}
-            return Sidecar(str(tree["name"]), tree["owner"], tree["destination"], seen)
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(self._lock, 20, 0).decode("ascii", "replace").strip()
+            who = f"process {holder}" if holder.isdigit() else "another daemon"
+            raise StoreError(f"{who} holds guest '{self._name}' in '{self._path}'") from None
+        except OSError as error:
+            raise StoreError(f"-ram-dir '{self._path}': {error.strerror}") from error
+        os.ftruncate(self._lock, 0)
+        os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
+
+    def _compare(self, sidecar: Sidecar, file_bytes: int, metadata_crc32: int) -> None:
+        if sidecar.name != self._name:
+            raise StoreError(f"'{self._sidecar}' is the record of guest '{sidecar.name}'")
+        if sidecar.file_bytes is None:
+            return
+        if (file_bytes, metadata_crc32) != (sidecar.file_bytes, sidecar.metadata_crc32):
+            raise StoreError(
+                f"'{self._ram}' was changed, or is not the file that '{self._sidecar}' describes: "
+                f"{file_bytes} bytes with sum {metadata_crc32:#010x}, expected "
+                f"{sidecar.file_bytes} with {sidecar.metadata_crc32 or 0:#010x}; to take the file "
+                "as a new guest, remove the record"
+            )
+
+    def _refuse_to_replace(self) -> None:
+        if self._ram.exists() and self._recorded().owner != "handed-over":
+            raise StoreError(f"guest '{self._name}' rests in '{self._path}' already")
+
+    def _recorded(self) -> Sidecar:
+        return read_sidecar(self._sidecar) or Sidecar(self._name)
+
+    def _write(self, sidecar: Sidecar) -> None:
+        try:
+            write_sidecar(self._sidecar, sidecar)
         except OSError as error:
             raise StoreError(f"'{self._sidecar}': {error.strerror}") from error
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise StoreError(f"'{self._sidecar}' is not a guest's record: {error}") from None
-
-    def _write_sidecar(self, sidecar: Sidecar) -> None:
-        aside = self._sidecar.with_suffix(".json.part")
-        fd = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        try:
-            text = json.dumps({"version": SIDECAR_VERSION, **asdict(sidecar)}, indent=2)
-            write_at(fd, text.encode() + b"\n", 0)
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-        os.rename(aside, self._sidecar)
-        directory = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
-
-
-__all__ = ["NewGuest", "ParkedDirectory", "PlacedBlock", "SavedGuest", "Sidecar"]
