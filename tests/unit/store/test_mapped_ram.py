@@ -1,5 +1,5 @@
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,6 @@ from migrationd.store.mapped_ram import (
     write_bitmap,
 )
 from migrationd.store.mapped_ram_reader import Contents, read_bitmap, read_contents
-
 from tests.unit.store.guests import (
     BLOCKS,
     CONFIGURATION,
@@ -41,7 +40,7 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 
 @pytest.fixture
-def read(tmp_path: Path) -> Iterator[Callable[[bytes], Contents]]:
+def read(tmp_path: Path) -> Callable[[bytes], Contents]:
     """Reads bytes as a file."""
 
     def read_bytes(data: bytes) -> Contents:
@@ -53,7 +52,7 @@ def read(tmp_path: Path) -> Iterator[Callable[[bytes], Contents]]:
         finally:
             os.close(fd)
 
-    yield read_bytes
+    return read_bytes
 
 
 def test_pages_areas_begin_at_mebibytes_behind_their_bitmaps() -> None:

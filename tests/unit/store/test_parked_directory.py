@@ -1,7 +1,6 @@
 import multiprocessing
 import os
 import threading
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -222,7 +221,7 @@ def test_a_crash_while_a_guest_is_put_in_place_leaves_no_guest_or_a_whole_one(
     new = begin(directory, "pc-q35-11.1")
     fill(new)
     module = parked_directory if call in ("sync_directory", "write_sidecar") else os
-    real: Callable[..., object] = getattr(module, call)
+    real = getattr(module, call)
     calls = 0
 
     def die(*arguments: object, **options: object) -> object:
