@@ -1,0 +1,54 @@
+"""The demo itself, and its guest between two QEMUs without us: the measure for everything else."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from migrationd.ctl.boot_guest import BootGuest, check_run
+from migrationd.ctl.demo import DemoPlan, run_demo
+from migrationd.ctl.qemu_process import QemuProcess, find_qemu
+
+pytestmark = pytest.mark.interop
+
+
+def need_qemu(architecture: str = "x86_64") -> str:
+    binary = find_qemu(architecture=architecture)
+    if binary is None:
+        package = "arm" if architecture == "aarch64" else "x86"
+        pytest.skip(f"qemu-system-{architecture} is missing: apt-get install qemu-system-{package}")
+    return binary
+
+
+@pytest.mark.parametrize("machine", ["pc", "q35"])
+async def test_demo_proves_that_nothing_is_lost(machine: str) -> None:
+    need_qemu()
+    console = Console(file=io.StringIO(), width=100)
+    await run_demo(DemoPlan(machine=machine, bandwidth_bytes_per_s=0, fill_bytes=8 << 20), console)
+    assert isinstance(console.file, io.StringIO)
+    text = console.file.getvalue()
+    assert "Nothing lost:" in text
+    for part in ("A → migrationd", "migrationd → B", "downtime", "From A's STOP to B's RESUME"):
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    ("machine", "architecture"), [("pc", "x86_64"), ("q35", "x86_64"), ("virt", "aarch64")]
+)
+async def test_boot_guest_moves_between_two_qemus(machine: str, architecture: str) -> None:
+    binary = need_qemu(architecture)
+    guest = BootGuest(architecture, counted_pages=512, pages_per_s=20_000, filled_pages=256)
+    async with (
+        await QemuProcess.start(binary, machine=machine, guest=guest, name="A") as source,
+        await QemuProcess.start(
+            binary, machine=machine, guest=guest, name="B", incoming="tcp:127.0.0.1:0"
+        ) as target,
+    ):
+        await source.wait_serial(3)
+        await source.migrate(await target.listening_uri())
+        await source.wait_migration()
+        await target.wait_run_state("running")
+        await target.wait_serial(3)
+        await target.execute("stop")
+        memory = await target.pmemsave(guest.counted_address, guest.counted_bytes)
+        assert check_run(source.serial + target.serial, memory).passes > 4
