@@ -14,7 +14,7 @@ from migrationd.codec.framing import FOOTER_BYTES, SectionFramer
 from migrationd.codec.live_body import measure_of
 from migrationd.codec.records import OpaqueSection, SectionHeader
 from migrationd.codec.reframe import DescriptionFinder, cut, described, find_description_at_end
-from migrationd.codec.section import SectionTable, encode_section_footer
+from migrationd.codec.section import SECTION_LIMIT, SectionTable, encode_section_footer
 from migrationd.codec.vmdescription import DeviceSize
 from migrationd.errors import StreamCorrupt, StreamLimit, StreamTruncated, StreamUnsupported
 
@@ -166,6 +166,10 @@ class OpaqueReader:
                 f"device sections of more than {self._section_limit} bytes",
                 position=self._buffer.position,
                 section=section.idstr,
+            )
+        if len(self._released) + len(self._held) > SECTION_LIMIT:
+            raise StreamLimit(
+                f"more than {SECTION_LIMIT} device sections", position=self._buffer.position
             )
 
     def _recover(self, header: SectionHeader) -> None:

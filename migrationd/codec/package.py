@@ -44,7 +44,6 @@ def decode_package(body: bytes, *, position: int, has_footers: bool) -> Package:
                 records.append(_command(buffer))
             elif kind == QEMU_VM_SECTION_FULL:
                 header, size = table.decode_header(buffer)
-                table.bind(header, buffer)
                 opaque.begin(header, size)
                 opaque.read(has_footers=has_footers, quiet=False)
             else:

@@ -20,19 +20,21 @@ from migrationd.codec.records import SectionHeader
 from migrationd.errors import StreamCorrupt, StreamLimit
 
 SECTION_LIMIT = 65536
-"""Handlers of one stream; the largest real machines have some hundreds."""
+"""Sections of one stream; the largest real machines have some hundreds."""
 
 
 class SectionTable:
-    """Which handler a section id stands for; bound at START and FULL."""
+    """Which live handler a section id stands for; bound at START.
+
+    FULL sections are whole: their ids stand for nothing afterwards.
+    """
 
     def __init__(self) -> None:
         self._headers: dict[int, SectionHeader] = {}
 
     def is_live(self, section_id: int) -> bool:
         """Whether PART and END sections of this id may come."""
-        header = self._headers.get(section_id)
-        return header is not None and header.kind == QEMU_VM_SECTION_START
+        return section_id in self._headers
 
     def decode_header(self, buffer: ReadBuffer) -> tuple[SectionHeader, int]:
         """Decode the header at the cursor, which stays where it is.
@@ -48,7 +50,7 @@ class SectionTable:
         section_id = buffer.uint(4, 1)
         if kind in (QEMU_VM_SECTION_PART, QEMU_VM_SECTION_END):
             known = self._headers.get(section_id)
-            if known is None or known.kind != QEMU_VM_SECTION_START:
+            if known is None:
                 raise StreamCorrupt(
                     f"section id {section_id} was never started", position=buffer.position
                 )
@@ -70,13 +72,13 @@ class SectionTable:
         return header, 14 + length
 
     def bind(self, header: SectionHeader, buffer: ReadBuffer) -> None:
-        """Remember a START or FULL header.
+        """Remember a START header.
 
         Raises:
             StreamCorrupt: The id already stands for another section.
             StreamLimit: Too many sections.
         """
-        if header.kind not in (QEMU_VM_SECTION_START, QEMU_VM_SECTION_FULL):
+        if header.kind != QEMU_VM_SECTION_START:
             return
         if header.section_id in self._headers:
             raise StreamCorrupt(

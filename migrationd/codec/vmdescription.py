@@ -5,14 +5,13 @@ lists repeat keys (the last one wins), which does not matter for sizes.
 """
 
 import json
-from dataclasses import dataclass
+from typing import NamedTuple
 
 _SUBSECTION_HEAD_BYTES = 6
 """Type byte, length of the name, version."""
 
 
-@dataclass(frozen=True, slots=True)
-class DeviceSize:
+class DeviceSize(NamedTuple):
     """A FULL section as the description lists it; ``size`` is that of its body in bytes."""
 
     idstr: str

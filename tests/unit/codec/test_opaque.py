@@ -49,6 +49,14 @@ def test_a_forged_section_in_a_body_is_seen_through(piece: int) -> None:
     assert devices(found) == [("dev", 0, body), ("last", 0, b"1234")]
 
 
+def test_a_forged_section_with_the_id_of_the_next_is_seen_through() -> None:
+    body = b"x" + b"\x7e\0\0\0\x02" + full(3, "forged", b"evil") + b"yyyy"
+    tail = full(2, "dev", body) + full(3, "last", b"1234")
+    sizes = [("dev", 0, len(body)), ("last", 0, 4)]
+    found = decode(START + DONE + tail + vmdescription(sizes))
+    assert devices(found) == [("dev", 0, body), ("last", 0, b"1234")]
+
+
 def test_a_forged_section_with_the_name_of_the_next_is_seen_through() -> None:
     forged = b"\x7e\0\0\0\x02" + b"\x04\0\0\0\x03" + cstr8("last") + be(0, 4) + be(1, 4)
     body = b"x" + forged + b"yyyy"

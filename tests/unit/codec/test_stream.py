@@ -98,9 +98,8 @@ def test_bad_heads(stream: bytes, error: type[StreamError], message: str) -> Non
 
 
 def test_ids_stand_for_one_section() -> None:
-    stream = HEAD + ram_start({"a": 1}) + full(1, "dev", b"x") + b"\0"
     with pytest.raises(StreamCorrupt, match="duplicate section id 1"):
-        decode(stream)
+        decode(HEAD + ram_start({"a": 1}) + live(1, 1, "block", be(2)))
     with pytest.raises(StreamCorrupt, match="section id 5 was never started"):
         # A FULL section has no parts.
         decode(HEAD + full(5, "dev", b"x") + encode_command(Command(11, b"")) + b"\x02\0\0\0\5")
@@ -173,6 +172,15 @@ def test_package(piece: int) -> None:
 def test_bad_packages(body: bytes, error: type[StreamError], message: str) -> None:
     with pytest.raises(error, match=message):
         decode(HEAD + packaged(body), eof=False)
+
+
+def test_too_many_sections(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("migrationd.codec.opaque.SECTION_LIMIT", 3)
+    monkeypatch.setattr("migrationd.codec.section.SECTION_LIMIT", 3)
+    with pytest.raises(StreamLimit, match="more than 3 device sections"):
+        decode(HEAD + b"".join(full(n, "d", b"", n) for n in range(4)) + b"\0")
+    with pytest.raises(StreamLimit, match="more than 3 sections"):
+        decode(HEAD + b"".join(live(1, n, "block", be(2)) for n in range(4)))
 
 
 def test_package_limit() -> None:
