@@ -174,15 +174,19 @@ class GuestControl:
             raise QMPError("The incoming migration has already been started")
         if self.run_state != "inmigrate":
             raise QMPError("'-incoming' was not specified on the command line")
-        if self._incoming is not None:
-            raise QMPError(f"Illegal migration incoming state: {self._incoming.status}")
         incoming = IncomingMigration(
             self._shelter.berth(), self._incoming_settings, self._on_migration_status
         )
         self._incoming = incoming
-        incoming.begin()
-        incoming.listen_on(await listen(channels[0].address, fds))
         self._incoming_started = True
+        incoming.begin()
+        try:
+            incoming.listen_on(await listen(channels[0].address, fds))
+        except MigrationdError:
+            # Differs from QEMU, which stays in setup for ever: another address may be tried.
+            self._incoming = None
+            self._incoming_started = False
+            raise
 
         async def load() -> None:
             guest = await incoming.run()
@@ -190,6 +194,9 @@ class GuestControl:
                 self._arrived(guest)
             elif exit_on_error and incoming.error is not None:
                 self._on_fatal(incoming.error)
+            else:
+                # Differs from QEMU, whose devices are half loaded then: the next may come.
+                self._incoming_started = False
 
         self._spawn(load())
 

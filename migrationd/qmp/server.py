@@ -94,10 +94,10 @@ class _Client:
                     continue
                 was_negotiated = self._session.is_negotiated
                 reply = await answer(item.value, self._control, self._session, self._fds)
+                self._fds.drop_unclaimed()
                 self._queue(reply)
                 if self._session.is_negotiated and not was_negotiated:
                     self._bus.attach(self._event)
-            self._fds.drop_unclaimed()
 
     async def _write(self) -> None:
         while not self._is_overrun:

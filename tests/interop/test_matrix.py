@@ -1,0 +1,180 @@
+"""QEMU -> migrationd -> QEMU: the guest goes on and its RAM is the same."""
+
+from pathlib import Path
+
+import pytest
+
+from migrationd.ctl.boot_guest import BootGuest
+from migrationd.ctl.daemon_process import DaemonProcess
+from migrationd.ctl.qemu_process import find_qemu, installed_versions
+from tests.support.moves import (
+    Host,
+    check_runs_on,
+    incoming_uri,
+    memory_digest,
+    park,
+    send,
+    source_uri,
+)
+from tests.support.results import add_row
+
+pytestmark = pytest.mark.interop
+
+VERSIONS = ("7.2", "10.0", "11.1")
+TABLE = "QEMU -> migrationd -> QEMU"
+HEAD = ("QEMU", "machine", "transport", "guest", "return path", "goes on", "RAM equal", "completed")
+
+
+def cases() -> list[object]:
+    """The default run uses the QEMU on the path; the rest is the full matrix."""
+    default = next(iter(installed_versions()), VERSIONS[0])
+    out: list[object] = []
+    for version in VERSIONS:
+        for machine in ("pc", "q35"):
+            for transport in ("tcp", "unix"):
+                for state in ("running", "paused"):
+                    marks = [] if version == default else [pytest.mark.matrix]
+                    name = f"{version}-{machine}-{transport}-{state}"
+                    out.append(
+                        pytest.param(version, machine, transport, state, marks=marks, id=name)
+                    )
+    return out
+
+
+@pytest.mark.parametrize(("version", "machine", "transport", "state"), cases())
+async def test_move(
+    version: str,
+    machine: str,
+    transport: str,
+    state: str,
+    tmp_path: Path,
+    closing: list[object],
+    request: pytest.FixtureRequest,
+) -> None:
+    binary = find_qemu(version)
+    if binary is None:
+        pytest.skip(f"QEMU {version} is not installed (tests/support/install-qemus brings it)")
+    row = await move(Host(binary, machine), transport, state, tmp_path, closing)
+    report(request.config, (version, machine, transport, state, *row))
+
+
+@pytest.mark.parametrize("state", ["running", "paused"])
+async def test_move_aarch64(
+    state: str, tmp_path: Path, closing: list[object], request: pytest.FixtureRequest
+) -> None:
+    binary = find_qemu(architecture="aarch64")
+    if binary is None:
+        pytest.skip("qemu-system-aarch64 is not installed (Debian: apt-get install qemu-system-arm)")
+    guest = BootGuest(
+        architecture="aarch64", counted_pages=512, filled_pages=1024, pages_per_s=20000
+    )
+    row = await move(Host(binary, "virt", guest), "tcp", state, tmp_path, closing)
+    report(request.config, ("aarch64", "virt", "tcp", state, *row))
+
+
+def report(config: pytest.Config, row: tuple[str, ...]) -> None:
+    from tests.support.results import TABLES
+
+    if TABLE not in config.stash.get(TABLES, {}):
+        add_row(config, TABLE, HEAD)
+    add_row(config, TABLE, row)
+
+
+async def move(
+    host: Host, transport: str, state: str, directory: Path, closing: list[object]
+) -> tuple[str, ...]:
+    """Move a guest in and out; returns the last columns of its row."""
+    return_path = not (transport == "tcp" and state == "running")
+    paused = state == "paused"
+    source = await host.start("QEMU A")
+    closing.append(source)
+    uri_in = incoming_uri(transport, directory, "in")
+    daemon = await DaemonProcess.start(incoming=uri_in)
+    closing.append(daemon)
+    await source.wait_serial(3)
+    if paused:
+        await source.execute("stop")
+    await park(source, daemon, await source_uri(daemon, uri_in), return_path=return_path)
+    before = source.serial
+    digest = await memory_digest(source, host)
+    assert await source.run_state() == "postmigrate"
+
+    uri_out = incoming_uri(transport, directory, "out")
+    # A paused guest stays stopped by itself; a running one is held back to compare RAM first.
+    target = await host.start("QEMU B", incoming=uri_out, paused=not paused)
+    closing.append(target)
+    await send(daemon, target, await source_uri(target, uri_out), return_path=return_path)
+    assert await daemon.run_state() == "postmigrate"
+    assert await target.run_state() == "paused"
+    assert await memory_digest(target, host) == digest
+    await target.execute("cont")
+    passes = await check_runs_on(before, target, host)
+    return ("yes" if return_path else "no", f"yes, {passes} passes", "yes", "both")
+
+
+async def test_a_running_guest_resumes_by_itself(
+    qemu_host: Host, tmp_path: Path, closing: list[object]
+) -> None:
+    source = await qemu_host.start("QEMU A")
+    closing.append(source)
+    daemon = await DaemonProcess.start(incoming=f"unix:{tmp_path}/in.sock")
+    closing.append(daemon)
+    await source.wait_serial(3)
+    await park(source, daemon, f"unix:{tmp_path}/in.sock", return_path=True)
+    target = await qemu_host.start("QEMU B", incoming=f"unix:{tmp_path}/out.sock")
+    closing.append(target)
+    await send(daemon, target, f"unix:{tmp_path}/out.sock", return_path=True)
+    assert await target.wait_run_state("running") == "running"
+    await check_runs_on(source.serial, target, qemu_host)
+
+
+@pytest.mark.parametrize(("choice", "state"), [("stop", "paused"), ("cont", "running")])
+async def test_stop_and_cont_choose_the_run_state_at_the_destination(
+    choice: str, state: str, qemu_host: Host, tmp_path: Path, closing: list[object]
+) -> None:
+    source = await qemu_host.start("QEMU A")
+    closing.append(source)
+    daemon = await DaemonProcess.start(incoming=f"unix:{tmp_path}/in.sock")
+    closing.append(daemon)
+    await source.wait_serial(1)
+    if choice == "cont":
+        await source.execute("stop")
+    await park(source, daemon, f"unix:{tmp_path}/in.sock", return_path=True)
+    await daemon.execute(choice)
+    target = await qemu_host.start("QEMU B", incoming=f"unix:{tmp_path}/out.sock")
+    closing.append(target)
+    await send(daemon, target, f"unix:{tmp_path}/out.sock", return_path=True)
+    assert await target.wait_run_state(state) == state
+
+
+@pytest.mark.parametrize("kind", ["exec", "file", "fd"])
+async def test_through_a_file_and_back(
+    kind: str, parked_file: tuple[Path, str, str], qemu_host: Host, tmp_path: Path,
+    closing: list[object],
+) -> None:  # fmt: skip
+    path, digest, _ = parked_file
+    first = await DaemonProcess.start(
+        incoming=f"exec:cat {path}" if kind == "exec" else f"file:{path}"
+    )
+    closing.append(first)
+    await first.wait_run_state("paused")
+    saved = tmp_path / "saved"
+    if kind == "exec":
+        await first.execute("migrate", {"uri": f"exec:cat > {saved}"})
+    elif kind == "file":
+        await first.execute("migrate", {"uri": f"file:{saved},offset=4k"})
+    else:
+        with saved.open("wb") as stream:
+            first.qmp.send_fd_scm(stream.fileno())
+            await first.execute("getfd", {"fdname": "out"})
+        await first.execute("migrate", {"uri": "fd:out"})
+    await first.wait_migration("completed")
+    suffix = ",offset=4k" if kind == "file" else ""
+    second = await DaemonProcess.start(incoming=f"file:{saved}{suffix}")
+    closing.append(second)
+    await second.wait_run_state("paused")
+    uri = f"unix:{tmp_path}/out.sock"
+    target = await qemu_host.start("QEMU B", incoming=uri)
+    closing.append(target)
+    await send(second, target, uri, return_path=True)
+    assert await memory_digest(target, qemu_host) == digest

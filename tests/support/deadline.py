@@ -1,0 +1,24 @@
+"""Waiting without sleeping blindly: poll a condition until a deadline."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+
+async def until(
+    condition: Callable[[], bool] | Callable[[], Awaitable[bool]],
+    what: str,
+    timeout_s: float = 20.0,
+) -> None:
+    """Poll until the condition holds.
+
+    Raises:
+        AssertionError: It does not, in time.
+    """
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + timeout_s
+    while True:
+        result = condition()
+        if await result if isinstance(result, Awaitable) else result:
+            return
+        assert loop.time() < deadline, f"not within {timeout_s} s: {what}"
+        await asyncio.sleep(0.005)

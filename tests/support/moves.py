@@ -1,0 +1,121 @@
+"""A guest from one QEMU into migrationd and on to another QEMU, and what proves that it came."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from migrationd.ctl.boot_guest import BootGuest, check_run
+from migrationd.ctl.daemon_process import DaemonProcess
+from migrationd.ctl.qemu_process import QemuProcess
+
+VIRTIO = (
+    "-blockdev",
+    "driver=null-co,node-name=disk,size=67108864,read-zeroes=on",
+    "-device",
+    "virtio-blk-pci,drive=disk",
+    "-device",
+    "virtio-net-pci,romfile=",
+)
+"""A disk and a network card, the same on both ends."""
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """How both QEMUs of a move are started.
+
+    Attributes:
+        binary: QEMU.
+        machine: Machine type.
+        guest: What runs in it.
+        memory_mib: Guest RAM.
+        arguments: Further arguments.
+    """
+
+    binary: str
+    machine: str = "pc"
+    guest: BootGuest = BootGuest(counted_pages=512, filled_pages=1024, pages_per_s=20000)
+    memory_mib: int = 32
+    arguments: tuple[str, ...] = VIRTIO
+
+    async def start(
+        self, name: str, *, incoming: str | None = None, paused: bool = False
+    ) -> QemuProcess:
+        """Start one of them."""
+        return await QemuProcess.start(
+            self.binary,
+            machine=self.machine,
+            memory_mib=self.memory_mib,
+            guest=self.guest,
+            arguments=self.arguments,
+            incoming=incoming,
+            paused=paused,
+            name=name,
+        )
+
+
+def incoming_uri(transport: str, directory: Path, name: str) -> str:
+    """Where a destination listens: a free port, or a socket in a directory."""
+    return "tcp:127.0.0.1:0" if transport == "tcp" else f"unix:{directory}/{name}.sock"
+
+
+async def source_uri(destination: DaemonProcess | QemuProcess, incoming: str) -> str:
+    """Where a source connects to."""
+    return await destination.listening_uri() if incoming.startswith("tcp:") else incoming
+
+
+async def memory_digest(qemu: QemuProcess, host: Host) -> str:
+    """SHA-256 of all guest RAM of a stopped guest."""
+    start = 0x40000000 if host.guest.architecture == "aarch64" else 0
+    data = await qemu.pmemsave(start, host.memory_mib << 20)
+    return hashlib.sha256(data).hexdigest()
+
+
+async def park(qemu: QemuProcess, daemon: DaemonProcess, uri: str, *, return_path: bool) -> None:
+    """Move a guest from QEMU into the daemon; both must end completed."""
+    await qemu.migrate(uri, return_path=return_path)
+    await qemu.wait_migration("completed")
+    await daemon.wait_migration("completed")
+    await daemon.wait_run_state("paused")
+
+
+async def send(daemon: DaemonProcess, qemu: QemuProcess, uri: str, *, return_path: bool) -> None:
+    """Move the daemon's guest to a QEMU; both must end completed."""
+    await daemon.set_capabilities({"events": True, "return-path": return_path})
+    await daemon.set_parameters({"max-bandwidth": 0})
+    await daemon.execute("migrate", {"uri": uri})
+    await daemon.wait_migration("completed")
+    await qemu.wait_migration("completed")
+
+
+async def move_on(daemon: DaemonProcess, host: Host, directory: Path) -> tuple[str, QemuProcess]:
+    """Send the daemon's guest to a fresh, stopped QEMU.
+
+    Returns:
+        Digest of the RAM that arrived, and the QEMU.
+    """
+    uri = incoming_uri("unix", directory, "onward")
+    qemu = await host.start("QEMU B", incoming=uri, paused=True)
+    try:
+        await send(daemon, qemu, uri, return_path=True)
+        return await memory_digest(qemu, host), qemu
+    except BaseException:
+        await qemu.close()
+        raise
+
+
+async def check_runs_on(before: str, qemu: QemuProcess, host: Host, passes: int = 3) -> int:
+    """Prove that a guest counts on in a QEMU without a gap.
+
+    Args:
+        before: What it printed until now.
+        qemu: Where it runs.
+        host: How it was started.
+        passes: Letters to wait for.
+
+    Returns:
+        Passes in all.
+    """
+    await qemu.wait_serial(passes)
+    await qemu.execute("stop")
+    memory = await qemu.pmemsave(host.guest.counted_address, host.guest.counted_bytes)
+    return check_run(before + qemu.serial, memory).passes
