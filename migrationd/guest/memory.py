@@ -7,7 +7,7 @@ gather write; nothing is done for a zero page that was never anything else.
 import contextlib
 import mmap
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -169,39 +169,38 @@ class FileMemory:
 
     def place_run(self, first_page: int, data: Bytes) -> None:
         """Write consecutive pages by gather writes."""
-        with _write_errors():
+        try:
             pwrite_rows(self._fd, data, self._position + first_page * self._page_size)
+        except OSError as error:
+            raise _write_error(error) from error
 
     def place_pages(self, pages: Pages, data: Bytes) -> None:
         """Write pages, each run of consecutive ones by one call."""
         ends = np.flatnonzero(np.diff(pages) != 1) + 1
         begins = (0, *ends.tolist())
-        with _write_errors():
-            for begin, end in zip(begins, (*begins[1:], len(pages)), strict=True):
-                position = self._position + int(pages[begin]) * self._page_size
-                if end - begin > 1:
-                    pwrite_rows(self._fd, data[begin:end], position)
-                elif os.pwrite(self._fd, data[begin], position) != self._page_size:
-                    # The rest of a short write, or the error that made it short.
-                    pwrite_rows(self._fd, data[begin:end], position)
+        for begin, end in zip(begins, (*begins[1:], len(pages)), strict=True):
+            first = int(pages[begin])
+            if end - begin > 1:
+                self.place_run(first, data[begin:end])
+            else:
+                self._place_one(first, data[begin].data)
 
     def place_scattered(
         self, pages: Sequence[int], content_at: Sequence[int], buffer: bytearray
     ) -> None:
         """Write pages one by one."""
+        source = memoryview(buffer)
         for page, at in zip(pages, content_at, strict=True):
-            content = np.frombuffer(buffer, np.uint8, self._page_size, at)
-            self.place_run(page, content.reshape(1, -1))
+            self._place_one(page, source[at : at + self._page_size])
 
     def zero_pages(self, pages: Pages) -> None:
         """Make holes of pages, one for each run."""
-        with _write_errors():
+        size = self._page_size
+        try:
             for first, count in page_runs(np.unique(pages)).tolist():
-                punch_hole(
-                    self._fd,
-                    self._position + first * self._page_size,
-                    count * self._page_size,
-                )
+                punch_hole(self._fd, self._position + first * size, count * size)
+        except OSError as error:
+            raise _write_error(error) from error
 
     def give_back(self, runs: Pages) -> None:
         """Nothing: what is zero is a hole already."""
@@ -213,6 +212,16 @@ class FileMemory:
             with contextlib.suppress(BufferError):
                 self._map.close()
 
+    def _place_one(self, page: int, content: memoryview) -> None:
+        position = self._position + page * self._page_size
+        try:
+            while content:
+                done = os.pwrite(self._fd, content, position)
+                content = content[done:]
+                position += done
+        except OSError as error:
+            raise _write_error(error) from error
+
 
 def page_runs(pages: Pages) -> Pages:
     """Runs in ascending, different page numbers, shape ``(n, 2)``: first page, count."""
@@ -223,9 +232,5 @@ def page_runs(pages: Pages) -> Pages:
     return np.stack((pages[begins], counts), axis=1)
 
 
-@contextlib.contextmanager
-def _write_errors() -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise GuestError(f"writing the guest's file: {error.strerror}") from error
+def _write_error(error: OSError) -> GuestError:
+    return GuestError(f"writing the guest's file: {error.strerror}")

@@ -172,3 +172,12 @@ def test_an_empty_block_has_memory_of_no_bytes(file: int) -> None:
 )
 def test_page_runs(pages: list[int], runs: list[list[int]]) -> None:
     assert page_runs(np.array(pages, np.int64)).tolist() == runs
+
+
+def test_pages_of_a_mixed_row_come_from_their_places_in_the_buffer(memory: Memory) -> None:
+    buffer = bytearray(b"\x01" * 17 + b"a" * PAGE + b"\x02" * 9 + b"b" * PAGE)
+    memory.place_scattered((30, 7), (17, 17 + PAGE + 9), buffer)
+    pages = memory.view.reshape(-1, PAGE)
+    assert (pages[30] == ord("a")).all()
+    assert (pages[7] == ord("b")).all()
+    assert np.count_nonzero(pages.any(axis=1)) == 2
