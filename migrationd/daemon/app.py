@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from migrationd.clock import SystemClock
 from migrationd.config import DaemonConfig
 from migrationd.daemon.control import GuestControl
+from migrationd.daemon.passed_sockets import pair_monitors
 from migrationd.daemon.shelter import Shelter
 from migrationd.errors import ConfigError, MigrationdError, QMPError
-from migrationd.linux.sd_notify import notify
+from migrationd.linux.sd_notify import listen_fds, notify
 from migrationd.migration.options import MigrationOptions
 from migrationd.qmp.context import MigrationChannel
 from migrationd.qmp.event_bus import EventBus
@@ -60,7 +61,8 @@ class Daemon:
             on_quit=self._ended.set,
             on_fatal=self._die,
         )
-        servers = [MonitorServer(control, bus, spec) for spec in self._monitor_specs]
+        monitors = pair_monitors(self._monitor_specs, listen_fds())
+        servers = [MonitorServer(control, bus, spec, inherited) for spec, inherited in monitors]
         try:
             self._offer_saved_guest(control)
             await self._start_incoming(control)
