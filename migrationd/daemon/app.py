@@ -12,6 +12,7 @@ from migrationd.daemon.control import GuestControl
 from migrationd.daemon.passed_sockets import pair_monitors
 from migrationd.daemon.shelter import Shelter
 from migrationd.errors import ConfigError, MigrationdError, QMPError
+from migrationd.guest.run_state import Owner
 from migrationd.linux.sd_notify import listen_fds, notify
 from migrationd.migration.options import MigrationOptions
 from migrationd.qmp.context import MigrationChannel
@@ -84,7 +85,16 @@ class Daemon:
         guest = control.find_saved()
         if guest is None:
             return
+        if guest.owner is Owner.HANDED_OVER and self._config.incoming:
+            log.info("the guest at rest was handed over; the next one takes its place")
+            guest.close()
+            return
         control.adopt(guest)
+        if guest.owner is Owner.HANDING_OVER:
+            log.warning(
+                "the last daemon ended while it handed this guest over: the destination may run "
+                "it; if it does not, cont takes the guest back"
+            )
         if self._incoming:
             log.warning("-incoming is ignored: the directory holds this guest already")
             self._incoming = []

@@ -170,6 +170,22 @@ async def test_a_daemon_killed_in_the_switchover_keeps_the_guest_until_it_is_tak
             await check_goes_on(target, source.serial)
 
 
+async def test_the_next_guest_takes_the_place_of_one_that_was_handed_over(tmp_path: Path) -> None:
+    binary = need_qemu(None)
+    for machine in ("pc", "q35"):
+        async with (
+            await start_qemu(binary, machine, "A", None) as source,
+            await start_daemon(tmp_path, incoming="tcp:127.0.0.1:0") as daemon,
+            await start_qemu(binary, machine, "B", "tcp:127.0.0.1:0") as target,
+        ):
+            await park(source, daemon)
+            await daemon.set_capabilities({"return-path": True})
+            await daemon.execute("migrate", {"uri": await target.listening_uri()})
+            await daemon.wait_migration()
+            await check_goes_on(target, source.serial)
+    assert json.loads((tmp_path / "vm1.json").read_text())["owner"] == "handed-over"
+
+
 async def _swallow(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     """A destination that takes everything and never answers."""
     while await reader.read(1 << 16):
