@@ -1,5 +1,7 @@
 """QEMU -> migrationd -> QEMU: the guest goes on and its RAM is the same."""
 
+import asyncio
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -165,10 +167,15 @@ async def test_through_a_file_and_back(
         await first.execute("migrate", {"uri": f"file:{saved},offset=4k"})
     else:
         with saved.open("wb") as stream:
-            first.qmp.send_fd_scm(stream.fileno())
+            writer = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=stream)
+        assert writer.stdin is not None
+        with writer.stdin as pipe:
+            first.qmp.send_fd_scm(pipe.fileno())
             await first.execute("getfd", {"fdname": "out"})
         await first.execute("migrate", {"uri": "fd:out"})
     await first.wait_migration("completed")
+    if kind == "fd":
+        assert await asyncio.to_thread(writer.wait, 20) == 0
     suffix = ",offset=4k" if kind == "file" else ""
     second = await DaemonProcess.start(incoming=f"file:{saved}{suffix}")
     closing.append(second)

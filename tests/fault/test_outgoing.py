@@ -1,0 +1,287 @@
+"""Outgoing migrations that are cancelled or broken: the guest stays whole and moves later."""
+
+import asyncio
+import random
+import socket
+from pathlib import Path
+
+import pytest
+
+from migrationd.ctl.daemon_process import DaemonProcess
+from tests.support.deadline import until
+from tests.support.moves import Host, check_runs_on, move_on
+from tests.support.results import TABLES, add_row
+
+pytestmark = pytest.mark.fault
+
+TABLE = "outgoing faults: the parked guest afterwards"
+KILL_POINTS = 20
+
+
+@pytest.fixture
+async def parked(
+    parked_file: tuple[Path, str, str], closing: list[object]
+) -> tuple[DaemonProcess, str, str]:
+    """A daemon that holds a real guest; the digest of its RAM and what it printed."""
+    path, digest, serial = parked_file
+    daemon = await DaemonProcess.start(incoming=f"file:{path}")
+    closing.append(daemon)
+    await daemon.wait_run_state("paused")
+    await daemon.set_capabilities({"events": True})
+    return daemon, digest, serial
+
+
+def report(config: pytest.Config, fault: str, status: str, *, moved: bool) -> None:
+    if TABLE not in config.stash.get(TABLES, {}):
+        add_row(config, TABLE, ("fault", "status", "RAM equal in the next QEMU"))
+    add_row(config, TABLE, (fault, status, "yes" if moved else "no"))
+
+
+async def expect_move(
+    parked: tuple[DaemonProcess, str, str], host: Host, directory: Path, closing: list[object]
+) -> None:
+    daemon, digest, serial = parked
+    assert await daemon.run_state() == "paused"
+    arrived, qemu = await move_on(daemon, host, directory)
+    closing.append(qemu)
+    assert arrived == digest
+    await qemu.execute("cont")
+    await check_runs_on(serial, qemu, host)
+
+
+def statuses(daemon: DaemonProcess) -> list[str]:
+    """Statuses of MIGRATION events."""
+    return [str(event["data"]["status"]) for event in daemon.events  # type: ignore[index]
+            if event["event"] == "MIGRATION"]  # fmt: skip
+
+
+async def test_cancel_in_setup(
+    parked: tuple[DaemonProcess, str, str], qemu_host: Host, tmp_path: Path,
+    closing: list[object], request: pytest.FixtureRequest,
+) -> None:  # fmt: skip
+    daemon = parked[0]
+    with full_backlog() as address:
+        await daemon.execute("migrate", {"uri": f"tcp:{address[0]}:{address[1]}"})
+        assert (await daemon.query_migrate())["status"] == "setup"
+        await daemon.execute("migrate_cancel")
+        await daemon.wait_migration("cancelled")
+    assert statuses(daemon) == ["setup", "cancelling", "cancelled"]
+    await expect_move(parked, qemu_host, tmp_path, closing)
+    report(request.config, "cancel in setup", "cancelled", moved=True)
+
+
+async def test_cancel_while_active(
+    parked: tuple[DaemonProcess, str, str], qemu_host: Host, tmp_path: Path,
+    closing: list[object], request: pytest.FixtureRequest,
+) -> None:  # fmt: skip
+    daemon = parked[0]
+    uri = f"unix:{tmp_path}/slow.sock"
+    target = await qemu_host.start("QEMU", incoming=uri)
+    closing.append(target)
+    await daemon.set_parameters({"max-bandwidth": 1 << 20})
+    await daemon.execute("migrate", {"uri": uri})
+    await daemon.wait_migration("active")
+    await daemon.execute("migrate_cancel")
+    await daemon.wait_migration("cancelled")
+    assert statuses(daemon) == ["setup", "active", "cancelling", "cancelled"]
+    await expect_move(parked, qemu_host, tmp_path, closing)
+    report(request.config, "cancel while active", "cancelled", moved=True)
+
+
+@pytest.mark.parametrize("return_path", [False, True])
+async def test_cancel_with_a_peer_that_stopped_reading(
+    return_path: bool,
+    parked: tuple[DaemonProcess, str, str],
+    qemu_host: Host,
+    tmp_path: Path,
+    closing: list[object],
+    request: pytest.FixtureRequest,
+) -> None:
+    daemon = parked[0]
+    await daemon.set_capabilities({"return-path": return_path})
+    await daemon.set_parameters({"max-bandwidth": 0})
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        await daemon.execute("migrate", {"uri": f"tcp:127.0.0.1:{listener.getsockname()[1]}"})
+        peer, _ = await asyncio.to_thread(listener.accept)
+        with peer:
+            sent = -1
+
+            async def stalled() -> bool:
+                nonlocal sent
+                await asyncio.sleep(0.2)
+                ram = (await daemon.query_migrate()).get("ram", {})
+                before, sent = sent, ram.get("transferred", 0)  # type: ignore[attr-defined]
+                return sent == before
+
+            await until(stalled, "the stream stalls")
+            await daemon.execute("migrate_cancel")
+            await daemon.wait_migration("cancelled", timeout_s=5)
+    await expect_move(parked, qemu_host, tmp_path, closing)
+    name = "cancel with a stalled peer" + (", return path" if return_path else "")
+    report(request.config, name, "cancelled", moved=True)
+
+
+async def test_cancel_in_pre_switchover(
+    parked: tuple[DaemonProcess, str, str], qemu_host: Host, tmp_path: Path,
+    closing: list[object], request: pytest.FixtureRequest,
+) -> None:  # fmt: skip
+    daemon = parked[0]
+    await daemon.set_capabilities({"pause-before-switchover": True})
+    uri = f"unix:{tmp_path}/pause.sock"
+    target = await qemu_host.start("QEMU", incoming=uri)
+    closing.append(target)
+    await daemon.set_parameters({"max-bandwidth": 0})
+    await daemon.execute("migrate", {"uri": uri})
+    await daemon.wait_migration("pre-switchover")
+    await daemon.execute("migrate_cancel")
+    await daemon.wait_migration("cancelled")
+    await daemon.set_capabilities({"pause-before-switchover": False})
+    await expect_move(parked, qemu_host, tmp_path, closing)
+    report(request.config, "cancel in pre-switchover", "cancelled", moved=True)
+
+
+async def test_connection_refused(
+    parked: tuple[DaemonProcess, str, str], qemu_host: Host, tmp_path: Path,
+    closing: list[object], request: pytest.FixtureRequest,
+) -> None:  # fmt: skip
+    daemon = parked[0]
+    await daemon.execute("migrate", {"uri": f"unix:{tmp_path}/nobody.sock"})
+    info = await daemon.wait_migration("failed")
+    assert "No such file or directory" in str(info["error-desc"])
+    assert statuses(daemon) == ["setup", "failing", "failed"]
+    await expect_move(parked, qemu_host, tmp_path, closing)
+    report(request.config, "nobody listens", "failed", moved=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "answer"),
+    [
+        ("garbage", b"\xff" * 64),
+        ("SHUT 0 too early", bytes.fromhex("0001 0004 00000000")),
+        ("SHUT 1", bytes.fromhex("0001 0004 00000001")),
+        ("a page request", bytes.fromhex("0004 000c 0000000000000000 00001000")),
+    ],
+)
+async def test_wrong_answers_on_the_return_path(
+    name: str,
+    answer: bytes,
+    parked: tuple[DaemonProcess, str, str],
+    qemu_host: Host,
+    tmp_path: Path,
+    closing: list[object],
+    request: pytest.FixtureRequest,
+) -> None:
+    daemon = parked[0]
+    await daemon.set_capabilities({"return-path": True})
+    await daemon.set_parameters({"max-bandwidth": 1 << 20})
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(answer)
+        while await reader.read(65536):
+            pass
+        writer.close()
+
+    async with await asyncio.start_unix_server(serve, f"{tmp_path}/odd.sock") as server:
+        await daemon.execute("migrate", {"uri": f"unix:{tmp_path}/odd.sock"})
+        info = await daemon.wait_migration("failed")
+        server.close()
+    assert info["error-desc"]
+    await expect_move(parked, qemu_host, tmp_path, closing)
+    report(request.config, f"return path: {name}", "failed", moved=True)
+
+
+@pytest.mark.timeout(300)
+async def test_destination_killed_at_random_points(
+    parked_file: tuple[Path, str, str], qemu_host: Host, tmp_path: Path,
+    closing: list[object], request: pytest.FixtureRequest,
+) -> None:  # fmt: skip
+    path, digest, serial = parked_file
+    daemon = await DaemonProcess.start(incoming=f"file:{path}", arguments=["-keep"])
+    closing.append(daemon)
+    await daemon.wait_run_state("paused")
+    await daemon.set_capabilities({"return-path": True})
+    size = path.stat().st_size
+    points = sorted(random.Random(7).sample(range(size), KILL_POINTS))
+    for point in points:
+        uri = f"unix:{tmp_path}/victim.sock"
+        victim = await qemu_host.start("victim", incoming=uri)
+        closing.append(victim)
+        await daemon.set_parameters({"max-bandwidth": 16 << 20})
+        await daemon.execute("migrate", {"uri": uri})
+
+        async def reached(point: int = point) -> bool:
+            ram = (await daemon.query_migrate()).get("ram", {})
+            return ram.get("transferred", 0) >= point  # type: ignore[attr-defined, no-any-return]
+
+        await until(reached, f"{point} bytes sent")
+        await victim.kill()
+        await daemon.wait_migration("failed", "completed")
+        assert await daemon.run_state() == "paused"
+        arrived, qemu = await move_on(daemon, qemu_host, tmp_path)
+        assert arrived == digest
+        await qemu.close()
+    report(request.config, f"destination killed at {KILL_POINTS} points", "failed", moved=True)
+    _, qemu = await move_on(daemon, qemu_host, tmp_path)
+    closing.append(qemu)
+    await qemu.execute("cont")
+    await check_runs_on(serial, qemu, qemu_host)
+
+
+async def test_handed_over_once_until_cont_takes_it_back(
+    parked: tuple[DaemonProcess, str, str], qemu_host: Host, tmp_path: Path, closing: list[object]
+) -> None:
+    daemon, digest, _ = parked
+    arrived, first = await move_on(daemon, qemu_host, tmp_path)
+    closing.append(first)
+    assert arrived == digest
+    assert await daemon.run_state() == "postmigrate"
+    with pytest.raises(Exception, match="paused due to previous migration"):
+        await daemon.execute("migrate", {"uri": f"unix:{tmp_path}/x.sock"})
+    await daemon.execute("cont")
+    assert await daemon.run_state() == "paused"
+    arrived, second = await move_on(daemon, qemu_host, tmp_path)
+    closing.append(second)
+    assert arrived == digest
+
+
+async def test_nothing_is_left_behind(
+    parked: tuple[DaemonProcess, str, str], tmp_path: Path
+) -> None:
+    daemon = parked[0]
+
+    def resources() -> tuple[int, int]:
+        proc = Path(f"/proc/{daemon.pid}")
+        return len(list((proc / "fd").iterdir())), len(list((proc / "task").iterdir()))
+
+    await daemon.execute("migrate", {"uri": f"unix:{tmp_path}/nobody.sock"})
+    await daemon.wait_migration("failed")
+    before = resources()
+    for _ in range(20):
+        await daemon.execute("migrate", {"uri": f"unix:{tmp_path}/nobody.sock"})
+        await daemon.wait_migration("failed")
+        await daemon.execute("migrate", {"uri": "exec:exit 3"})
+        await daemon.wait_migration("failed")
+    await until(lambda: resources() <= before, "descriptors and threads are back")
+
+
+class full_backlog:  # noqa: N801  # reads as a function
+    """A listening address at which a further connection attempt hangs."""
+
+    def __enter__(self) -> tuple[str, int]:
+        self._listener = socket.socket()
+        self._listener.bind(("127.0.0.1", 0))
+        self._listener.listen(0)
+        address: tuple[str, int] = self._listener.getsockname()
+        self._clients: list[socket.socket] = []
+        for _ in range(4):
+            client = socket.socket()
+            client.setblocking(False)
+            client.connect_ex(address)
+            self._clients.append(client)
+        return address
+
+    def __exit__(self, *_: object) -> None:
+        for client in self._clients:
+            client.close()
+        self._listener.close()
