@@ -11,9 +11,10 @@ from migrationd.codec.constants import QEMU_VM_SECTION_START
 from migrationd.codec.records import Configuration, OpaqueSection
 from migrationd.config import DaemonConfig
 from migrationd.errors import StoreError
+from migrationd.guest.base import GuestIdentity, SeenOnArrival
 from migrationd.guest.device import DeviceState
 from migrationd.guest.memory import AnonymousMemory, FileMemory
-from migrationd.guest.parked import GuestIdentity, ParkedGuest, SeenOnArrival
+from migrationd.guest.parked import ParkedGuest
 from migrationd.guest.ram_block import RamBlockSpec
 from migrationd.guest.run_state import Owner
 from migrationd.incoming.driver import Berth

@@ -1,7 +1,7 @@
 """``schemas/``: JSON Schema of every command, return, event and type, from the models.
 
-    python -m migrationd.qmp.schema --write     write the files anew
-    python -m migrationd.qmp.schema --check     fail if they are not what the models give
+python -m migrationd.qmp.schema --write     write the files anew
+python -m migrationd.qmp.schema --check     fail if they are not what the models give
 """
 
 import argparse

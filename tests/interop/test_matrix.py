@@ -66,7 +66,9 @@ async def test_move_aarch64(
 ) -> None:
     binary = find_qemu(architecture="aarch64")
     if binary is None:
-        pytest.skip("qemu-system-aarch64 is not installed (Debian: apt-get install qemu-system-arm)")
+        pytest.skip(
+            "qemu-system-aarch64 is not installed (Debian: apt-get install qemu-system-arm)"
+        )
     guest = BootGuest(
         architecture="aarch64", counted_pages=512, filled_pages=1024, pages_per_s=20000
     )

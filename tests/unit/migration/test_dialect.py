@@ -2,7 +2,7 @@
 
 import pytest
 
-from migrationd.guest.parked import SeenOnArrival
+from migrationd.guest.base import SeenOnArrival
 from migrationd.migration.dialect import dialect_of, machine_version
 
 

@@ -49,7 +49,10 @@ def test_what_is_not_built_says_so() -> None:
     ("changes", "text"),
     [
         ({"announce-step": 0}, "Option announce-step expects a value between 0 and 10000"),
-        ({"downtime-limit": 2000001}, r"expects an integer in the range of 0 to \(2000 \* 1000\) ms"),
+        (
+            {"downtime-limit": 2000001},
+            r"expects an integer in the range of 0 to \(2000 \* 1000\) ms",
+        ),
         ({"xbzrle-cache-size": 4097}, "expects a power of two no less than the target page size"),
         ({"cpu-throttle-initial": 50, "max-cpu-throttle": 40}, "max-cpu-throttle expects"),
         ({"vcpu-dirty-limit": 0}, "must be greater than 1 MB/s"),

@@ -16,9 +16,12 @@ def walk(role: Role, *causes: Cause) -> list[str]:
 
 
 def test_precopy_of_a_stopped_guest_follows_the_order_of_qemu_11_1() -> None:
-    assert walk(
-        Role.OUTGOING, Cause.START, Cause.STREAM, Cause.SWITCHOVER, Cause.COMPLETE
-    ) == ["setup", "active", "device", "completed"]
+    assert walk(Role.OUTGOING, Cause.START, Cause.STREAM, Cause.SWITCHOVER, Cause.COMPLETE) == [
+        "setup",
+        "active",
+        "device",
+        "completed",
+    ]
 
 
 def test_pause_before_switchover() -> None:

@@ -19,7 +19,11 @@ def read(*chunks: bytes) -> list[object]:
 
 
 def test_several_values_in_one_write_and_no_newline() -> None:
-    assert read(b'{"a":1}{"b":[2,{"c":null}]} [true]') == [{"a": 1}, {"b": [2, {"c": None}]}, [True]]
+    assert read(b'{"a":1}{"b":[2,{"c":null}]} [true]') == [
+        {"a": 1},
+        {"b": [2, {"c": None}]},
+        [True],
+    ]
 
 
 def test_one_value_in_many_writes() -> None:

@@ -55,4 +55,3 @@ def test_id_is_echoed_whatever_it_is() -> None:
     assert success(request.id, {}) == {"return": {}, "id": {"a": [None]}}
     assert "id" not in success(UNSET, {})
     assert "id" not in failure(UNSET, QMPError("x"))
-
