@@ -9,7 +9,7 @@ import contextlib
 import logging
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -323,16 +323,6 @@ class PeerProcess:
         trace: TracebackType | None,
     ) -> None:
         await self.close()
-
-
-@contextlib.asynccontextmanager
-async def all_closed(*peers: PeerProcess) -> AsyncIterator[None]:
-    """Close every process at the end of a block, whatever happens in it."""
-    try:
-        yield
-    finally:
-        for peer in peers:
-            await peer.close()
 
 
 def _object(value: object) -> dict[str, object]:
