@@ -4,42 +4,16 @@ It takes its shape from the stream; device sections are the bytes that came.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from migrationd.errors import GuestError, InvalidState
+from migrationd.guest.base import GuestIdentity, SeenOnArrival
 from migrationd.guest.device import DeviceState
 from migrationd.guest.memory import Memory
 from migrationd.guest.ram_block import RamBlock, RamBlockSpec
 from migrationd.guest.run_state import RUNNING, Owner, decode_run_state, encode_run_state
 
 _GLOBAL_STATE = "globalstate"
-
-
-@dataclass(frozen=True, slots=True)
-class SeenOnArrival:
-    """What the stream that brought a guest contained; it leaves in the same form."""
-
-    configuration: bool = True
-    section_footers: bool = True
-    vmdescription: bool = True
-    switchover_start: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class GuestIdentity:
-    """What the configuration says about a guest.
-
-    Attributes:
-        machine: Versioned machine type; None if the stream had no configuration.
-        target_page_bits: Of targets with a variable page size, else None.
-        capabilities: Validated capabilities of the stream; None if not sent.
-        uuid: 16 bytes if the source sent it.
-    """
-
-    machine: str | None = None
-    target_page_bits: int | None = None
-    capabilities: tuple[str, ...] | None = None
-    uuid: bytes | None = None
 
 
 class ParkedGuest:

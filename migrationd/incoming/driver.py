@@ -25,8 +25,9 @@ from migrationd.codec.records import Command, Configuration, RamBlockList
 from migrationd.codec.return_path import Pong, Shut, SwitchoverAck, encode_return_path
 from migrationd.codec.stream import StreamDecoder, StreamLimits
 from migrationd.errors import ChannelError, MigrationdError, StreamCorrupt, StreamUnsupported
+from migrationd.guest.base import GuestIdentity, SeenOnArrival
 from migrationd.guest.device import DeviceState
-from migrationd.guest.parked import GuestIdentity, ParkedGuest, SeenOnArrival
+from migrationd.guest.parked import ParkedGuest
 from migrationd.guest.ram_block import RamBlock, RamBlockSpec
 from migrationd.incoming.loader import Arrival, Barrier, Pause, StreamLoader
 from migrationd.migration.dialect import dialect_of

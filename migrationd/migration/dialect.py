@@ -10,7 +10,7 @@ Reference: compatibility properties of QEMU's machine types, stream format 1.6.
 import re
 from dataclasses import dataclass
 
-from migrationd.guest.parked import SeenOnArrival
+from migrationd.guest.base import SeenOnArrival
 
 _VERSION = re.compile(r"-(\d{1,3})\.(\d{1,3})$")
 

@@ -23,8 +23,8 @@ from migrationd.codec.records import (
     OpaqueSection,
     VmDescription,
 )
+from migrationd.guest.base import Guest
 from migrationd.guest.device import DeviceState
-from migrationd.guest.parked import ParkedGuest
 from migrationd.migration.dialect import Dialect
 
 EMPTY_VMDESCRIPTION = b"{}"
@@ -37,9 +37,7 @@ def free_section_id(devices: Sequence[DeviceState]) -> int:
     return next(number for number in range(len(used) + 1) if number not in used)
 
 
-def stream_head(
-    guest: ParkedGuest, dialect: Dialect, *, return_path: bool, uuid: bytes | None
-) -> bytes:
+def stream_head(guest: Guest, dialect: Dialect, *, return_path: bool, uuid: bytes | None) -> bytes:
     """File header, configuration, first commands and early device sections.
 
     Args:
@@ -73,7 +71,7 @@ def stream_head(
     return b"".join(parts)
 
 
-def stream_tail(guest: ParkedGuest, dialect: Dialect, ram_end: bytes) -> bytes:
+def stream_tail(guest: Guest, dialect: Dialect, ram_end: bytes) -> bytes:
     """From the switchover to the last byte: END sections, devices, EOF, VMDESCRIPTION."""
     encode_record = StreamEncoder().encode
     parts = []

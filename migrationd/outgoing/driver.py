@@ -23,7 +23,7 @@ from typing import Protocol
 
 from migrationd.clock import Clock
 from migrationd.errors import ChannelError, MigrationCancelled, MigrationdError, MigrationError
-from migrationd.guest.parked import ParkedGuest
+from migrationd.guest.base import Guest
 from migrationd.migration.dialect import Dialect
 from migrationd.migration.info import MigrationInfo
 from migrationd.migration.stats import OutgoingStats
@@ -88,7 +88,7 @@ class OutgoingMigration:
 
     def __init__(
         self,
-        guest: ParkedGuest,
+        guest: Guest,
         dialect: Dialect,
         settings: OutgoingSettings,
         clock: Clock,

@@ -2,9 +2,10 @@ import numpy as np
 import pytest
 
 from migrationd.errors import GuestError, InvalidState
+from migrationd.guest.base import GuestIdentity, SeenOnArrival
 from migrationd.guest.device import DeviceState
 from migrationd.guest.memory import AnonymousMemory, Memory
-from migrationd.guest.parked import GuestIdentity, ParkedGuest, SeenOnArrival
+from migrationd.guest.parked import ParkedGuest
 from migrationd.guest.ram_block import RamBlockSpec
 from migrationd.guest.run_state import Owner
 
