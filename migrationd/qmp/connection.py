@@ -68,10 +68,8 @@ class StdioConnection:
 
     async def recv(self) -> tuple[bytes, list[int]]:
         """Bytes; empty at the end of the input."""
-        try:
+        with contextlib.suppress(OSError):  # a regular file cannot be polled
             await _wait_readable(0)
-        except (OSError, PermissionError):  # a regular file cannot be polled
-            pass
         return os.read(0, RECEIVE_BYTES), []
 
     async def send(self, data: bytes) -> None:
@@ -90,7 +88,12 @@ class StdioConnection:
 async def _wait_readable(fd: int) -> None:
     loop = asyncio.get_running_loop()
     ready: asyncio.Future[None] = loop.create_future()
-    loop.add_reader(fd, lambda: ready.done() or ready.set_result(None))
+
+    def wake() -> None:
+        if not ready.done():
+            ready.set_result(None)
+
+    loop.add_reader(fd, wake)
     try:
         await ready
     finally:

@@ -54,16 +54,25 @@ STREAMS: dict[str, tuple[bytes, str]] = {
         ONE_BLOCK + PART + (0x7000 | 8).to_bytes(8, "big") + b"\x06pc.ram" + bytes(4096),
         "outside",
     ),
-    "CONTINUE before any block": (ONE_BLOCK + PART + (0x28).to_bytes(8, "big") + bytes(4096), "CONTINUE"),
+    "CONTINUE before any block": (
+        ONE_BLOCK + PART + (0x28).to_bytes(8, "big") + bytes(4096),
+        "CONTINUE",
+    ),
     "RAM flags out of range": (ONE_BLOCK + PART + (0x800).to_bytes(8, "big"), "flags"),
     "part that never started": (HEADER + bytes.fromhex("02 00000009"), "never started"),
-    "wrong footer": (ram(0x1000, block(b"a", 0x1000)) + EOS + bytes.fromhex("7e 00000002"), "footer"),
-    "duplicate ram section": (ONE_BLOCK + RAM_START.replace(b"\0\0\0\1", b"\0\0\0\2", 1), "duplicate"),
+    "wrong footer": (
+        ram(0x1000, block(b"a", 0x1000)) + EOS + bytes.fromhex("7e 00000002"),
+        "footer",
+    ),
+    "duplicate ram section": (
+        ONE_BLOCK + RAM_START.replace(b"\0\0\0\1", b"\0\0\0\2", 1),
+        "duplicate",
+    ),
     "4 GiB VMDESCRIPTION": (ONE_BLOCK + bytes.fromhex("00 06 ffffffff"), "VMDESCRIPTION"),
     "postcopy": (HEADER + bytes.fromhex("08 0004 0000"), "command"),
     "machine name of 4 GiB": (HEADER + bytes.fromhex("07 ffffffff"), "machine"),
     "PING without a return path": (HEADER + bytes.fromhex("08 0002 0004 00000001"), "PING"),
-}  # fmt: skip
+}
 
 
 def report(config: pytest.Config, name: str, text: str) -> None:

@@ -265,7 +265,7 @@ async def test_nothing_is_left_behind(
     await until(lambda: resources() <= before, "descriptors and threads are back")
 
 
-class full_backlog:  # noqa: N801  # reads as a function
+class full_backlog:
     """A listening address at which a further connection attempt hangs."""
 
     def __enter__(self) -> tuple[str, int]:

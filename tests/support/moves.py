@@ -19,6 +19,9 @@ VIRTIO = (
 """A disk and a network card, the same on both ends."""
 
 
+SMALL_GUEST = BootGuest(counted_pages=512, filled_pages=1024, pages_per_s=20000)
+
+
 @dataclass(frozen=True, slots=True)
 class Host:
     """How both QEMUs of a move are started.
@@ -33,7 +36,7 @@ class Host:
 
     binary: str
     machine: str = "pc"
-    guest: BootGuest = BootGuest(counted_pages=512, filled_pages=1024, pages_per_s=20000)
+    guest: BootGuest = SMALL_GUEST
     memory_mib: int = 32
     arguments: tuple[str, ...] = VIRTIO
 

@@ -24,7 +24,9 @@ def test_options_with_one_dash_or_two() -> None:
     assert config.uuid == uuid.UUID("11223344-5566-7788-99aa-bbccddeeff00")
     assert config.ram_limit_bytes == 64 << 30
     assert config.ram_dir == Path("/var/lib/x")
-    assert config.start_stopped and config.keep and config.only_migratable
+    assert config.start_stopped
+    assert config.keep
+    assert config.only_migratable
     assert config.log_level == "debug"
 
 
@@ -66,7 +68,7 @@ def test_a_file_gives_options_and_the_command_line_wins(tmp_path: Path) -> None:
 def test_mistakes_in_a_file(tmp_path: Path, text: str) -> None:
     path = tmp_path / "guest.toml"
     path.write_text(text)
-    with pytest.raises(ConfigError, match="guest.toml"):
+    with pytest.raises(ConfigError, match=r"guest\.toml"):
         load_config(["-config", str(path)])
 
 

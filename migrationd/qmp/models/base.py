@@ -50,7 +50,7 @@ def _unsigned(bits: int) -> BeforeValidator:
         if bits == 64:
             return value & 0xFFFFFFFFFFFFFFFF
         if not 0 <= value < 1 << bits:
-            raise PydanticCustomError("qapi_expects", f"uint{bits}_t")  # type: ignore[arg-type]
+            raise PydanticCustomError("qapi_expects", f"uint{bits}_t")
         return value
 
     return BeforeValidator(check)

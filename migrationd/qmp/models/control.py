@@ -2,6 +2,8 @@
 
 from typing import Literal
 
+from pydantic import Field
+
 from migrationd.qmp.models.base import QapiModel
 
 RunState = Literal[
@@ -31,7 +33,7 @@ class Empty(QapiModel):
 class QmpCapabilities(QapiModel):
     """Arguments of ``qmp_capabilities``."""
 
-    enable: list[Literal["oob"]] = []
+    enable: list[Literal["oob"]] = Field(default=[])
 
 
 class StatusInfo(QapiModel):

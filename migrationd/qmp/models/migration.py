@@ -238,7 +238,7 @@ class MigrateSetParameters(QapiModel):
     zero_page_detection: Literal["none", "legacy", "multifd"] = "multifd"
     direct_io: bool = False
     x_rdma_chunk_size: Size = 0
-    cpr_exec_command: list[str] = []
+    cpr_exec_command: list[str] = Field(default=[])
 
 
 class MigrationStats(QapiModel):

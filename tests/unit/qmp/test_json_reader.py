@@ -13,8 +13,9 @@ def read(*chunks: bytes) -> list[object]:
     reader = JsonReader()
     found: list[object] = []
     for chunk in chunks:
-        for item in reader.feed(chunk):
-            found.append(item.value if isinstance(item, JsonValue) else item.text)
+        found += [
+            item.value if isinstance(item, JsonValue) else item.text for item in reader.feed(chunk)
+        ]
     return found
 
 

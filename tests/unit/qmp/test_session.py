@@ -26,11 +26,15 @@ def test_greeting_has_the_version_and_the_capabilities() -> None:
         ({}, "QMP input lacks member 'execute'", UNSET),
         ({"id": 1}, "QMP input lacks member 'execute'", 1),
         ({"execute": 1, "id": None}, "QMP input member 'execute' must be a string", None),
-        ({"execute": "x", "arguments": None}, "QMP input member 'arguments' must be an object", UNSET),
+        (
+            {"execute": "x", "arguments": None},
+            "QMP input member 'arguments' must be an object",
+            UNSET,
+        ),
         ({"execute": "x", "bogus": 1}, "QMP input member 'bogus' is unexpected", UNSET),
         ({"exec-oob": "x"}, "QMP input member 'exec-oob' is unexpected", UNSET),
     ],
-)  # fmt: skip
+)
 def test_malformed_requests(value: object, text: str, request_id: object) -> None:
     with pytest.raises(RequestError) as caught:
         negotiated().check_request(value)
