@@ -95,7 +95,10 @@ def start_command(args: tuple[str, ...], *, outgoing: bool) -> tuple[int, Comman
     Raises:
         ConnectFailed: It cannot be started.
     """
-    read_fd, write_fd = os.pipe2(os.O_CLOEXEC)
+    try:
+        read_fd, write_fd = os.pipe2(os.O_CLOEXEC)
+    except OSError as error:
+        raise _not_started(args, error) from error
     ours, theirs = (write_fd, read_fd) if outgoing else (read_fd, write_fd)
     try:
         process = subprocess.Popen(
@@ -106,9 +109,17 @@ def start_command(args: tuple[str, ...], *, outgoing: bool) -> tuple[int, Comman
         )
     except OSError as error:
         os.close(ours)
-        raise ConnectFailed(
-            f"Failed to execute child process “{args[0]}” ({error.strerror})"
-        ) from error
+        raise _not_started(args, error) from error
     finally:
         os.close(theirs)
-    return ours, Command(process, is_writer=not outgoing)
+    try:
+        return ours, Command(process, is_writer=not outgoing)
+    except OSError as error:
+        os.close(ours)
+        process.kill()
+        process.wait()
+        raise _not_started(args, error) from error
+
+
+def _not_started(args: tuple[str, ...], error: OSError) -> ConnectFailed:
+    return ConnectFailed(f"Failed to execute child process “{args[0]}” ({error.strerror})")

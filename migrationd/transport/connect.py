@@ -83,7 +83,10 @@ async def connect(address: Address) -> Channel:
             return await _connect_inet(address, what)
         case UnixAddress():
             target = unix_target(address)
-            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            try:
+                sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            except OSError as error:
+                raise ConnectFailed(f"{what}: {error.strerror}") from error
             return await _connect_socket(sock, target, what)
         case VsockAddress(cid, port):
             vsock, pair = vsock_socket(cid, port)

@@ -242,8 +242,8 @@ def _bind_unix(address: UnixAddress) -> socket.socket:
         if status is not None and stat.S_ISSOCK(status.st_mode):
             with contextlib.suppress(OSError):
                 os.unlink(address.path)
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         _bind(sock, target)
     except OSError as error:
         raise ConnectFailed(f"Failed to bind socket to {address.path}: {error.strerror}") from error

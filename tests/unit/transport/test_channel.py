@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from migrationd.errors import ChannelClosed
+from migrationd.errors import ChannelClosed, ConnectFailed
 from migrationd.linux import iovec
 from migrationd.transport import channel as channel_module
 from migrationd.transport.channel import Channel
@@ -180,7 +180,7 @@ def test_the_descriptor_is_not_inherited() -> None:
 
 
 def test_a_bad_descriptor_leaves_nothing() -> None:
-    with pytest.raises(OSError, match="Bad file descriptor"):
+    with pytest.raises(ConnectFailed, match="Bad file descriptor"):
         Channel(1 << 20)
 
 

@@ -20,6 +20,7 @@ from migrationd.transport.address import (
     parse_uri,
 )
 from migrationd.transport.connect import connect, is_opened_now, open_now
+from migrationd.transport.listen import listen
 from tests.unit.transport.support import no_fds, read_all, tcp_pair
 
 
@@ -398,16 +399,27 @@ def test_descriptors_that_carry_no_stream(tmp_path: Path) -> None:
     assert opened_text(FdAddress("b"), lambda _: 1 << 20) == "fd: Bad file descriptor"
 
 
-def test_too_many_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["eventfd", "pidfd_open", "pipe2"])
+def test_too_many_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str) -> None:
     """A channel that cannot be made closes what it was given."""
 
     def fail(*_: int) -> int:
         raise OSError(24, "Too many open files")
 
-    monkeypatch.setattr(os, "eventfd", fail)
-    with pytest.raises(OSError, match="Too many open files"):
-        open_now(FileAddress(str(tmp_path / "f")), no_fds)
-    with pytest.raises(OSError, match="Too many open files"):
-        open_now(ExecAddress(("/bin/cat",)), no_fds)
-    with pytest.raises(ConnectFailed):
-        open_now(FileAddress("/nonexistent/f"), no_fds)
+    monkeypatch.setattr(os, name, fail)
+    assert "Too many open files" in opened_text(ExecAddress(("/bin/cat",)))
+    if name == "eventfd":
+        assert opened_text(FileAddress(str(tmp_path / "f"))) == (
+            "Failed to open a channel: Too many open files"
+        )
+
+
+async def test_too_many_sockets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def fail(*_: object) -> int:
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(socket, "socket", fail)
+    for uri in (f"unix:{tmp_path}/s", "tcp:127.0.0.1:1"):
+        assert "Too many open files" in await refused(parse_uri(uri))
+        with pytest.raises(ConnectFailed, match="Too many open files"):
+            await listen(parse_uri(uri), no_fds)
