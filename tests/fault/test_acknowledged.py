@@ -1,0 +1,57 @@
+"""Acknowledged means kept: whatever a source was told, the directory bears out."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from migrationd.ctl.daemon_process import DaemonProcess
+
+pytestmark = pytest.mark.fault
+
+ROUNDS = 6
+
+
+def options(directory: Path) -> list[str]:
+    return ["-name", "vm1", "-ram-dir", str(directory)]
+
+
+async def send(source: DaemonProcess, uri: str) -> None:
+    await source.set_parameters({"max-bandwidth": 0})
+    await source.set_capabilities({"return-path": True})
+    await source.execute("migrate", {"uri": uri})
+
+
+async def test_what_the_source_heard_is_what_a_restart_finds(
+    parked_file: tuple[Path, str, str], tmp_path: Path, closing: list[object]
+) -> None:
+    source = await DaemonProcess.start(incoming=f"file:{parked_file[0]}", arguments=["-keep"])
+    closing.append(source)
+    await source.wait_run_state("paused")
+    loop = asyncio.get_running_loop()
+    whole_s = 0.0
+    outcomes = []
+    for turn in range(ROUNDS + 1):
+        uri = f"unix:{tmp_path}/{turn}.sock"
+        directory = tmp_path / str(turn)
+        daemon = await DaemonProcess.start(incoming=uri, arguments=options(directory))
+        closing.append(daemon)
+        begin_s = loop.time()
+        await send(source, uri)
+        if turn == 0:
+            await source.wait_migration("completed")
+            whole_s = loop.time() - begin_s
+        else:
+            # From the first bytes to somewhat after the last word.
+            await asyncio.sleep(whole_s * 1.2 * turn / ROUNDS)
+        await daemon.kill()
+        status = (await source.wait_migration("completed", "failed"))["status"]
+        again = await DaemonProcess.start(incoming="defer", arguments=options(directory))
+        closing.append(again)
+        found = await again.run_state() == "paused"
+        outcomes.append((status, found))
+        if status == "completed":
+            assert found, f"round {turn}: the source heard that the guest is kept"
+        await again.kill()
+    assert outcomes[0] == ("completed", True)
+    assert ("failed", False) in outcomes, outcomes
