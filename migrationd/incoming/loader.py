@@ -50,6 +50,13 @@ STEP_BUDGET_BYTES = 64 << 20
 QUIET_S = 0.25
 """A step hands back when nothing came for this long."""
 
+DESCRIPTION_WAIT_S = 2.0
+"""An EOF byte with nothing behind it for this long ends a stream: some machine types
+suppress the VMDESCRIPTION, and with a return path the source does not close."""
+
+FILL_BYTES = 256 << 10
+"""Receive up to this much before decoding, as long as more is there."""
+
 MAX_DEVICE_BYTES = 1 << 30
 """All device sections of one guest together."""
 
@@ -102,6 +109,7 @@ class StreamLoader:
         self._in_setup = True
         self._section: str | None = None
         self._input_ended = False
+        self._quiet_s = 0.0
         self.arrival = Arrival()
 
     @property
@@ -129,7 +137,6 @@ class StreamLoader:
             ChannelClosed: The channel was shut down or broke.
         """
         received = 0
-        is_quiet = False
         while True:
             record = self._decoder.next_record()
             if record is not None:
@@ -142,22 +149,43 @@ class StreamLoader:
             if received >= STEP_BUDGET_BYTES:
                 return Pause.BUDGET
             try:
-                count = self._channel.recv_into(self._decoder.receive_view(), QUIET_S)
+                received += self._receive()
             except TimeoutError:
-                if is_quiet:
+                self._quiet_s += QUIET_S
+                if not self._decoder.awaits_only_description:
                     return Pause.QUIET
-                is_quiet = True
-                self._decoder.idle()
-                continue
-            if count == 0:
-                self._end_of_input()
-                continue
-            if not self.arrival.first_byte_seen:
-                self.arrival.first_byte_seen = True
-                self._on_first_bytes()
-            received += count
-            is_quiet = False
+                if self._quiet_s >= DESCRIPTION_WAIT_S:
+                    self._decoder.idle()
+
+    def _receive(self) -> int:
+        """Receive what is there: large reads make long rows of pages.
+
+        Returns:
+            Bytes received; 0 at the end of the input.
+
+        Raises:
+            TimeoutError: Nothing came for a while.
+            ChannelClosed: The channel was shut down or broke.
+        """
+        total = self._channel.recv_into(self._decoder.receive_view(), QUIET_S)
+        if not total:
+            self._end_of_input()
+            return 0
+        self._quiet_s = 0.0
+        self._decoder.received(total)
+        if not self.arrival.first_byte_seen:
+            self.arrival.first_byte_seen = True
+            self._on_first_bytes()
+        while total < FILL_BYTES:
+            try:
+                count = self._channel.recv_into(self._decoder.receive_view(), 0)
+            except TimeoutError:
+                break
+            if not count:
+                break
             self._decoder.received(count)
+            total += count
+        return total
 
     def _end_of_input(self) -> None:
         if self._input_ended:
