@@ -8,7 +8,7 @@ import contextlib
 import os
 import threading
 
-INTERVAL_S = 0.5
+INTERVAL_S = 0.1
 
 
 class WriteBehind:
