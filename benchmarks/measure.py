@@ -64,9 +64,7 @@ async def migrate(source: PeerProcess, destination: PeerProcess, uri: str) -> Sa
             timeout_s=60,
         )
     wall_s = time.perf_counter() - start
-    return Sample(
-        wall_s, cpu_s(source.pid) - source_cpu, cpu_s(destination.pid) - destination_cpu
-    )
+    return Sample(wall_s, cpu_s(source.pid) - source_cpu, cpu_s(destination.pid) - destination_cpu)
 
 
 class StatusProbe:

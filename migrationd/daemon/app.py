@@ -1,27 +1,26 @@
-"""The process: monitors, control, signals, and the order in which they end."""
+"""The process: monitors, signals, and the order in which things begin and end.
+
+What a monitor needs to greet is light; guest, engines and models are imported on a
+thread while the first client connects.
+"""
 
 import asyncio
-import json
-import logging
+import functools
+import importlib
 import signal
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from migrationd.clock import SystemClock
 from migrationd.config import DaemonConfig
-from migrationd.daemon.control import GuestControl
 from migrationd.daemon.passed_sockets import pair_monitors
-from migrationd.daemon.shelter import Shelter
-from migrationd.errors import ConfigError, MigrationdError, QMPError
-from migrationd.guest.run_state import Owner
+from migrationd.errors import MigrationdError
 from migrationd.linux.sd_notify import listen_fds, notify
-from migrationd.migration.options import MigrationOptions
-from migrationd.qmp.context import MigrationChannel
 from migrationd.qmp.event_bus import EventBus
 from migrationd.qmp.monitor_spec import parse_monitor_spec
-from migrationd.qmp.server import MonitorServer
-from migrationd.transport.address import address_from_qapi, parse_uri
+from migrationd.qmp.server import Dispatch, MonitorServer
 
-log = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from migrationd.daemon.control import GuestControl
 
 
 class Daemon:
@@ -37,7 +36,6 @@ class Daemon:
     def __init__(self, config: DaemonConfig) -> None:
         self._config = config
         self._monitor_specs = [parse_monitor_spec(text) for text in config.monitors]
-        self._incoming = incoming_channels(config.incoming)
         self._ended: asyncio.Event
         self._fatal: MigrationdError | None = None
 
@@ -48,65 +46,51 @@ class Daemon:
             Exit status 0.
 
         Raises:
-            MigrationdError: What ends the process with status 1.
+            MigrationdError: What ends the process with status 1; ConfigError: with 2.
         """
         self._ended = asyncio.Event()
-        clock = SystemClock()
-        bus = EventBus(clock)
-        control = GuestControl(
-            self._config,
-            MigrationOptions(),
-            bus,
-            clock,
-            Shelter(self._config),
-            on_quit=self._ended.set,
-            on_fatal=self._die,
-        )
+        bus = EventBus(SystemClock())
+        dispatch: asyncio.Future[Dispatch] = asyncio.get_running_loop().create_future()
         monitors = pair_monitors(self._monitor_specs, listen_fds())
-        servers = [MonitorServer(control, bus, spec, inherited) for spec, inherited in monitors]
+        servers = [MonitorServer(dispatch, bus, spec, inherited) for spec, inherited in monitors]
+        control: GuestControl | None = None
         try:
-            self._offer_saved_guest(control)
-            await self._start_incoming(control)
+            # As in QEMU, what -incoming names is open before a monitor accepts commands.
+            if self._opens_before_monitors:
+                control = await self._assemble(bus, dispatch)
             for server in servers:
                 await server.start()
+            if control is None:
+                control = await self._assemble(bus, dispatch)
             self._watch_signals(bus)
             notify("READY=1")
             await self._ended.wait()
             notify("STOPPING=1")
         finally:
-            await control.aclose()
+            if control is not None:
+                await control.aclose()
             for server in servers:
                 await server.aclose()
         if self._fatal is not None:
             raise self._fatal
         return 0
 
-    def _offer_saved_guest(self, control: GuestControl) -> None:
-        guest = control.find_saved()
-        if guest is None:
-            return
-        if guest.owner is Owner.HANDED_OVER and self._config.incoming:
-            log.info("the guest at rest was handed over; the next one takes its place")
-            guest.close()
-            return
-        control.adopt(guest)
-        if guest.owner is Owner.HANDING_OVER:
-            log.warning(
-                "the last daemon ended while it handed this guest over: the destination may run "
-                "it; if it does not, cont takes the guest back"
-            )
-        if self._incoming:
-            log.warning("-incoming is ignored: the directory holds this guest already")
-            self._incoming = []
+    @property
+    def _opens_before_monitors(self) -> bool:
+        config = self._config
+        return config.ram_dir is not None or any(text != "defer" for text in config.incoming)
 
-    async def _start_incoming(self, control: GuestControl) -> None:
-        if not self._incoming:
-            return
-        try:
-            await control.migrate_incoming(self._incoming, exit_on_error=True, fds=_number_fd)
-        except MigrationdError as error:
-            text = error.desc if isinstance(error, QMPError) else str(error)
-            raise MigrationdError(f"-incoming {self._config.incoming[-1]}: {text}") from error
+    async def _assemble(
+        self, bus: EventBus, dispatch: "asyncio.Future[Dispatch]"
+    ) -> "GuestControl":
+        await asyncio.to_thread(importlib.import_module, "migrationd.qmp.dispatch")
+        await asyncio.to_thread(importlib.import_module, "migrationd.daemon.assembly")
+        from migrationd.daemon.assembly import assemble
+        from migrationd.qmp.dispatch import answer
+
+        control = await assemble(self._config, bus, on_quit=self._ended.set, on_fatal=self._die)
+        dispatch.set_result(functools.partial(answer, control))
+        return control
 
     def _watch_signals(self, bus: EventBus) -> None:
         def on_signal() -> None:
@@ -120,35 +104,3 @@ class Daemon:
     def _die(self, error: MigrationdError) -> None:
         self._fatal = MigrationdError(f"load of migration failed: {error}")
         self._ended.set()
-
-
-def incoming_channels(texts: Sequence[str]) -> list[MigrationChannel]:
-    """Channels of ``-incoming``; none for ``defer``.
-
-    Raises:
-        ConfigError: A text is no address.
-    """
-    channels = []
-    for text in texts:
-        if text == "defer":
-            continue
-        try:
-            if text.startswith("{"):
-                tree = json.loads(text)
-                address = address_from_qapi(tree["addr"])
-                channels.append(MigrationChannel(tree.get("channel-type", "main"), address))
-            else:
-                channels.append(MigrationChannel("main", parse_uri(text)))
-        except MigrationdError as error:
-            raise ConfigError(f"-incoming {text}: {error}") from None
-        except (KeyError, TypeError, AssertionError):
-            raise ConfigError(f"-incoming {text}: not a MigrationChannel") from None
-    if any(channel.channel_type != "main" for channel in channels):
-        raise ConfigError("-incoming: only the main channel is taken in this version")
-    return channels[-1:]
-
-
-def _number_fd(name: str) -> int:
-    if not name.isdigit() or int(name) > 1 << 20:
-        raise QMPError(f"File descriptor named '{name}' has not been found")
-    return int(name)

@@ -17,13 +17,13 @@ _NAMES = tuple(COMMANDS)
 
 
 async def answer(
-    value: object, control: Control, session: Session, fds: FdStore
+    control: Control, value: object, session: Session, fds: FdStore
 ) -> dict[str, object]:
     """Perform one request.
 
     Args:
-        value: The JSON value that a client sent.
         control: The guest.
+        value: The JSON value that a client sent.
         session: The client's session.
         fds: Descriptors of its monitor.
 

@@ -12,11 +12,10 @@ import os
 import socket
 import stat
 from collections import deque
+from collections.abc import Awaitable, Callable
 
 from migrationd.errors import ConnectFailed, QMPError
 from migrationd.qmp.connection import Connection, SocketConnection, StdioConnection
-from migrationd.qmp.context import Control
-from migrationd.qmp.dispatch import answer
 from migrationd.qmp.event_bus import EventBus
 from migrationd.qmp.fds import FdStore
 from migrationd.qmp.json_reader import JsonError, JsonReader
@@ -26,6 +25,9 @@ from migrationd.qmp.session import UNSET, Session, failure
 from migrationd.qmp.version import VERSION
 
 log = logging.getLogger(__name__)
+
+Dispatch = Callable[[object, Session, FdStore], Awaitable[dict[str, object]]]
+"""Performs a request and returns the reply."""
 
 OUTPUT_LIMIT_BYTES = 16 << 20
 """A client that lets this much output pile up is disconnected."""
@@ -38,10 +40,14 @@ class _Client:
     """One connected client."""
 
     def __init__(
-        self, connection: Connection, control: Control, bus: EventBus, fds: FdStore
+        self,
+        connection: Connection,
+        dispatch: "asyncio.Future[Dispatch]",
+        bus: EventBus,
+        fds: FdStore,
     ) -> None:
         self._connection = connection
-        self._control = control
+        self._dispatch = dispatch
         self._bus = bus
         self._fds = fds
         self._session = Session(VERSION)
@@ -93,7 +99,8 @@ class _Client:
                     self._queue(failure(UNSET, QMPError(item.text)))
                     continue
                 was_negotiated = self._session.is_negotiated
-                reply = await answer(item.value, self._control, self._session, self._fds)
+                dispatch = await asyncio.shield(self._dispatch)
+                reply = await dispatch(item.value, self._session, self._fds)
                 self._fds.drop_unclaimed()
                 self._queue(reply)
                 if self._session.is_negotiated and not was_negotiated:
@@ -130,7 +137,7 @@ class MonitorServer:
     """One monitor.
 
     Args:
-        control: The guest.
+        dispatch: What performs requests, once it is there.
         bus: Events.
         spec: Where it listens or connects to.
         inherited: Listening socket from the service manager, if there is one for it.
@@ -138,12 +145,12 @@ class MonitorServer:
 
     def __init__(
         self,
-        control: Control,
+        dispatch: "asyncio.Future[Dispatch]",
         bus: EventBus,
         spec: MonitorSpec,
         inherited: socket.socket | None = None,
     ) -> None:
-        self._control = control
+        self._dispatch = dispatch
         self._bus = bus
         self._spec = spec
         self._listener = inherited
@@ -198,7 +205,7 @@ class MonitorServer:
     async def _serve(self, connection: Connection) -> None:
         self._first_client.set()
         try:
-            await _Client(connection, self._control, self._bus, self._fds).serve()
+            await _Client(connection, self._dispatch, self._bus, self._fds).serve()
         except OSError as error:
             log.debug("monitor client lost: %s", error)
 

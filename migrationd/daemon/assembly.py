@@ -1,0 +1,112 @@
+"""Guest, engines and options put together; imported late, for it is what takes time."""
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+
+from migrationd.clock import SystemClock
+from migrationd.config import DaemonConfig
+from migrationd.daemon.control import GuestControl
+from migrationd.daemon.shelter import Shelter
+from migrationd.errors import ConfigError, MigrationdError, QMPError
+from migrationd.guest.run_state import Owner
+from migrationd.migration.options import MigrationOptions
+from migrationd.qmp.context import MigrationChannel
+from migrationd.qmp.event_bus import EventBus
+from migrationd.transport.address import address_from_qapi, parse_uri
+
+log = logging.getLogger(__name__)
+
+
+async def assemble(
+    config: DaemonConfig,
+    bus: EventBus,
+    *,
+    on_quit: Callable[[], None],
+    on_fatal: Callable[[MigrationdError], None],
+) -> GuestControl:
+    """Build the control of the one guest; a guest at rest is offered, ``-incoming`` opened.
+
+    Raises:
+        ConfigError: ``-incoming`` is no address.
+        MigrationdError: The directory or the address cannot be used.
+    """
+    control = GuestControl(
+        config,
+        MigrationOptions(),
+        bus,
+        SystemClock(),
+        Shelter(config),
+        on_quit=on_quit,
+        on_fatal=on_fatal,
+    )
+    try:
+        if not _offer_saved_guest(config, control):
+            await _start_incoming(config, control)
+    except BaseException:
+        await control.aclose()
+        raise
+    return control
+
+
+def _offer_saved_guest(config: DaemonConfig, control: GuestControl) -> bool:
+    """Offer the guest at rest; False if there is none to offer."""
+    guest = control.find_saved()
+    if guest is None:
+        return False
+    if guest.owner is Owner.HANDED_OVER and config.incoming:
+        log.info("the guest at rest was handed over; the next one takes its place")
+        guest.close()
+        return False
+    control.adopt(guest)
+    if guest.owner is Owner.HANDING_OVER:
+        log.warning(
+            "the last daemon ended while it handed this guest over: the destination may run "
+            "it; if it does not, cont takes the guest back"
+        )
+    if config.incoming:
+        log.warning("-incoming is ignored: the directory holds this guest already")
+    return True
+
+
+async def _start_incoming(config: DaemonConfig, control: GuestControl) -> None:
+    channels = incoming_channels(config.incoming)
+    if not channels:
+        return
+    try:
+        await control.migrate_incoming(channels, exit_on_error=True, fds=_number_fd)
+    except MigrationdError as error:
+        text = error.desc if isinstance(error, QMPError) else str(error)
+        raise MigrationdError(f"-incoming {config.incoming[-1]}: {text}") from error
+
+
+def incoming_channels(texts: Sequence[str]) -> list[MigrationChannel]:
+    """Channels of ``-incoming``; none for ``defer``.
+
+    Raises:
+        ConfigError: A text is no address.
+    """
+    channels = []
+    for text in texts:
+        if text == "defer":
+            continue
+        try:
+            if text.startswith("{"):
+                tree = json.loads(text)
+                address = address_from_qapi(tree["addr"])
+                channels.append(MigrationChannel(tree.get("channel-type", "main"), address))
+            else:
+                channels.append(MigrationChannel("main", parse_uri(text)))
+        except MigrationdError as error:
+            raise ConfigError(f"-incoming {text}: {error}") from None
+        except (ValueError, KeyError, TypeError, AssertionError):
+            raise ConfigError(f"-incoming {text}: not a MigrationChannel") from None
+    if any(channel.channel_type != "main" for channel in channels):
+        raise ConfigError("-incoming: only the main channel is taken in this version")
+    return channels[-1:]
+
+
+def _number_fd(name: str) -> int:
+    if not name.isdigit() or int(name) > 1 << 20:
+        raise QMPError(f"File descriptor named '{name}' has not been found")
+    return int(name)
