@@ -155,6 +155,9 @@ class IncomingMigration:
         executor = ThreadPoolExecutor(1, thread_name_prefix="incoming")
         try:
             channel = self._channel = await listener.accept()
+            # Further connections (channels of a capability that is off here) must fail at once:
+            # left in the backlog, both sides would wait for ever.
+            listener.close()
             guest = await self._load(channel, executor)
             await self._acknowledge(channel, executor, guest)
             self._status.advance(Cause.COMPLETE)
@@ -257,7 +260,14 @@ class IncomingMigration:
             case n if n == MIG_CMD_SWITCHOVER_START:
                 loader.arrival.has_switchover_start = True
             case n if n == MIG_CMD_POSTCOPY_ADVISE:
-                pass
+                # Without payload it announces dirty bitmaps only. With one the source may turn
+                # to postcopy at any time: refused while its guest still runs there.
+                if command.payload:
+                    raise StreamUnsupported(
+                        "RAM postcopy is not taken",
+                        position=loader.position,
+                        hint="turn the source's postcopy-ram capability off",
+                    )
             case _:
                 raise StreamUnsupported(
                     f"command {command.number} is not taken",

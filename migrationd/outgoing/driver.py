@@ -327,7 +327,15 @@ class OutgoingMigration:
         elif self._work is not None:
             self._work.cancel()
 
+    def _warn_of_two_owners(self) -> None:
+        if self._tail_started.is_set():
+            log.warning(
+                "the whole guest was on its way when the migration ended without the "
+                "destination's word: the destination may run it; do not run both"
+            )
+
     async def _settle_cancel(self) -> None:
+        self._warn_of_two_owners()
         await self._observer.kept()
         self._status.advance(Cause.CLEANED_UP)
         log.info("migration cancelled")
@@ -335,6 +343,7 @@ class OutgoingMigration:
     async def _settle_failure(self, error: MigrationdError) -> None:
         self._error = error
         log.error("migration failed: %s", error)
+        self._warn_of_two_owners()
         self._status.advance(Cause.FAIL)
         await self._observer.kept()
         self._status.advance(Cause.CLEANED_UP)
