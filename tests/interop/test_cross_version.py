@@ -1,0 +1,51 @@
+"""A guest that changes its QEMU's release on the way through the daemon."""
+
+from dataclasses import replace
+from itertools import permutations
+from pathlib import Path
+
+import pytest
+
+from migrationd.ctl.daemon_process import DaemonProcess
+from migrationd.ctl.qemu_process import find_qemu
+from tests.support.moves import Host, check_runs_on, memory_digest, park, send
+from tests.support.results import TABLES, add_row
+
+pytestmark = [pytest.mark.interop, pytest.mark.matrix]
+
+TABLE = "from one release to another"
+
+
+@pytest.mark.parametrize("machine", ["pc-i440fx-7.2", "pc-q35-7.2"])
+@pytest.mark.parametrize(
+    ("older", "newer"),
+    list(permutations(("7.2", "10.0", "11.1"), 2)),
+    ids=lambda value: str(value),
+)
+async def test_release_changes(
+    older: str, newer: str, machine: str, tmp_path: Path, closing: list[object],
+    request: pytest.FixtureRequest,
+) -> None:  # fmt: skip
+    binaries = {version: find_qemu(version) for version in (older, newer)}
+    for version, binary in binaries.items():
+        if binary is None:
+            pytest.skip(f"QEMU {version} is missing: see tests/support/install-qemus")
+    here = Host(str(binaries[older]), machine)
+    there = replace(here, binary=str(binaries[newer]))
+    source = await here.start("QEMU A")
+    closing.append(source)
+    daemon = await DaemonProcess.start(incoming=f"unix:{tmp_path}/in.sock")
+    closing.append(daemon)
+    await source.wait_serial(3)
+    await park(source, daemon, f"unix:{tmp_path}/in.sock", return_path=True)
+    digest = await memory_digest(source, here)
+    target = await there.start("QEMU B", incoming=f"unix:{tmp_path}/out.sock", paused=True)
+    closing.append(target)
+    await send(daemon, target, f"unix:{tmp_path}/out.sock", return_path=True)
+    assert await memory_digest(target, there) == digest
+    await target.execute("cont")
+    passes = await check_runs_on(source.serial, target, there)
+    if TABLE not in request.config.stash.get(TABLES, {}):
+        add_row(request.config, TABLE, ("machine", "from", "to", "goes on", "RAM equal"))
+    row = (machine, older, newer, f"yes, {passes} passes", "yes")
+    add_row(request.config, TABLE, row)
