@@ -79,6 +79,11 @@ class ReadBuffer:
         """Move the cursor over decoded bytes."""
         self.start += count
 
+    def pass_over(self, count: int) -> None:
+        """Drop what is here; go on ``count`` bytes behind the cursor, which were read elsewhere."""
+        self._base += self.start + count
+        self.start = self.end = 0
+
     def require(self, count: int, offset: int = 0) -> int:
         """Index in ``data`` of the byte ``offset`` after the cursor.
 

@@ -168,6 +168,18 @@ class StreamDecoder:
         self._quiet = False
         self._buffer.added(count)
 
+    def pending(self) -> bytes:
+        """A copy of what has arrived and is not decoded: the beginning of an element."""
+        return self._buffer.peek(len(self._buffer))
+
+    def pass_over(self, count: int) -> None:
+        """Go on ``count`` bytes behind the cursor.
+
+        For PAGE|CONTINUE records of the current block that were received straight into
+        guest memory and checked there; what is pending is part of them.
+        """
+        self._buffer.pass_over(count)
+
     def feed(self, data: bytes | memoryview) -> None:
         """Append a copy of ``data``; invalidates arrays of earlier records.
 

@@ -19,6 +19,7 @@ Vector = npt.NDArray[np.uint64]
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _MSG_NOSIGNAL = 0x4000
+_MSG_DONTWAIT = 0x40
 
 
 class _Msghdr(ctypes.Structure):
@@ -36,6 +37,9 @@ class _Msghdr(ctypes.Structure):
 _sendmsg = _libc.sendmsg
 _sendmsg.argtypes = (ctypes.c_int, ctypes.POINTER(_Msghdr), ctypes.c_int)
 _sendmsg.restype = ctypes.c_ssize_t
+_recvmsg = _libc.recvmsg
+_recvmsg.argtypes = (ctypes.c_int, ctypes.POINTER(_Msghdr), ctypes.c_int)
+_recvmsg.restype = ctypes.c_ssize_t
 _writev = _libc.writev
 _writev.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_int)
 _writev.restype = ctypes.c_ssize_t
@@ -102,6 +106,19 @@ def rest_of(vector: Vector, done: int) -> Vector:
         rest[0, 0] += np.uint64(done - begin)
         rest[0, 1] -= np.uint64(done - begin)
     return rest
+
+
+def recv_vector(fd: int, vector: Vector) -> int:
+    """``recvmsg`` into up to ``IOV_MAX`` entries, without waiting.
+
+    Returns:
+        Bytes received; 0 at the end of the input.
+
+    Raises:
+        OSError: As the call; BlockingIOError when nothing is there.
+    """
+    head = _Msghdr(iov=vector.__array_interface__["data"][0], iovlen=min(len(vector), IOV_MAX))
+    return _result(_recvmsg(fd, ctypes.byref(head), _MSG_DONTWAIT))
 
 
 def send_vector(fd: int, vector: Vector) -> int:

@@ -1,7 +1,8 @@
 r"""An incremental JSON reader: values are found by bracket balance, not by lines.
 
 Pure: bytes in, values and errors out. QMP clients send no newline, several values in
-one write, and one value in many.
+one write, and one value in many. Each byte is looked at once, whatever the pieces are,
+and no more than the limits is ever kept.
 
 Reference: QEMU 11.1's reader: its limits, its recovery after an error, its texts with
 ``LINE:COLUMN:`` in front; single-quoted strings and ``\\'`` are accepted.
@@ -10,22 +11,11 @@ Reference: QEMU 11.1's reader: its limits, its recovery after an error, its text
 import re
 from dataclasses import dataclass
 
-from migrationd.qmp.json_parser import JsonSyntaxError, Token, parse_tokens
+from migrationd.qmp.json_parser import MISSING, JsonParser, JsonSyntaxError, decode_leniently
 
 TOKEN_BYTES_LIMIT = 64 << 20
 TOKEN_COUNT_LIMIT = 2 << 20
 NESTING_LIMIT = 1024
-
-_SPACE = re.compile(rb"[ \t\r\n]+")
-_STRUCTURE = frozenset(b"{}[]:,")
-_STRING = {
-    ord('"'): re.compile(rb'"(?:[^"\\\x00-\x1f\xfe\xff]|\\[^\x00-\x1f\xfe\xff])*+'),
-    ord("'"): re.compile(rb"'(?:[^'\\\x00-\x1f\xfe\xff]|\\[^\x00-\x1f\xfe\xff])*+"),
-}
-_NUMBER = re.compile(rb"-?(?:0|[1-9][0-9]*+)(?:\.[0-9]++)?(?:[eE][-+]?[0-9]++)?")
-_NUMBER_BYTES = re.compile(rb"[-+.0-9eE]*+")
-_WORD = re.compile(rb"[a-z]++")
-_RECOVERED = re.compile(rb"[][{}:,\x00-\x08\x0a-\x1f\xfe\xff]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,20 +32,83 @@ class JsonError:
     text: str
 
 
-class _Incomplete(Exception):
-    pass
+@dataclass(frozen=True, slots=True)
+class _State:
+    """One state of the lexer, inside a token.
+
+    Attributes:
+        run: Bytes that stay in this state.
+        next: State after a byte that ``run`` does not take; None ends the token with it.
+        is_complete: Whether another byte ends the token before itself; if not, it makes
+            the token malformed.
+    """
+
+    run: re.Pattern[bytes]
+    next: "dict[int, _State | None]"
+    is_complete: bool = False
+
+
+_NOTHING = re.compile(rb"")
+_DIGITS = re.compile(rb"[0-9]*+")
+_ANY_DIGIT = b"0123456789"
+_BREAKS_STRING = b"\xfe\xff" + bytes(range(0x20))
+
+
+def _one_of(characters: bytes, state: _State) -> dict[int, _State | None]:
+    return dict.fromkeys(characters, state)
+
+
+_EXPONENT_DIGITS = _State(_DIGITS, {}, is_complete=True)
+_EXPONENT_SIGN = _State(_NOTHING, _one_of(_ANY_DIGIT, _EXPONENT_DIGITS))
+_EXPONENT = _State(
+    _NOTHING, _one_of(b"+-", _EXPONENT_SIGN) | _one_of(_ANY_DIGIT, _EXPONENT_DIGITS)
+)
+_FRACTION = _State(_DIGITS, _one_of(b"eE", _EXPONENT), is_complete=True)
+_POINT = _State(_NOTHING, _one_of(_ANY_DIGIT, _FRACTION))
+_ZERO = _State(_NOTHING, _one_of(b".", _POINT), is_complete=True)  # no 0e1, as in QEMU
+_INTEGER = _State(_DIGITS, _one_of(b".", _POINT) | _one_of(b"eE", _EXPONENT), is_complete=True)
+_MINUS = _State(_NOTHING, _one_of(b"0", _ZERO) | _one_of(b"123456789", _INTEGER))
+_WORD = _State(re.compile(rb"[a-z]*+"), {}, is_complete=True)
+
+
+def _string_state(quote: int) -> _State:
+    inside = _State(
+        re.compile(rb"[^\\\x00-\x1f\xfe\xff" + re.escape(bytes((quote,))) + rb"]*+"), {quote: None}
+    )
+    allowed = bytes(byte for byte in range(256) if byte not in _BREAKS_STRING)
+    inside.next[ord("\\")] = _State(_NOTHING, _one_of(allowed, inside))
+    return inside
+
+
+_START: dict[int, _State | None] = (
+    dict.fromkeys(b"{}[]:,")
+    | {quote: _string_state(quote) for quote in b"\"'"}
+    | _one_of(b"-", _MINUS)
+    | _one_of(b"0", _ZERO)
+    | _one_of(b"123456789", _INTEGER)
+    | _one_of(bytes(range(ord("a"), ord("z") + 1)), _WORD)
+)
+_SPACE = re.compile(rb"[ \t\r\n]*+")
+_RECOVERED = re.compile(rb"[][{}:,\x00-\x08\x0a-\x1f\xfe\xff]")
+_STEP = {ord("{"): (1, 0), ord("}"): (-1, 0), ord("["): (0, 1), ord("]"): (0, -1)}
 
 
 class JsonReader:
     """Reads one connection."""
 
     def __init__(self) -> None:
-        self._data = b""
         self._line = 1
         self._column = 1
-        self._recovering = False
-        self._dropping = False
-        self._reset()
+        self._is_recovering = False
+        self._parser = JsonParser()
+        self._found: list[JsonValue | JsonError] = []
+        self._begin_token()
+        self._begin_value()
+
+    @property
+    def is_between_values(self) -> bool:
+        """Whether nothing of a further value has been read."""
+        return self._state is None and self._token_count == 0 and not self._is_recovering
 
     def feed(self, data: bytes) -> list[JsonValue | JsonError]:
         """Add bytes.
@@ -63,167 +116,154 @@ class JsonReader:
         Returns:
             Values and errors that are complete now, in order.
         """
-        self._data += data
-        found: list[JsonValue | JsonError] = []
+        self._found = []
         at = 0
-        try:
-            while at < len(self._data):
-                at = self._step(at, found)
-        except _Incomplete:
-            pass
-        self._data = self._data[at:]
-        if len(self._data) > TOKEN_BYTES_LIMIT:
-            self._data = b""
-            self._fail(found, "JSON token size limit exceeded", recover=True)
-        return found
+        while at < len(data):
+            if self._state is not None:
+                at = self._continue_token(data, at)
+            elif self._is_recovering:
+                at = self._recover(data, at)
+            else:
+                at = self._start_token(data, at)
+        return self._found
 
-    def _reset(self) -> None:
-        self._tokens: list[Token] = []
+    def _begin_token(self) -> None:
+        self._state: _State | None = None
+        self._token = bytearray()
+        self._is_looked_at = False
+
+    def _begin_value(self) -> None:
+        self._parser.reset()
+        self._token_count = 0
         self._token_bytes = 0
         self._braces = 0
         self._brackets = 0
+        self._is_skipping = False
 
-    def _step(self, at: int, found: list[JsonValue | JsonError]) -> int:
-        """Lex one token; returns the index behind it."""
-        data = self._data
-        if self._recovering:
-            match = _RECOVERED.search(data, at)
-            end = match.start() if match else len(data)
-            self._advance(data[at:end])
-            if not match:
-                return end
-            # QEMU counts the byte that ends a recovery twice.
-            self._recovering = False
-            at = end
-            if data[at] not in b"\n\r":
-                self._column += 1
-                end = self._token(at, found)
-                self._column -= 1
-                return end
-            return at
+    def _start_token(self, data: bytes, at: int) -> int:
         space = _SPACE.match(data, at)
-        if space:
-            self._advance(space[0])
-            return space.end()
-        return self._token(at, found)
-
-    def _token(self, at: int, found: list[JsonValue | JsonError]) -> int:
-        data = self._data
+        assert space is not None
+        if space.end() > at:
+            self._is_looked_at = False
+            self._advance(data, at, space.end())
+            at = space.end()
+            if at == len(data):
+                return at
         first = data[at]
-        if first in _STRUCTURE:
-            end = at + 1
-        elif first in _STRING:
-            end = self._string_end(at)
-        elif first in b"-0123456789":
-            end = self._number_end(at)
-        else:
-            word = _WORD.match(data, at)
-            if not word:
-                return self._stray(at, at + 1, found)
-            end = word.end()
-            if end == len(data):
-                raise _Incomplete
-        if end < 0:
-            return self._stray(at, -end, found)
-        self._add(Token(data[at:end], self._line, self._column), found)
-        self._advance(data[at:end])
-        return end
+        # QEMU counts a byte twice that ended the token or the recovery before it.
+        self._token_line = self._line
+        self._token_column = self._column + self._is_looked_at
+        self._is_looked_at = False
+        self._token += data[at : at + 1]
+        self._advance(data, at, at + 1)
+        if first not in _START:
+            self._stray()
+            return at + 1
+        self._state = _START[first]
+        if self._state is None:
+            self._end_token()
+        return at + 1
 
-    def _string_end(self, at: int) -> int:
-        """Index behind a string; negative: index behind the byte that breaks it."""
-        data = self._data
-        match = _STRING[data[at]].match(data, at)
-        assert match is not None
-        end = match.end()
-        if end == len(data) or (data[end] == ord("\\") and end + 1 == len(data)):
-            raise _Incomplete
-        if data[end] == data[at]:
-            return end + 1
-        return -(end + 2) if data[end] == ord("\\") else -(end + 1)
-
-    def _number_end(self, at: int) -> int:
-        data = self._data
-        digits = _NUMBER_BYTES.match(data, at)
-        assert digits is not None
-        if digits.end() == len(data):
-            raise _Incomplete
-        match = _NUMBER.match(data, at)
-        if match is None:
-            return -(at + 2)
-        end = match.end()
-        if end == digits.end():
+    def _continue_token(self, data: bytes, at: int) -> int:
+        state = self._state
+        assert state is not None
+        run = state.run.match(data, at)
+        assert run is not None
+        end = run.end()
+        self._token += data[at:end]
+        self._advance(data, at, end)
+        if len(self._token) > TOKEN_BYTES_LIMIT:
+            self._limit("JSON token size limit exceeded")
+            self._begin_token()
+            self._is_recovering = True
             return end
-        # Malformed: leading zeros run on to the end of the digits, else one byte more.
-        if data[at:end].lstrip(b"-") == b"0" and data[end : end + 1].isdigit():
-            return -digits.end()
-        return -min(digits.end() + 1, len(data))
+        if end == len(data):
+            return end
+        byte = data[end]
+        if byte not in state.next and state.is_complete and not self._is_leading_zero(byte):
+            self._end_token()
+            self._is_looked_at = True
+            return end
+        self._token.append(byte)
+        self._advance(data, end, end + 1)
+        if byte in state.next:
+            self._state = state.next[byte]
+            if self._state is None:
+                self._end_token()
+        else:
+            self._stray()
+        return end + 1
 
-    def _stray(self, at: int, end: int, found: list[JsonValue | JsonError]) -> int:
-        raw = self._data[at:end]
-        text = raw.decode("utf-8", "replace")
-        self._fail(found, f"{self._line}:{self._column}: JSON parse error, stray '{text}'")
-        self._advance(raw)
-        self._recovering = not raw.endswith((b"\n", b"}", b"]"))
+    def _is_leading_zero(self, byte: int) -> bool:
+        return self._state is _ZERO and byte in _ANY_DIGIT
+
+    def _recover(self, data: bytes, at: int) -> int:
+        match = _RECOVERED.search(data, at)
+        end = match.start() if match else len(data)
+        self._advance(data, at, end)
+        if match:
+            self._is_recovering = False
+            self._is_looked_at = True
         return end
 
-    def _fail(
-        self, found: list[JsonValue | JsonError], text: str, *, recover: bool = False
-    ) -> None:
-        if not self._dropping:
-            found.append(JsonError(text))
-        self._reset()
-        self._recovering = recover
+    def _stray(self) -> None:
+        """Report a malformed token, and forget the value that it is in."""
+        if not self._is_skipping:
+            # The text ends at a NUL, as C strings do.
+            shown = decode_leniently(bytes(self._token).partition(b"\0")[0])
+            self._error(f"stray '{shown}'")
+        self._begin_token()
+        self._begin_value()
+        self._is_recovering = True
 
-    def _add(self, token: Token, found: list[JsonValue | JsonError]) -> None:
-        kind = token.raw[:1]
-        if self._dropping:
-            self._count(kind)
-            if self._braces <= 0 and self._brackets <= 0:
-                self._dropping = False
-                self._reset()
-            return
-        self._tokens.append(token)
-        self._token_bytes += len(token.raw)
-        self._count(kind)
+    def _end_token(self) -> None:
+        token = bytes(self._token)
+        self._begin_token()
+        braces, brackets = _STEP.get(token[0], (0, 0))
+        self._braces += braces
+        self._brackets += brackets
+        self._token_count += 1
+        self._token_bytes += len(token)
+        if not self._is_skipping:
+            self._parse(token)
+        if self._braces < 0 or self._brackets < 0 or not (self._braces or self._brackets):
+            self._begin_value()
+
+    def _parse(self, token: bytes) -> None:
         if self._token_bytes > TOKEN_BYTES_LIMIT:
-            self._drop(found, "JSON token size limit exceeded")
-        elif len(self._tokens) > TOKEN_COUNT_LIMIT:
-            self._drop(found, "JSON token count limit exceeded")
+            self._limit("JSON token size limit exceeded")
+        elif self._token_count > TOKEN_COUNT_LIMIT:
+            self._limit("JSON token count limit exceeded")
         elif self._braces + self._brackets > NESTING_LIMIT:
-            self._drop(found, "JSON nesting depth limit exceeded")
-        elif self._braces < 0 or self._brackets < 0 or not (self._braces or self._brackets):
-            self._parse(found)
+            self._limit("JSON nesting depth limit exceeded")
+        else:
+            try:
+                value = self._parser.push(token)
+            except JsonSyntaxError as error:
+                self._error(str(error))
+                self._skip()
+            else:
+                if value is not MISSING:
+                    self._found.append(JsonValue(value))
 
-    def _count(self, kind: bytes) -> None:
-        if kind == b"{":
-            self._braces += 1
-        elif kind == b"}":
-            self._braces -= 1
-        elif kind == b"[":
-            self._brackets += 1
-        elif kind == b"]":
-            self._brackets -= 1
+    def _error(self, text: str) -> None:
+        where = f"{self._token_line}:{self._token_column}"
+        self._found.append(JsonError(f"{where}: JSON parse error, {text}"))
 
-    def _drop(self, found: list[JsonValue | JsonError], text: str) -> None:
-        """Report a limit once and forget the rest of this value."""
-        found.append(JsonError(text))
-        self._tokens = []
-        self._token_bytes = 0
-        self._dropping = True
+    def _limit(self, text: str) -> None:
+        if not self._is_skipping:
+            self._found.append(JsonError(text))
+        self._skip()
 
-    def _parse(self, found: list[JsonValue | JsonError]) -> None:
-        tokens = self._tokens
-        self._reset()
-        try:
-            found.append(JsonValue(parse_tokens(tokens)))
-        except JsonSyntaxError as error:
-            token = error.token
-            found.append(JsonError(f"{token.line}:{token.column}: JSON parse error, {error.text}"))
+    def _skip(self) -> None:
+        """Drop the rest of this value in silence."""
+        self._is_skipping = True
+        self._parser.reset()
 
-    def _advance(self, raw: bytes) -> None:
-        lines = raw.count(b"\n")
+    def _advance(self, data: bytes, start: int, end: int) -> None:
+        lines = data.count(b"\n", start, end)
         if lines:
             self._line += lines
-            self._column = len(raw) - raw.rfind(b"\n")
+            self._column = end - data.rfind(b"\n", start, end)
         else:
-            self._column += len(raw)
+            self._column += end - start

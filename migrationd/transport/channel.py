@@ -33,6 +33,7 @@ from migrationd.linux.iovec import (
     Vector,
     address_of,
     page_vector,
+    recv_vector,
     rest_of,
     send_vector,
     write_vector,
@@ -136,6 +137,36 @@ class Channel:
                     raise self._broken("read from", error) from error
             if not count:
                 self._refuse_if_down()  # a shutdown reads as the end
+            self.bytes_received += count
+            return count
+
+    def recv_vector(self, vector: Vector, timeout_s: float | None) -> int:
+        """Receive what is there into a scatter vector; sockets only.
+
+        Args:
+            vector: Where the bytes go, shape ``(n, 2)``; must live until this returns.
+            timeout_s: Longest wait for the first byte; None waits for ever.
+
+        Returns:
+            Bytes received; 0 at the end of the input.
+
+        Raises:
+            TimeoutError: Nothing came in time.
+            ChannelClosed: The channel was shut down, or the peer broke it.
+        """
+        with self._in_use:
+            while True:
+                try:
+                    count = recv_vector(self._fd, vector)
+                    break
+                except BlockingIOError:
+                    self._wait(select.POLLIN, timeout_s)
+                except InterruptedError:
+                    continue
+                except OSError as error:
+                    raise self._broken("read from", error) from error
+            if not count:
+                self._refuse_if_down()
             self.bytes_received += count
             return count
 

@@ -1,0 +1,161 @@
+"""Pages straight from the socket into guest memory.
+
+In a long run of consecutive pages the next bytes are known before they come: header,
+page, header, page. They are received by one scatter read, the pages to their final
+place. The headers are checked afterwards; if the stream went on differently, the bytes
+are put back in order and given to the decoder, and the memory is made zero again. Only
+pages that hold nothing yet are received so, for nothing can be lost there.
+
+Reference: PAGE|CONTINUE records, stream format 2.1.
+"""
+
+import numpy as np
+import numpy.typing as npt
+
+from migrationd.codec.constants import RAM_SAVE_FLAG_CONTINUE, RAM_SAVE_FLAG_PAGE
+from migrationd.codec.stream import StreamDecoder
+from migrationd.guest.memory import AnonymousMemory, Bytes
+from migrationd.guest.ram_block import RamBlock
+from migrationd.linux.iovec import Vector, address_of, page_vector
+from migrationd.transport.channel import Channel
+
+WINDOW_PAGES = 255
+"""Pages of one scatter read: 1 MiB, and a vector well below the kernel's limit."""
+
+LEAST_PAGES = 32
+"""A shorter window is not worth its vector."""
+
+LEAST_RUN_PAGES = 512
+"""A run is guessed to go on after this many pages: a wrong guess costs as much as 64 pages."""
+
+_HEADER_BYTES = 8
+_PAGE_CONTINUE = RAM_SAVE_FLAG_PAGE | RAM_SAVE_FLAG_CONTINUE
+
+Rows = npt.NDArray[np.uint8]
+
+
+class DirectReceiver:
+    """Receives runs of pages of one stream; used by its loading thread.
+
+    The decoder must be between records, or wait inside one of at most a page.
+
+    Args:
+        channel: A socket.
+        decoder: The stream's decoder, which waits for more input in a run.
+        timeout_s: Longest wait for bytes.
+    """
+
+    def __init__(self, channel: Channel, decoder: StreamDecoder, timeout_s: float) -> None:
+        self._channel = channel
+        self._decoder = decoder
+        self._timeout_s = timeout_s
+        self._size = 0
+        self._headers: Rows
+        self._steps: npt.NDArray[np.uint64]
+        self._vector: Vector
+
+    def window(self, block: RamBlock, first_page: int) -> int:
+        """Pages from ``first_page`` that may be received directly; 0 if too few."""
+        if not self._channel.is_socket or not isinstance(block.memory, AnonymousMemory):
+            return 0
+        present = block.present[first_page : first_page + WINDOW_PAGES]
+        taken = np.flatnonzero(present)
+        count = int(taken[0]) if len(taken) else len(present)
+        return count if count >= LEAST_PAGES else 0
+
+    def receive(self, block: RamBlock, first_page: int, count: int) -> tuple[int, int]:
+        """Receive a window; everything that fits the run is placed, the rest is decoded.
+
+        Args:
+            block: Block of the run.
+            first_page: Page that the run goes on with.
+            count: From :meth:`window`.
+
+        Returns:
+            Pages placed, and bytes received. Fewer pages than asked for: the run ended, or
+            the input did or paused, and the decoder has what came behind it.
+
+        Raises:
+            ChannelClosed: The channel was shut down or broke.
+        """
+        size = block.page_size
+        if size != self._size:
+            self._prepare(size)
+        start = first_page * size
+        target = block.memory.view[start : start + count * size]
+        expected = (self._steps[:count] + np.uint64(start | _PAGE_CONTINUE)).astype(">u8")
+        pending = self._decoder.pending()
+        if pending[:_HEADER_BYTES] != expected[:1].tobytes()[: len(pending)]:
+            return 0, 0
+        self._vector[1 : 2 * count : 2, 0] = self._steps[:count] + np.uint64(address_of(target))
+        _scatter(pending, self._headers, target, size)
+        total = self._read(len(pending), expected)
+        complete = total // (_HEADER_BYTES + size)
+        wrong = np.flatnonzero(self._headers[:complete].view(">u8")[:, 0] != expected[:complete])
+        good = int(wrong[0]) if len(wrong) else complete
+        used = good * (_HEADER_BYTES + size)
+        self._decoder.pass_over(used)
+        block.present[first_page : first_page + good] = True
+        if total > used:
+            content = target.reshape(count, size)[good:]
+            self._decoder.feed(_gather(self._headers[good:], content, total - used))
+            content[: complete - good + 1] = 0
+        return good, total - len(pending)
+
+    def _prepare(self, size: int) -> None:
+        """Make what is the same for every window of this page size."""
+        self._size = size
+        self._headers = np.zeros((WINDOW_PAGES, _HEADER_BYTES), np.uint8)
+        self._steps = np.arange(WINDOW_PAGES, dtype=np.uint64) * np.uint64(size)
+        self._vector = page_vector(
+            self._headers,
+            np.zeros(size, np.uint8),
+            np.zeros(WINDOW_PAGES, np.int64),
+            size,
+        )
+
+    def _read(self, total: int, expected: npt.NDArray[np.uint64]) -> int:
+        """Fill the window until a header differs; returns the bytes there, with those that were.
+
+        Not a byte more is waited for then: what came instead may be the last of the stream.
+        """
+        record_bytes = _HEADER_BYTES + self._size
+        count = len(expected)
+        vector = self._vector[: 2 * count]
+        words = self._headers.view(">u8")[:, 0]
+        checked = 0
+        while total < count * record_bytes:
+            record, inside = divmod(total, record_bytes)
+            first = 2 * record + (inside >= _HEADER_BYTES)
+            done_of_first = inside - _HEADER_BYTES if inside >= _HEADER_BYTES else inside
+            saved = vector[first].copy()
+            vector[first, 0] += np.uint64(done_of_first)
+            vector[first, 1] -= np.uint64(done_of_first)
+            try:
+                done = self._channel.recv_vector(vector[first:], self._timeout_s)
+            except TimeoutError:
+                break
+            finally:
+                vector[first] = saved
+            if not done:
+                break
+            total += done
+            arrived = (total + self._size) // record_bytes
+            if not np.array_equal(words[checked:arrived], expected[checked:arrived]):
+                break
+            checked = arrived
+        return total
+
+
+def _scatter(data: bytes, headers: Rows, target: Bytes, size: int) -> None:
+    """Put the beginning of the first record where a read would have put it."""
+    head = data[:_HEADER_BYTES]
+    headers.reshape(-1)[: len(head)] = np.frombuffer(head, np.uint8)
+    body = data[_HEADER_BYTES : _HEADER_BYTES + size]
+    target[: len(body)] = np.frombuffer(body, np.uint8)
+
+
+def _gather(headers: Rows, content: Rows, length: int) -> bytes:
+    """The received bytes in the order of the stream."""
+    records = -(-length // (headers.shape[1] + content.shape[1]))
+    return np.concatenate((headers[:records], content[:records]), axis=1).tobytes()[:length]
