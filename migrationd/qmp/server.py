@@ -55,19 +55,21 @@ class _Client:
         self._output_bytes = 0
         self._has_output = asyncio.Event()
         self._has_room = asyncio.Event()
-        self._is_overrun = False
+        self._overrun = asyncio.Event()
 
     async def serve(self) -> None:
         """Talk to the client until it goes."""
         self._queue(self._session.greeting())
         writer = asyncio.create_task(self._write(), name="monitor output")
         reader = asyncio.create_task(self._read(), name="monitor input")
+        overrun = asyncio.create_task(self._overrun.wait(), name="monitor overrun")
         try:
-            await asyncio.wait((reader, writer), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((reader, writer, overrun), return_when=asyncio.FIRST_COMPLETED)
         finally:
             self._bus.detach(self._event)
             reader.cancel()
-            await asyncio.gather(reader, return_exceptions=True)
+            overrun.cancel()
+            await asyncio.gather(reader, overrun, return_exceptions=True)
             await self._drain(writer)
             self._connection.close()
 
@@ -75,7 +77,7 @@ class _Client:
         """Let what is queued go out, but do not wait for a client that does not read."""
         deadline = asyncio.get_running_loop().time() + 0.5
         while self._output_bytes and not writer.done():
-            if asyncio.get_running_loop().time() > deadline or self._is_overrun:
+            if asyncio.get_running_loop().time() > deadline or self._overrun.is_set():
                 break
             self._has_room.clear()
             with contextlib.suppress(TimeoutError):
@@ -107,7 +109,7 @@ class _Client:
                     self._bus.attach(self._event)
 
     async def _write(self) -> None:
-        while not self._is_overrun:
+        while not self._overrun.is_set():
             while self._output:
                 data = b"".join(self._output)
                 self._output.clear()
@@ -121,7 +123,7 @@ class _Client:
         self._queue(event)
 
     def _queue(self, message: dict[str, object]) -> None:
-        if self._is_overrun:
+        if self._overrun.is_set():
             return
         data = encode_message(message)
         self._output.append(data)
@@ -129,8 +131,7 @@ class _Client:
         self._has_output.set()
         if self._output_bytes > OUTPUT_LIMIT_BYTES:
             log.warning("a monitor client does not read its output: disconnected")
-            self._is_overrun = True
-            self._connection.close()
+            self._overrun.set()
 
 
 class MonitorServer:
