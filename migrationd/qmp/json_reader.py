@@ -60,9 +60,7 @@ def _one_of(characters: bytes, state: _State) -> dict[int, _State | None]:
 
 _EXPONENT_DIGITS = _State(_DIGITS, {}, is_complete=True)
 _EXPONENT_SIGN = _State(_NOTHING, _one_of(_ANY_DIGIT, _EXPONENT_DIGITS))
-_EXPONENT = _State(
-    _NOTHING, _one_of(b"+-", _EXPONENT_SIGN) | _one_of(_ANY_DIGIT, _EXPONENT_DIGITS)
-)
+_EXPONENT = _State(_NOTHING, _one_of(b"+-", _EXPONENT_SIGN) | _one_of(_ANY_DIGIT, _EXPONENT_DIGITS))
 _FRACTION = _State(_DIGITS, _one_of(b"eE", _EXPONENT), is_complete=True)
 _POINT = _State(_NOTHING, _one_of(_ANY_DIGIT, _FRACTION))
 _ZERO = _State(_NOTHING, _one_of(b".", _POINT), is_complete=True)  # no 0e1, as in QEMU
