@@ -3,178 +3,116 @@
     python -m benchmarks [--reps N] [--memory MIB] [--qemu BINARY]
 
 Prints medians, and ratios to QEMU -> QEMU of the same repetition. Single figures are
-worth nothing on a shared machine; ratios of one run are what to look at.
+worth nothing on a shared machine; ratios of one run are what to look at, and only those
+of a run in which nothing else used the CPUs.
 """
 
 import argparse
 import asyncio
-import contextlib
 import sys
-from collections.abc import Sequence
 
 from benchmarks.measure import (
     Sample,
-    StatusProbe,
     idle_resident_bytes,
     median,
-    migrate,
     percentile,
-    resident_bytes,
     start_to_greeting_s,
-    warm_memory,
 )
-from migrationd.ctl.boot_guest import BootGuest
-from migrationd.ctl.daemon_process import DaemonProcess
-from migrationd.ctl.peer_process import PeerProcess
-from migrationd.ctl.qemu_process import QemuProcess, find_qemu, qemu_version
+from benchmarks.peers import CONTENTS, Bench
+from migrationd.ctl.qemu_process import find_qemu, qemu_version
 
-PAIRS = (("QEMU", "QEMU"), ("QEMU", "migrationd"), ("migrationd", "QEMU"), ("migrationd",) * 2)
-CONTENTS = ("random", "half zero")
+Pair = tuple[str, str]
 
+BASE: Pair = ("QEMU", "QEMU")
+PAIRS: tuple[Pair, ...] = (
+    BASE,
+    ("QEMU", "migrationd"),
+    ("migrationd", "QEMU"),
+    ("migrationd", "migrationd"),
+)
+RATE_GOALS = {
+    ("random", PAIRS[1]): 1.0,
+    ("random", PAIRS[2]): 1.3,
+    ("random", PAIRS[3]): 1.2,
+    ("half zero", PAIRS[1]): 1.0,
+    ("half zero", PAIRS[2]): 1.3,
+    ("half zero", PAIRS[3]): 1.3,
+}
+"""At least so many times the rate of QEMU -> QEMU."""
 
-class Bench:
-    """The peers of one content: both sources stay, destinations come and go."""
+SOURCE_CPU_GOAL = 0.9
+DESTINATION_CPU_GOAL = 1.1
+"""At most so many times QEMU's CPU seconds at the same end."""
 
-    def __init__(self, binary: str, memory_mib: int, content: str) -> None:
-        self._binary = binary
-        self._memory_mib = memory_mib
-        pages = memory_mib * 256 - 4096
-        if content == "half zero":
-            pages = memory_mib * 128
-        self._guest = BootGuest(counted_pages=256, filled_pages=pages, pages_per_s=1000)
-        self._stack = contextlib.AsyncExitStack()
-        self._sources: dict[str, PeerProcess] = {}
-        self.latencies: list[float] = []
-        self.beyond_guest_bytes: list[int] = []
-
-    async def __aenter__(self) -> "Bench":
-        """Start both sources: a QEMU with a filled guest, and a daemon that was given it."""
-        source = await self._qemu(None)
-        await self._stack.enter_async_context(source)
-        await source.wait_serial(2, timeout_s=120)
-        await source.execute("stop")
-        daemon = await self._daemon(["-keep"])
-        await self._stack.enter_async_context(daemon)
-        self._sources = {"QEMU": source, "migrationd": daemon}
-        await migrate(source, daemon, await daemon.listening_uri())
-        await self._again(source)
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        """Stop everything."""
-        await self._stack.aclose()
-
-    async def sample(self, source_kind: str, destination_kind: str) -> Sample:
-        """One migration."""
-        warm_memory((self._memory_mib + 256) << 20)
-        source = self._sources[source_kind]
-        destination: PeerProcess
-        if destination_kind == "QEMU":
-            destination = await self._qemu("tcp:127.0.0.1:0")
-        else:
-            destination = await self._daemon([])
-        async with destination:
-            probe = self._probe(source, destination)
-            warm_memory((self._memory_mib + 256) << 20)
-            uri = await destination.listening_uri()
-            if probe is not None:
-                probe.start()
-            result = await migrate(source, destination, uri)
-            if probe is not None:
-                self.latencies += await probe.stop()
-            if destination_kind == "migrationd":
-                beyond = resident_bytes(destination.pid) - (self._memory_mib << 20)
-                self.beyond_guest_bytes.append(beyond)
-        if source_kind == "QEMU":
-            await self._again(source)
-        return result
-
-    def _probe(self, *peers: PeerProcess) -> StatusProbe | None:
-        for peer in peers:
-            if isinstance(peer, DaemonProcess):
-                return StatusProbe(f"{peer.directory}/probe.sock")
-        return None
-
-    async def _again(self, source: PeerProcess) -> None:
-        """Let a QEMU whose guest has left have it back, stopped."""
-        await source.execute("cont")
-        await source.execute("stop")
-
-    async def _qemu(self, incoming: str | None) -> QemuProcess:
-        size = f"{self._memory_mib}M"
-        return await QemuProcess.start(
-            self._binary,
-            machine="pc,memory-backend=ram0",
-            memory_mib=self._memory_mib,
-            guest=self._guest,
-            arguments=["-object", f"memory-backend-ram,id=ram0,size={size},prealloc=on"],
-            incoming=incoming,
-            timeout_s=60,
-        )
-
-    async def _daemon(self, arguments: Sequence[str]) -> DaemonProcess:
-        directory = DaemonProcess.make_directory()
-        self._stack.callback(lambda: _remove(directory))
-        daemon = await DaemonProcess.start(
-            incoming="tcp:127.0.0.1:0",
-            arguments=["-log-level", "warning", *arguments, *self._probe_monitor(directory)],
-        )
-        (daemon.directory / "probe.sock").symlink_to(directory / "probe.sock")
-        return daemon
-
-    @staticmethod
-    def _probe_monitor(directory: object) -> list[str]:
-        return ["-qmp", f"unix:{directory}/probe.sock,server=on,wait=off"]
-
-
-def _remove(directory: object) -> None:
-    import shutil
-
-    shutil.rmtree(str(directory), ignore_errors=True)
+PROBED = (("QEMU", "migrationd"), ("migrationd", "QEMU"))
+QUIET_CPUS = 0.15
 
 
 async def run(binary: str, memory_mib: int, reps: int) -> None:
     """Measure and print."""
     print(f"QEMU {qemu_version(binary)}, {memory_mib} MiB, tcp, no bandwidth limit, "
           f"{reps} interleaved repetitions")  # fmt: skip
-    latencies: list[float] = []
+    latencies: dict[Pair, list[float]] = {pair: [] for pair in PROBED}
     beyond: list[int] = []
     for content in CONTENTS:
-        samples: dict[tuple[str, str], list[Sample]] = {pair: [] for pair in PAIRS}
+        samples: dict[Pair, list[Sample]] = {pair: [] for pair in PAIRS}
         async with Bench(binary, memory_mib, content) as bench:
             for rep in range(reps):
-                order = PAIRS if rep % 2 == 0 else PAIRS[::-1]
-                for pair in order:
+                for pair in PAIRS if rep % 2 == 0 else PAIRS[::-1]:
                     samples[pair].append(await bench.sample(*pair))
-            latencies += bench.latencies
+            for pair in PROBED * 2:
+                await bench.sample(*pair, latencies=latencies[pair])
             beyond += bench.beyond_guest_bytes
-        _print_table(content, memory_mib, samples)
-    greeting = median([start_to_greeting_s() for _ in range(5)])
+        print_table(content, memory_mib, samples)
+    print("\nquery-status while RAM flows at full rate (goal: p99 < 5 ms)")
+    for pair, taken in latencies.items():
+        print(f"{' -> '.join(pair):<26}p50 {percentile(taken, 0.5) * 1e3:.2f} ms, p99 "
+              f"{percentile(taken, 0.99) * 1e3:.2f} ms, worst {max(taken) * 1e3:.2f} ms "
+              f"of {len(taken)}")  # fmt: skip
+    greeting = median(start_to_greeting_s() for _ in range(7))
     idle = await idle_resident_bytes()
-    print(f"\nquery-status while RAM flows: p50 {percentile(latencies, 0.5) * 1e3:.2f} ms, "
-          f"p99 {percentile(latencies, 0.99) * 1e3:.2f} ms ({len(latencies)} asked)")  # fmt: skip
-    print(f"start to greeting: {greeting * 1e3:.0f} ms; resident idle: {idle / 1e6:.1f} MB; "
-          f"beyond the guest's RAM after loading: {max(beyond) / 2**20:.0f} MiB")  # fmt: skip
+    print(f"\nstart to greeting {greeting * 1e3:.0f} ms (goal: < 250); resident idle "
+          f"{idle / 1e6:.1f} MB (goal: < 60)")  # fmt: skip
+    print(f"peak resident memory beyond the guest's RAM {max(beyond) / 2**20:.0f} MiB "
+          f"(goal: < 100)")  # fmt: skip
 
 
-def _print_table(
-    content: str, memory_mib: int, samples: dict[tuple[str, str], list[Sample]]
-) -> None:
-    base = samples[PAIRS[0]]
-    print(f"\n{content}: medians, and in brackets the median ratio to QEMU -> QEMU")
-    print(f"{'pair':<26}{'GB/s of guest RAM':>20}{'CPU s source':>20}{'CPU s destination':>20}")
+def print_table(content: str, memory_mib: int, samples: dict[Pair, list[Sample]]) -> None:
+    """Print one content's rates and costs."""
+    print(f"\n{content}: medians; x is the median ratio to QEMU -> QEMU, least and most behind it")
+    print(f"{'pair':<26}{'GB/s of guest RAM':>30}{'CPU s source':>18}{'CPU s destination':>20}")
+    base = samples[BASE]
     for pair, taken in samples.items():
-        rate = median([(memory_mib << 20) / item.wall_s / 1e9 for item in taken])
-        rate_ratio = median([b.wall_s / a.wall_s for a, b in zip(taken, base, strict=True)])
-        cells = [f"{rate:.2f} ({rate_ratio:.2f})"]
-        for name in ("source_cpu_s", "destination_cpu_s"):
-            value = median([getattr(item, name) for item in taken])
-            ratio = median(
-                [getattr(a, name) / max(getattr(b, name), 0.01)
-                 for a, b in zip(taken, base, strict=True)]
-            )  # fmt: skip
-            cells.append(f"{value:.2f} ({ratio:.2f})")
-        print(f"{' -> '.join(pair):<26}" + "".join(f"{cell:>20}" for cell in cells))
+        rate = median((memory_mib << 20) / item.wall_s / 1e9 for item in taken)
+        ratios = [b.wall_s / a.wall_s for a, b in zip(taken, base, strict=True)]
+        text = f"{rate:.2f}"
+        if pair != BASE:
+            text += f"  x {median(ratios):.2f} ({min(ratios):.2f}..{max(ratios):.2f})"
+            text += verdict(median(ratios) >= RATE_GOALS[content, pair])
+        ours = [kind == "migrationd" for kind in pair]
+        source = cost([s.source_cpu_s for s in taken], [s.source_cpu_s for s in base],
+                      SOURCE_CPU_GOAL, ours=ours[0])  # fmt: skip
+        destination = cost([s.destination_cpu_s for s in taken],
+                           [s.destination_cpu_s for s in base],
+                           DESTINATION_CPU_GOAL, ours=ours[1])  # fmt: skip
+        print(f"{' -> '.join(pair):<26}{text:>30}{source:>18}{destination:>20}")
+    busy = [s.other_cpus for taken in samples.values() for s in taken]
+    if median(busy) > QUIET_CPUS:
+        print(f"not a quiet machine: others used {median(busy):.2f} CPUs: repeat before you judge")
+
+
+def cost(taken: list[float], base: list[float], goal: float, *, ours: bool) -> str:
+    """CPU seconds, and their ratio to QEMU's where they are ours."""
+    text = f"{median(taken):.2f}"
+    if not ours:
+        return text
+    ratio = median(a / max(b, 0.01) for a, b in zip(taken, base, strict=True))
+    return f"{text}  x {ratio:.2f}{verdict(ratio <= goal)}"
+
+
+def verdict(is_met: bool) -> str:
+    """How a figure compares with its goal."""
+    return " ok" if is_met else " --"
 
 
 def main() -> int:
@@ -191,4 +129,5 @@ def main() -> int:
     return 0
 
 
-sys.exit(main())
+if __name__ == "__main__":
+    sys.exit(main())

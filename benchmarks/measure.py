@@ -1,84 +1,135 @@
-"""One migration between two peers, timed, with the CPU seconds of both."""
+"""One migration between two peers, timed, with the CPU seconds of both; and smaller gauges."""
 
 import asyncio
 import json
 import mmap
 import os
+import re
 import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
 
 from migrationd.ctl.daemon_process import DaemonProcess
 from migrationd.ctl.peer_process import PeerProcess
 
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+_RUN_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """What one migration took."""
+    """What one migration took.
+
+    Attributes:
+        wall_s: From ``migrate`` to the later of the two ends' completed events.
+        source_cpu_s: User and system time of the source meanwhile.
+        destination_cpu_s: And of the destination.
+        other_cpus: CPUs that everything else on the machine used meanwhile.
+    """
 
     wall_s: float
     source_cpu_s: float
     destination_cpu_s: float
+    other_cpus: float
 
 
 def cpu_s(pid: int) -> float:
-    """User and system time of a process so far."""
+    """User and system time of a process so far, in steps of 10 ms."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / _TICKS_PER_S
 
 
-def resident_bytes(pid: int) -> int:
-    """Resident memory of a process."""
-    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * mmap.PAGESIZE
+def machine_cpu_s() -> float:
+    """Time that all CPUs were busy so far."""
+    words = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
+    user, nice, system, _idle, _iowait, irq, softirq = map(int, words[:7])
+    return (user + nice + system + irq + softirq) / _TICKS_PER_S
+
+
+def peak_resident_bytes(pid: int) -> int:
+    """The most memory that a process ever had resident."""
+    found = re.search(r"VmHWM:\s*(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    assert found is not None
+    return int(found[1]) << 10
 
 
 def warm_memory(size_bytes: int) -> None:
     """Touch memory and give it back: its first touch ever can cost more than a migration."""
     with mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as area:
         area.madvise(mmap.MADV_HUGEPAGE)
-        for at in range(0, size_bytes, mmap.PAGESIZE):
-            area[at] = 1
+        pages = np.frombuffer(area, np.uint8)[:: mmap.PAGESIZE]
+        pages[:] = 1
+        del pages
+
+
+def fill_guest(pid: int, memory_bytes: int, start: int, *, half_zero: bool) -> None:
+    """Write random bytes into a stopped QEMU's guest RAM.
+
+    Args:
+        pid: The QEMU; its RAM is the smallest mapping that can hold the guest's.
+        memory_bytes: Size of the guest's RAM.
+        start: Leave what is below this address alone.
+        half_zero: Leave every other MiB zero.
+    """
+    mappings = re.findall(
+        r"^([0-9a-f]+)-([0-9a-f]+) rw", Path(f"/proc/{pid}/maps").read_text(), re.MULTILINE
+    )
+    sizes = sorted((int(end, 16) - int(begin, 16), int(begin, 16)) for begin, end in mappings)
+    base = next(begin for size, begin in sizes if size >= memory_bytes)
+    words = np.random.default_rng(1)
+    step = 2 * _RUN_BYTES if half_zero else _RUN_BYTES
+    with Path(f"/proc/{pid}/mem").open("r+b", buffering=0) as memory:
+        for at in range(start, memory_bytes, step):
+            memory.seek(base + at)
+            memory.write(words.bytes(_RUN_BYTES))
 
 
 async def migrate(source: PeerProcess, destination: PeerProcess, uri: str) -> Sample:
-    """Migrate and wait until both ends say completed."""
+    """Migrate and wait until both ends say completed.
+
+    Raises:
+        PeerError: One of them says something else.
+    """
     for peer in (source, destination):
         await peer.set_capabilities({"events": True})
     await source.set_parameters({"max-bandwidth": 0})
-    since_source, since_destination = len(source.events), len(destination.events)
-    source_cpu, destination_cpu = cpu_s(source.pid), cpu_s(destination.pid)
+    since = {id(peer): len(peer.events) for peer in (source, destination)}
+    before = [cpu_s(source.pid), cpu_s(destination.pid), cpu_s(os.getpid()), machine_cpu_s()]
     start = time.perf_counter()
     await source.execute("migrate", {"uri": uri})
-    for peer, since in ((source, since_source), (destination, since_destination)):
+    for peer in (source, destination):
         await peer.wait_event(
             "MIGRATION",
-            matching=lambda data: data.get("status") == "completed",
-            since=since,
+            matching=lambda data: data.get("status") in ("completed", "failed"),
+            since=since[id(peer)],
             timeout_s=60,
         )
+        await peer.wait_migration("completed")
     wall_s = time.perf_counter() - start
-    return Sample(wall_s, cpu_s(source.pid) - source_cpu, cpu_s(destination.pid) - destination_cpu)
+    after = [cpu_s(source.pid), cpu_s(destination.pid), cpu_s(os.getpid()), machine_cpu_s()]
+    ours_a, ours_b, ours_c, machine = (b - a for a, b in zip(before, after, strict=True))
+    others = max(0.0, machine - ours_a - ours_b - ours_c)
+    return Sample(wall_s, ours_a, ours_b, others / wall_s)
 
 
 class StatusProbe:
-    """A monitor client of its own that asks ``query-status`` over and over."""
+    """A monitor client of its own that asks ``query-status`` over and over.
+
+    Args:
+        path: A monitor's socket.
+    """
 
     def __init__(self, path: str) -> None:
-        self._code = _PROBE
-        self._path = path
-        self._child: subprocess.Popen[str] | None = None
-
-    def start(self) -> None:
-        """Begin to ask, in a process of its own."""
         self._child = subprocess.Popen(
-            [sys.executable, "-c", self._code, self._path],
+            [sys.executable, "-c", _PROBE, path],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -88,12 +139,11 @@ class StatusProbe:
 
     async def stop(self) -> list[float]:
         """Latencies in seconds."""
-        assert self._child is not None
         out, _ = await asyncio.to_thread(self._child.communicate, "\n")
         return list(json.loads(out))
 
 
-def percentile(values: list[float], share: float) -> float:
+def percentile(values: Iterable[float], share: float) -> float:
     """The value below which this share of the values lies."""
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, int(len(ordered) * share))]
@@ -127,7 +177,7 @@ async def idle_resident_bytes() -> int:
         return daemon.resident_bytes
 
 
-def median(values: list[float]) -> float:
+def median(values: Iterable[float]) -> float:
     """The middle value."""
     return statistics.median(values)
 

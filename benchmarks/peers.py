@@ -1,0 +1,138 @@
+"""The peers of one benchmark: sources that stay, destinations that come and go."""
+
+import contextlib
+import shutil
+from types import TracebackType
+from typing import Self
+
+from benchmarks.measure import (
+    Sample,
+    StatusProbe,
+    fill_guest,
+    migrate,
+    peak_resident_bytes,
+    warm_memory,
+)
+from migrationd.ctl.boot_guest import BootGuest
+from migrationd.ctl.daemon_process import DaemonProcess
+from migrationd.ctl.peer_process import PeerProcess
+from migrationd.ctl.qemu_process import QemuProcess
+
+CONTENTS = ("random", "half zero")
+
+
+class Bench:
+    """Migrations of one guest between any two kinds of peer.
+
+    Args:
+        binary: QEMU.
+        memory_mib: Guest RAM.
+        content: What is in it: one of ``CONTENTS``.
+
+    Attributes:
+        beyond_guest_bytes: Peaks of resident memory beyond the guest's RAM, of each daemon
+            that took or gave a guest without zero pages.
+    """
+
+    def __init__(self, binary: str, memory_mib: int, content: str) -> None:
+        self._binary = binary
+        self._memory_mib = memory_mib
+        self._content = content
+        self._guest = BootGuest(counted_pages=256, pages_per_s=1000)
+        self._stack = contextlib.AsyncExitStack()
+        self._sources: dict[str, PeerProcess] = {}
+        self.beyond_guest_bytes: list[int] = []
+
+    async def __aenter__(self) -> Self:
+        """Start both sources: a QEMU with a filled guest, and a daemon that was given it."""
+        async with contextlib.AsyncExitStack() as stack:
+            source = await stack.enter_async_context(await self._qemu(None))
+            await source.wait_serial(2)
+            await source.execute("stop")
+            fill_guest(
+                source.pid,
+                self._memory_mib << 20,
+                self._guest.needed_bytes,
+                half_zero=self._content == "half zero",
+            )
+            daemon = await stack.enter_async_context(await self._daemon("-keep"))
+            self._sources = {"QEMU": source, "migrationd": daemon}
+            await migrate(source, daemon, await daemon.listening_uri())
+            await self._take_back(source)
+            self._stack = stack.pop_all()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Stop everything."""
+        await self._stack.aclose()
+
+    async def sample(
+        self, source_kind: str, destination_kind: str, latencies: list[float] | None = None
+    ) -> Sample:
+        """One migration.
+
+        Args:
+            source_kind: ``QEMU`` or ``migrationd``.
+            destination_kind: The same.
+            latencies: Where to put how long ``query-status`` took at the daemon meanwhile;
+                the asking costs both of them time.
+        """
+        source = self._sources[source_kind]
+        destination: PeerProcess
+        warm_memory((self._memory_mib + 256) << 20)
+        if destination_kind == "QEMU":
+            destination = await self._qemu("tcp:127.0.0.1:0")
+        else:
+            destination = await self._daemon()
+        async with destination:
+            warm_memory((self._memory_mib + 256) << 20)
+            uri = await destination.listening_uri()
+            if latencies is not None:
+                asked = destination if destination_kind == "migrationd" else source
+                probe = StatusProbe(f"{asked.directory}/probe.sock")
+            result = await migrate(source, destination, uri)
+            if latencies is not None:
+                latencies += await probe.stop()
+            for peer in (source, destination):
+                self._gauge(peer)
+        if source_kind == "QEMU":
+            await self._take_back(source)
+        return result
+
+    def _gauge(self, peer: PeerProcess) -> None:
+        if isinstance(peer, DaemonProcess) and self._content == "random":
+            beyond = peak_resident_bytes(peer.pid) - (self._memory_mib << 20)
+            self.beyond_guest_bytes.append(beyond)
+
+    async def _take_back(self, source: PeerProcess) -> None:
+        """Let a QEMU whose guest has left have it back, stopped."""
+        await source.execute("cont")
+        await source.execute("stop")
+
+    async def _qemu(self, incoming: str | None) -> QemuProcess:
+        size = f"{self._memory_mib}M"
+        return await QemuProcess.start(
+            self._binary,
+            machine="pc,memory-backend=ram0",
+            memory_mib=self._memory_mib,
+            guest=self._guest,
+            arguments=["-object", f"memory-backend-ram,id=ram0,size={size},prealloc=on"],
+            incoming=incoming,
+            timeout_s=60,
+        )
+
+    async def _daemon(self, *arguments: str) -> DaemonProcess:
+        directory = DaemonProcess.make_directory()
+        self._stack.callback(shutil.rmtree, directory, ignore_errors=True)
+        probe = f"unix:{directory}/probe.sock,server=on,wait=off"
+        daemon = await DaemonProcess.start(
+            incoming="tcp:127.0.0.1:0",
+            arguments=["-log-level", "warning", "-qmp", probe, *arguments],
+        )
+        (daemon.directory / "probe.sock").symlink_to(directory / "probe.sock")
+        return daemon
