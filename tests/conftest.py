@@ -6,19 +6,60 @@ from pathlib import Path
 
 import pytest
 
-from migrationd.ctl.qemu_process import find_qemu
+from migrationd.ctl.qemu_process import find_qemu, installed_versions, qemu_directory
 from tests.support.moves import Host
 from tests.support.parked_file import save_guest
 from tests.support.results import TABLES, render
+
+RELEASES = ("7.2", "10.0", "11.1")
+"""QEMU releases of the full matrix."""
+
+DESELECTED = pytest.StashKey[int]()
+
+
+def missing_programs() -> list[str]:
+    """What this machine lacks, with the way to get it."""
+    missing = []
+    if find_qemu() is None:
+        missing.append("qemu-system-x86_64 (Debian: apt-get install qemu-system-x86)")
+    if find_qemu(architecture="aarch64") is None:
+        missing.append("qemu-system-aarch64 (Debian: apt-get install qemu-system-arm)")
+    missing += [
+        f"QEMU {release} (tests/support/install-qemus)"
+        for release in RELEASES
+        if release not in installed_versions()
+    ]
+    return missing
+
+
+def pytest_report_header() -> list[str]:
+    """Say which QEMUs the tests will use."""
+    found = ", ".join(installed_versions()) or "none"
+    return [f"QEMU: {found} (on the path and in {qemu_directory()})"]
+
+
+def pytest_deselected(items: list[pytest.Item]) -> None:
+    """Count what the full matrix would run besides."""
+    for item in items:
+        if "matrix" in item.keywords:
+            stash = item.config.stash
+            stash[DESELECTED] = stash.get(DESELECTED, 0) + 1
 
 
 def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, exitstatus: int, config: pytest.Config
 ) -> None:
-    """Print the tables that tests have filled."""
+    """Print the tables that tests have filled, and what was not run."""
     for title, rows in config.stash.get(TABLES, {}).items():
         terminalreporter.section(title)
         for line in render(rows):
+            terminalreporter.write_line(line)
+    left = [f"missing here: {program}" for program in missing_programs()]
+    if deselected := config.stash.get(DESELECTED, 0):
+        left.append(f"{deselected} tests of the full matrix: make interop runs them")
+    if left:
+        terminalreporter.section("not run")
+        for line in left:
             terminalreporter.write_line(line)
 
 
