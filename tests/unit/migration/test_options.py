@@ -9,7 +9,8 @@ from migrationd.migration.options import CAPABILITIES, PARAMETERS, MigrationOpti
 def test_defaults_are_those_of_qemu_11_1() -> None:
     options = MigrationOptions()
     assert len(CAPABILITIES) == 21
-    assert len(PARAMETERS) == 30
+    assert len(PARAMETERS) == 31
+    assert sum(value is not None for value in options.parameters.values()) == 30
     assert not any(options.capabilities.values())
     assert options.parameters["max-bandwidth"] == 134217728
     assert options.parameters["downtime-limit"] == 300
