@@ -157,6 +157,17 @@ class GuestControl:
             raise
         self._spawn(migration.run(lambda: _ready(channel)))
 
+    def check_incoming_may_start(self) -> None:
+        """One incoming migration at a time, and only into a process that waits for it.
+
+        Raises:
+            QMPError: None can begin now.
+        """
+        if self._incoming_started:
+            raise QMPError("The incoming migration has already been started")
+        if self.run_state != "inmigrate":
+            raise QMPError("'-incoming' was not specified on the command line")
+
     async def migrate_incoming(
         self,
         channels: Sequence[MigrationChannel],
@@ -170,10 +181,7 @@ class GuestControl:
             QMPError: The state forbids it.
             ChannelError: The address cannot be bound or opened.
         """
-        if self._incoming_started:
-            raise QMPError("The incoming migration has already been started")
-        if self.run_state != "inmigrate":
-            raise QMPError("'-incoming' was not specified on the command line")
+        self.check_incoming_may_start()
         incoming = IncomingMigration(
             self._shelter.berth(), self._incoming_settings, self._on_migration_status
         )

@@ -1,14 +1,15 @@
 """What a command is: its models, its flags and its handler."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 from migrationd.qmp.context import Control
-from migrationd.qmp.fds import FdStore
+from migrationd.qmp.fds import RequestFds
 from migrationd.qmp.models.base import QapiModel
 from migrationd.qmp.session import Session
 
-Returned = dict[str, object] | list[dict[str, object]]
+Returned = QapiModel | Sequence[QapiModel] | None
+"""What a handler gives back; None is a success without a value."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,13 +19,13 @@ class Invocation:
     Attributes:
         control: The guest.
         session: The client's session.
-        fds: Descriptors of its monitor.
+        fds: Descriptors that came with the request, and those of its monitor.
         command_names: Names of all commands.
     """
 
     control: Control
     session: Session
-    fds: FdStore
+    fds: RequestFds
     command_names: tuple[str, ...]
 
 
@@ -43,6 +44,7 @@ class CommandSpec:
         returns_list: Whether it returns a list of that model.
         allows_oob: Whether it may run out of band.
         deprecated: Whether tools should stop using it.
+        since: QEMU release that brought it.
     """
 
     name: str
@@ -52,3 +54,4 @@ class CommandSpec:
     returns_list: bool = False
     allows_oob: bool = False
     deprecated: bool = False
+    since: str = ""

@@ -7,7 +7,9 @@ with the bytes.
 import asyncio
 import contextlib
 import os
+import select
 import socket
+from collections.abc import Callable
 from typing import Protocol
 
 from migrationd.linux.scm_rights import recv_with_fds
@@ -22,10 +24,10 @@ class Connection(Protocol):
         """Bytes and the descriptors that came with them; empty at the end."""
 
     async def send(self, data: bytes) -> None:
-        """Send everything."""
+        """Send everything; raises OSError when the client has gone."""
 
     def close(self) -> None:
-        """Close."""
+        """Close; nobody may be waiting in ``recv`` or ``send``."""
 
 
 class SocketConnection:
@@ -37,6 +39,9 @@ class SocketConnection:
 
     def __init__(self, sock: socket.socket) -> None:
         sock.setblocking(False)
+        if sock.family != socket.AF_UNIX:
+            with contextlib.suppress(OSError):
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._sock = sock
 
     async def recv(self) -> tuple[bytes, list[int]]:
@@ -64,22 +69,35 @@ class SocketConnection:
 
 
 class StdioConnection:
-    """Standard input and output."""
+    """Two descriptors of the process, which stay open and keep their mode.
+
+    Args:
+        input_fd: Where the client's bytes come from.
+        output_fd: Where they go to; a full pipe never blocks the process.
+    """
+
+    def __init__(self, input_fd: int = 0, output_fd: int = 1) -> None:
+        self._input_fd = input_fd
+        self._output_fd = output_fd
 
     async def recv(self) -> tuple[bytes, list[int]]:
         """Bytes; empty at the end of the input."""
         with contextlib.suppress(OSError):  # a regular file cannot be polled
-            await _wait_readable(0)
-        return os.read(0, RECEIVE_BYTES), []
+            await _wait_readable(self._input_fd)
+        try:
+            return os.read(self._input_fd, RECEIVE_BYTES), []
+        except OSError:
+            return b"", []
 
     async def send(self, data: bytes) -> None:
-        """Write everything."""
+        """Write everything; raises OSError when nobody reads any more."""
         view = memoryview(data)
         while view:
-            try:
-                view = view[os.write(1, view) :]
-            except BlockingIOError:
-                await asyncio.sleep(0.001)
+            with contextlib.suppress(PermissionError):  # a regular file cannot be polled
+                await _wait_writable(self._output_fd)
+            # A write of this size into a pipe that has room does not block.
+            with contextlib.suppress(BlockingIOError):
+                view = view[os.write(self._output_fd, view[: select.PIPE_BUF]) :]
 
     def close(self) -> None:
         """Nothing: the descriptors belong to the process."""
@@ -87,14 +105,25 @@ class StdioConnection:
 
 async def _wait_readable(fd: int) -> None:
     loop = asyncio.get_running_loop()
-    ready: asyncio.Future[None] = loop.create_future()
+    await _wait(fd, loop.add_reader, loop.remove_reader)
+
+
+async def _wait_writable(fd: int) -> None:
+    loop = asyncio.get_running_loop()
+    await _wait(fd, loop.add_writer, loop.remove_writer)
+
+
+async def _wait(
+    fd: int, add: Callable[[int, Callable[[], None]], None], remove: Callable[[int], bool]
+) -> None:
+    ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def wake() -> None:
         if not ready.done():
             ready.set_result(None)
 
-    loop.add_reader(fd, wake)
+    add(fd, wake)
     try:
         await ready
     finally:
-        loop.remove_reader(fd)
+        remove(fd)

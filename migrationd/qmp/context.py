@@ -45,6 +45,9 @@ class Control(Protocol):
     def migrate(self, channels: Sequence[MigrationChannel], *, resume: bool, fds: FdLookup) -> None:
         """Start an outgoing migration."""
 
+    def check_incoming_may_start(self) -> None:
+        """Raise if no incoming migration can begin; asked before its address is parsed."""
+
     async def migrate_incoming(
         self, channels: Sequence[MigrationChannel], *, exit_on_error: bool, fds: FdLookup
     ) -> None:

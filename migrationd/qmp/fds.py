@@ -1,43 +1,67 @@
-"""Descriptors that a monitor's clients passed, by the names they were given."""
+"""Descriptors that a monitor's clients passed, by the names they were given.
+
+Reference: ``getfd``, ``closefd`` and ``SCM_RIGHTS`` on a QMP socket.
+"""
 
 import os
 
 from migrationd.errors import QMPError
 
 
-class FdStore:
-    """Named descriptors of one monitor, and those that came with the current input."""
+class PassedFds:
+    """Descriptors that came with one piece of input; closed when nobody can claim them.
+
+    Args:
+        fds: They belong to this object now.
+    """
+
+    def __init__(self, fds: list[int]) -> None:
+        self._fds = fds
+        self._holders = 1
+
+    def hold(self) -> "PassedFds":
+        """Keep them for one more request."""
+        self._holders += 1
+        return self
+
+    def release(self) -> None:
+        """Close what nobody claimed, when this was the last holder."""
+        self._holders -= 1
+        if self._holders == 0:
+            for fd in self._fds:
+                os.close(fd)
+            self._fds = []
+
+    def claim(self) -> int:
+        """Take the first one away.
+
+        Raises:
+            QMPError: There is none.
+        """
+        if not self._fds:
+            raise QMPError("No file descriptor supplied via SCM_RIGHTS")
+        return self._fds.pop(0)
+
+
+class FdTable:
+    """Named descriptors of one monitor; they outlive its clients, as in QEMU."""
 
     def __init__(self) -> None:
         self._named: dict[str, int] = {}
-        self._arrived: list[int] = []
 
-    def arrive(self, fds: list[int]) -> None:
-        """Take descriptors that came with input; earlier unclaimed ones are closed."""
-        if fds:
-            self.drop_unclaimed()
-            self._arrived = fds
-
-    def drop_unclaimed(self) -> None:
-        """Close descriptors that no command asked for."""
-        for fd in self._arrived:
-            os.close(fd)
-        self._arrived = []
-
-    def name(self, fdname: str) -> None:
+    def name(self, fdname: str, passed: PassedFds) -> None:
         """Give the descriptor that came with ``getfd`` a name; replaces an older one.
 
         Raises:
             QMPError: None came, or the name looks like a number.
         """
-        if not self._arrived:
-            raise QMPError("No file descriptor supplied via SCM_RIGHTS")
+        fd = passed.claim()
         if fdname[:1].isdigit():
-            self.drop_unclaimed()
+            os.close(fd)
             raise QMPError("Parameter 'fdname' expects a name not starting with a digit")
         if fdname in self._named:
             os.close(self._named[fdname])
-        self._named[fdname] = self._arrived.pop(0)
+        self._named[fdname] = fd
 
     def take(self, fdname: str) -> int:
         """Give a named descriptor away.
@@ -62,7 +86,31 @@ class FdStore:
 
     def close_all(self) -> None:
         """Close everything; the monitor ends."""
-        self.drop_unclaimed()
         for fd in self._named.values():
             os.close(fd)
         self._named = {}
+
+
+class RequestFds:
+    """What one request can do with descriptors.
+
+    Args:
+        table: The monitor's.
+        passed: What came with the request.
+    """
+
+    def __init__(self, table: FdTable, passed: PassedFds) -> None:
+        self._table = table
+        self._passed = passed
+
+    def name(self, fdname: str) -> None:
+        """Give the descriptor that came with this request a name."""
+        self._table.name(fdname, self._passed)
+
+    def take(self, fdname: str) -> int:
+        """Give a named descriptor away; see ``FdTable.take``."""
+        return self._table.take(fdname)
+
+    def close(self, fdname: str) -> None:
+        """Close a named descriptor; see ``FdTable.close``."""
+        self._table.close(fdname)

@@ -1,8 +1,6 @@
 """Monitors: one socket is one monitor with one client at a time.
 
-A second client waits in the backlog until the first has gone, as in QEMU. Output is
-bounded: while a client does not read its replies none of its commands run, and one
-that does not read its events is disconnected.
+A second client waits in the backlog until the first has gone, as in QEMU.
 """
 
 import asyncio
@@ -11,127 +9,17 @@ import logging
 import os
 import socket
 import stat
-from collections import deque
-from collections.abc import Awaitable, Callable
 
-from migrationd.errors import ConnectFailed, QMPError
+from migrationd.errors import ConnectFailed
+from migrationd.qmp.client import Dispatch, MonitorClient
 from migrationd.qmp.connection import Connection, SocketConnection, StdioConnection
 from migrationd.qmp.event_bus import EventBus
-from migrationd.qmp.fds import FdStore
-from migrationd.qmp.json_reader import JsonError, JsonReader
-from migrationd.qmp.message import encode_message
+from migrationd.qmp.fds import FdTable
 from migrationd.qmp.monitor_spec import MonitorSpec
-from migrationd.qmp.session import UNSET, Session, failure
-from migrationd.qmp.version import VERSION
+
+__all__ = ("Dispatch", "MonitorServer")
 
 log = logging.getLogger(__name__)
-
-Dispatch = Callable[[object, Session, FdStore], Awaitable[dict[str, object]]]
-"""Performs a request and returns the reply."""
-
-OUTPUT_LIMIT_BYTES = 16 << 20
-"""A client that lets this much output pile up is disconnected."""
-
-OUTPUT_HIGH_BYTES = 256 << 10
-"""No further command of a client runs while more than this waits for it."""
-
-
-class _Client:
-    """One connected client."""
-
-    def __init__(
-        self,
-        connection: Connection,
-        dispatch: "asyncio.Future[Dispatch]",
-        bus: EventBus,
-        fds: FdStore,
-    ) -> None:
-        self._connection = connection
-        self._dispatch = dispatch
-        self._bus = bus
-        self._fds = fds
-        self._session = Session(VERSION)
-        self._output: deque[bytes] = deque()
-        self._output_bytes = 0
-        self._has_output = asyncio.Event()
-        self._has_room = asyncio.Event()
-        self._overrun = asyncio.Event()
-
-    async def serve(self) -> None:
-        """Talk to the client until it goes."""
-        self._queue(self._session.greeting())
-        writer = asyncio.create_task(self._write(), name="monitor output")
-        reader = asyncio.create_task(self._read(), name="monitor input")
-        overrun = asyncio.create_task(self._overrun.wait(), name="monitor overrun")
-        try:
-            await asyncio.wait((reader, writer, overrun), return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            self._bus.detach(self._event)
-            reader.cancel()
-            overrun.cancel()
-            await asyncio.gather(reader, overrun, return_exceptions=True)
-            await self._drain(writer)
-            self._connection.close()
-
-    async def _drain(self, writer: "asyncio.Task[None]") -> None:
-        """Let what is queued go out, but do not wait for a client that does not read."""
-        deadline = asyncio.get_running_loop().time() + 0.5
-        while self._output_bytes and not writer.done():
-            if asyncio.get_running_loop().time() > deadline or self._overrun.is_set():
-                break
-            self._has_room.clear()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._has_room.wait(), 0.05)
-        writer.cancel()
-        await asyncio.gather(writer, return_exceptions=True)
-
-    async def _read(self) -> None:
-        reader = JsonReader()
-        while True:
-            data, fds = await self._connection.recv()
-            if not data:
-                self._fds.drop_unclaimed()
-                return
-            self._fds.arrive(fds)
-            for item in reader.feed(data):
-                while self._output_bytes > OUTPUT_HIGH_BYTES:
-                    self._has_room.clear()
-                    await self._has_room.wait()
-                if isinstance(item, JsonError):
-                    self._queue(failure(UNSET, QMPError(item.text)))
-                    continue
-                was_negotiated = self._session.is_negotiated
-                dispatch = await asyncio.shield(self._dispatch)
-                reply = await dispatch(item.value, self._session, self._fds)
-                self._fds.drop_unclaimed()
-                self._queue(reply)
-                if self._session.is_negotiated and not was_negotiated:
-                    self._bus.attach(self._event)
-
-    async def _write(self) -> None:
-        while not self._overrun.is_set():
-            while self._output:
-                data = b"".join(self._output)
-                self._output.clear()
-                await self._connection.send(data)
-                self._output_bytes -= len(data)
-                self._has_room.set()
-            self._has_output.clear()
-            await self._has_output.wait()
-
-    def _event(self, event: dict[str, object]) -> None:
-        self._queue(event)
-
-    def _queue(self, message: dict[str, object]) -> None:
-        if self._overrun.is_set():
-            return
-        data = encode_message(message)
-        self._output.append(data)
-        self._output_bytes += len(data)
-        self._has_output.set()
-        if self._output_bytes > OUTPUT_LIMIT_BYTES:
-            log.warning("a monitor client does not read its output: disconnected")
-            self._overrun.set()
 
 
 class MonitorServer:
@@ -156,7 +44,8 @@ class MonitorServer:
         self._spec = spec
         self._listener = inherited
         self._is_inherited = inherited is not None
-        self._fds = FdStore()
+        self._fds = FdTable()
+        self._running: set[asyncio.Task[None]] = set()
         self._task: asyncio.Task[None] | None = None
         self._first_client = asyncio.Event()
 
@@ -185,6 +74,10 @@ class MonitorServer:
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
+        running = list(self._running)
+        for command in running:
+            command.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
         self._fds.close_all()
         if self._listener is not None:
             self._listener.close()
@@ -206,7 +99,9 @@ class MonitorServer:
     async def _serve(self, connection: Connection) -> None:
         self._first_client.set()
         try:
-            await _Client(connection, self._dispatch, self._bus, self._fds).serve()
+            await MonitorClient(
+                connection, self._dispatch, self._bus, self._fds, self._running
+            ).serve()
         except OSError as error:
             log.debug("monitor client lost: %s", error)
 

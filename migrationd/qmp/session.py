@@ -6,6 +6,7 @@ command and knows no socket.
 Reference: QEMU's order of checks and texts (requests and negotiation).
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from migrationd.errors import QMPError
@@ -13,17 +14,29 @@ from migrationd.errors import QMPError
 UNSET = object()
 """For a request without ``id``."""
 
-_KNOWN = ("execute", "exec-oob", "arguments", "id")
 NEGOTIATE = "qmp_capabilities"
+OOB = "oob"
+"""The capability that allows ``exec-oob``."""
+
+_IN_BAND = "execute"
+_OUT_OF_BAND = "exec-oob"
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A well-formed request."""
+    """A well-formed request.
+
+    Attributes:
+        command: Name of the command.
+        arguments: Its arguments, unchecked.
+        id: What the client wants back, or ``UNSET``.
+        is_oob: Whether it overtakes commands that wait.
+    """
 
     command: str
     arguments: dict[str, object] = field(default_factory=dict)
     id: object = UNSET
+    is_oob: bool = False
 
 
 class RequestError(Exception):
@@ -43,14 +56,24 @@ class Session:
         offered: Capabilities that the greeting offers.
     """
 
-    def __init__(self, version: dict[str, object], offered: tuple[str, ...] = ()) -> None:
+    def __init__(self, version: Mapping[str, object], offered: Sequence[str] = ()) -> None:
         self._version = version
-        self._offered = offered
+        self._offered = tuple(offered)
+        self._enabled: frozenset[str] = frozenset()
         self.is_negotiated = False
+
+    @property
+    def allows_oob(self) -> bool:
+        """Whether the client has enabled out-of-band execution."""
+        return OOB in self._enabled
 
     def greeting(self) -> dict[str, object]:
         """The first message."""
         return {"QMP": {"version": self._version, "capabilities": list(self._offered)}}
+
+    def is_oob(self, value: object) -> bool:
+        """Whether a request overtakes others; to be asked as soon as it has been read."""
+        return self.allows_oob and isinstance(value, dict) and _OUT_OF_BAND in value
 
     def check_request(self, value: object) -> Request:
         """Check the form of a request.
@@ -61,35 +84,44 @@ class Session:
         if not isinstance(value, dict):
             raise RequestError(QMPError("QMP input must be a JSON object"), UNSET)
         request_id = value.get("id", UNSET)
+        try:
+            command = self._check_members(value)
+            self._check_phase(command)
+        except QMPError as error:
+            raise RequestError(error, request_id) from None
+        return Request(command, value.get("arguments", {}), request_id, _OUT_OF_BAND in value)
 
-        def refuse(text: str, class_: str = "GenericError") -> RequestError:
-            return RequestError(QMPError(text, class_), request_id)
-
+    def _check_members(self, value: dict[str, object]) -> str:
+        command = ""
         for key, item in value.items():
-            if key in ("execute", "exec-oob") and not isinstance(item, str):
-                raise refuse(f"QMP input member '{key}' must be a string")
-            if key == "exec-oob" and "execute" not in value:
-                raise refuse("QMP input member 'exec-oob' is unexpected")
-            if key == "arguments" and not isinstance(item, dict):
-                raise refuse("QMP input member 'arguments' must be an object")
-            if key not in _KNOWN:
-                raise refuse(f"QMP input member '{key}' is unexpected")
-        if "execute" in value and "exec-oob" in value:
-            raise refuse("QMP input member 'exec-oob' clashes with 'execute'")
-        if "execute" not in value:
-            raise refuse("QMP input lacks member 'execute'")
-        command = value["execute"]
+            if key in (_IN_BAND, _OUT_OF_BAND):
+                if not isinstance(item, str):
+                    raise QMPError(f"QMP input member '{key}' must be a string")
+                if key == _OUT_OF_BAND and not self.allows_oob:
+                    raise QMPError("QMP input member 'exec-oob' is unexpected")
+                command = item
+            elif key == "arguments":
+                if not isinstance(item, dict):
+                    raise QMPError("QMP input member 'arguments' must be an object")
+            elif key != "id":
+                raise QMPError(f"QMP input member '{key}' is unexpected")
+        if _IN_BAND in value and _OUT_OF_BAND in value:
+            raise QMPError("QMP input member 'execute' clashes with 'exec-oob'")
+        if _IN_BAND not in value and _OUT_OF_BAND not in value:
+            raise QMPError("QMP input lacks member 'execute'")
+        return command
+
+    def _check_phase(self, command: str) -> None:
         if not self.is_negotiated and command != NEGOTIATE:
-            raise refuse(
+            raise QMPError(
                 "Expecting capabilities negotiation with 'qmp_capabilities'", "CommandNotFound"
             )
         if self.is_negotiated and command == NEGOTIATE:
-            raise refuse(
+            raise QMPError(
                 "Capabilities negotiation is already complete, command ignored", "CommandNotFound"
             )
-        return Request(command, value.get("arguments", {}), request_id)
 
-    def negotiate(self, enable: list[str]) -> None:
+    def negotiate(self, enable: Sequence[str]) -> None:
         """Finish the negotiation.
 
         Raises:
@@ -98,6 +130,7 @@ class Session:
         missing = [name for name in enable if name not in self._offered]
         if missing:
             raise QMPError(f"Capability {', '.join(missing)} not available")
+        self._enabled = frozenset(enable)
         self.is_negotiated = True
 
 

@@ -1,73 +1,77 @@
 """The protocol itself, run state, identity and descriptors."""
 
-from migrationd.qmp.command import Invocation, Returned
-from migrationd.qmp.models.control import FdName, QmpCapabilities
+from uuid import UUID
+
+from migrationd.qmp.command import Invocation
+from migrationd.qmp.models.control import (
+    CommandInfo,
+    FdName,
+    KvmInfo,
+    NameInfo,
+    QmpCapabilities,
+    StatusInfo,
+    UuidInfo,
+    VersionInfo,
+)
 from migrationd.qmp.version import VERSION
 
 
-async def qmp_capabilities(call: Invocation, arguments: QmpCapabilities) -> Returned:
+async def qmp_capabilities(call: Invocation, arguments: QmpCapabilities) -> None:
     """``qmp_capabilities``."""
     call.session.negotiate(list(arguments.enable))
-    return {}
 
 
-async def query_version(call: Invocation, _: object) -> Returned:
+async def query_version(call: Invocation, _: object) -> VersionInfo:
     """``query-version``."""
-    return VERSION
+    return VersionInfo.model_validate(VERSION)
 
 
-async def query_commands(call: Invocation, _: object) -> Returned:
+async def query_commands(call: Invocation, _: object) -> list[CommandInfo]:
     """``query-commands``."""
-    return [{"name": name} for name in call.command_names]
+    return [CommandInfo.make(name=name) for name in call.command_names]
 
 
-async def query_status(call: Invocation, _: object) -> Returned:
+async def query_status(call: Invocation, _: object) -> StatusInfo:
     """``query-status``."""
-    return {"status": call.control.run_state, "running": call.control.running}
+    control = call.control
+    return StatusInfo.make(status=control.run_state, running=control.running)
 
 
-async def query_name(call: Invocation, _: object) -> Returned:
+async def query_name(call: Invocation, _: object) -> NameInfo:
     """``query-name``."""
-    name = call.control.guest_name
-    return {} if name is None else {"name": name}
+    return NameInfo.make(name=call.control.guest_name)
 
 
-async def query_uuid(call: Invocation, _: object) -> Returned:
+async def query_uuid(call: Invocation, _: object) -> UuidInfo:
     """``query-uuid``: all zero when there is none."""
-    uuid = call.control.guest_uuid
-    return {"UUID": str(uuid) if uuid else "00000000-0000-0000-0000-000000000000"}
+    return UuidInfo.make(UUID=str(call.control.guest_uuid or UUID(int=0)))
 
 
-async def query_kvm(call: Invocation, _: object) -> Returned:
+async def query_kvm(call: Invocation, _: object) -> KvmInfo:
     """``query-kvm``: nothing executes here."""
-    return {"enabled": False, "present": False}
+    return KvmInfo.make(enabled=False, present=False)
 
 
-async def stop(call: Invocation, _: object) -> Returned:
+async def stop(call: Invocation, _: object) -> None:
     """``stop``."""
     call.control.stop()
-    return {}
 
 
-async def cont(call: Invocation, _: object) -> Returned:
+async def cont(call: Invocation, _: object) -> None:
     """``cont``."""
     call.control.cont()
-    return {}
 
 
-async def quit_(call: Invocation, _: object) -> Returned:
+async def quit_(call: Invocation, _: object) -> None:
     """``quit``."""
     call.control.quit()
-    return {}
 
 
-async def getfd(call: Invocation, arguments: FdName) -> Returned:
+async def getfd(call: Invocation, arguments: FdName) -> None:
     """``getfd``."""
     call.fds.name(arguments.fdname)
-    return {}
 
 
-async def closefd(call: Invocation, arguments: FdName) -> Returned:
+async def closefd(call: Invocation, arguments: FdName) -> None:
     """``closefd``."""
     call.fds.close(arguments.fdname)
-    return {}

@@ -1,35 +1,38 @@
 """Commands that start and steer migrations."""
 
+from pydantic import TypeAdapter
+
 from migrationd.errors import QMPError
 from migrationd.migration.info import MigrationInfo, RamStats
-from migrationd.qmp.command import Invocation, Returned
+from migrationd.qmp.command import Invocation
 from migrationd.qmp.context import MigrationChannel
+from migrationd.qmp.models.address import SocketAddress
 from migrationd.qmp.models.migration import (
     Migrate,
     MigrateContinue,
     MigrateIncoming,
     MigrationChannelModel,
+    MigrationInfoModel,
+    MigrationStats,
 )
 from migrationd.transport.address import address_from_qapi, parse_uri
 
-_RAM_NAMES = {name: name.replace("_", "-") for name in RamStats.__slots__}
+_ADDRESSES: TypeAdapter[SocketAddress] = TypeAdapter(SocketAddress)
 
 
-async def migrate(call: Invocation, arguments: Migrate) -> Returned:
+async def migrate(call: Invocation, arguments: Migrate) -> None:
     """``migrate``."""
-    _check_one_form(arguments)
-    if arguments.uri:
+    if _has_uri(arguments):
         channels = [MigrationChannel("main", parse_uri(arguments.uri))]
     else:
         channels = _channels(arguments.channels)
     call.control.migrate(channels, resume=arguments.resume, fds=call.fds.take)
-    return {}
 
 
-async def migrate_incoming(call: Invocation, arguments: MigrateIncoming) -> Returned:
+async def migrate_incoming(call: Invocation, arguments: MigrateIncoming) -> None:
     """``migrate-incoming``."""
-    _check_one_form(arguments)
-    if arguments.uri:
+    call.control.check_incoming_may_start()
+    if _has_uri(arguments):
         channels = [MigrationChannel("main", parse_uri(arguments.uri))]
     else:
         if len(arguments.channels) > 1 or arguments.channels[0].channel_type != "main":
@@ -38,55 +41,56 @@ async def migrate_incoming(call: Invocation, arguments: MigrateIncoming) -> Retu
     await call.control.migrate_incoming(
         channels, exit_on_error=arguments.exit_on_error, fds=call.fds.take
     )
-    return {}
 
 
-async def migrate_cancel(call: Invocation, _: object) -> Returned:
+async def migrate_cancel(call: Invocation, _: object) -> None:
     """``migrate_cancel``."""
     call.control.migrate_cancel()
-    return {}
 
 
-async def migrate_continue(call: Invocation, arguments: MigrateContinue) -> Returned:
+async def migrate_continue(call: Invocation, arguments: MigrateContinue) -> None:
     """``migrate-continue``."""
     call.control.migrate_continue(arguments.state)
-    return {}
 
 
-async def query_migrate(call: Invocation, _: object) -> Returned:
+async def query_migrate(call: Invocation, _: object) -> MigrationInfoModel:
     """``query-migrate``: the destination's part first, the source's over it."""
-    out: dict[str, object] = {}
+    members: dict[str, object] = {}
     for info in (call.control.incoming_info(), call.control.outgoing_info()):
         if info is not None:
-            out |= _info_members(info)
-    return out
+            members |= _info_members(info)
+    return MigrationInfoModel.make(**members)
 
 
 def _info_members(info: MigrationInfo) -> dict[str, object]:
     members: dict[str, object | None] = {
         "status": info.status,
-        "total-time": info.total_time_ms,
-        "setup-time": info.setup_time_ms,
+        "total_time": info.total_time_ms,
+        "setup_time": info.setup_time_ms,
         "downtime": info.downtime_ms,
-        "expected-downtime": info.expected_downtime_ms,
+        "expected_downtime": info.expected_downtime_ms,
         "remaining": info.remaining_bytes,
-        "error-desc": info.error_desc,
-        "blocked-reasons": list(info.blocked_reasons) or None,
-        "socket-address": list(info.socket_address) or None,
-        "ram": _ram_members(info.ram),
+        "error_desc": info.error_desc,
+        "blocked_reasons": list(info.blocked_reasons) or None,
+        "socket_address": [_ADDRESSES.validate_python(item) for item in info.socket_address]
+        or None,
+        "ram": _ram(info.ram),
     }
     return {name: value for name, value in members.items() if value is not None}
 
 
-def _ram_members(ram: RamStats | None) -> dict[str, object] | None:
+def _ram(ram: RamStats | None) -> MigrationStats | None:
     if ram is None:
         return None
-    return {wire: getattr(ram, name) for name, wire in _RAM_NAMES.items()}
+    return MigrationStats.make(**{name: getattr(ram, name) for name in MigrationStats.model_fields})
 
 
-def _check_one_form(arguments: Migrate | MigrateIncoming) -> None:
-    if bool(arguments.uri) == bool(arguments.channels):
+def _has_uri(arguments: Migrate | MigrateIncoming) -> bool:
+    """Whether ``uri`` is given, and not ``channels``; an empty list counts as nothing."""
+    has_uri = "uri" in arguments.model_fields_set
+    if has_uri == bool(arguments.channels):
         raise QMPError("need either 'uri' or 'channels' argument")
+    return has_uri
 
 
 def _channels(models: list[MigrationChannelModel]) -> list[MigrationChannel]:

@@ -12,7 +12,7 @@ from migrationd.qmp.models.control import Empty
 
 def _spec(
     name: str,
-    handler: Any,  # noqa: ANN401  # each handler takes its own arguments model
+    handler: Any,  # noqa: ANN401  # each handler takes and returns its own models
     arguments: type[QapiModel] = Empty,
     returns: type[QapiModel] = Empty,
     *,
@@ -60,7 +60,7 @@ COMMANDS: dict[str, CommandSpec] = {
         _spec(
             "query-migrate-parameters",
             options.query_parameters,
-            returns=migration_models.MigrateSetParameters,
+            returns=migration_models.MigrationParameters,
         ),
         _spec(
             "migrate-set-parameters",

@@ -1,10 +1,13 @@
 """Base of all models, QAPI's number types, and QEMU's texts for wrong arguments."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, TypeVar
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Self, TypeVar, cast
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
-from pydantic_core import ErrorDetails, PydanticCustomError
+from pydantic import GetJsonSchemaHandler as Handler
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, ErrorDetails, PydanticCustomError
 
 from migrationd.errors import QMPError
 
@@ -17,18 +20,30 @@ _NULL = _Null()
 
 
 class QapiModel(BaseModel):
-    """A QAPI struct: member names with dashes, no others, no null for "absent"."""
+    """A QAPI struct: member names with dashes, no others, no null for "absent".
+
+    What a command returns comes from ``make``.
+    """
 
     model_config = ConfigDict(
         extra="forbid",
         strict=True,
         frozen=True,
         alias_generator=lambda name: name.rstrip("_").replace("_", "-"),
-        populate_by_name=True,
     )
 
     nullable: ClassVar[frozenset[str]] = frozenset()
     """Members, by QMP name, that accept null."""
+
+    @classmethod
+    def make(cls, **members: object) -> Self:
+        """A value of ours: not validated, the tests do that.
+
+        Args:
+            members: By field name; None is an absent member.
+        """
+        given: dict[str, Any] = {k: v for k, v in members.items() if v is not None}
+        return cast("Self", cls.model_construct(**given))
 
     @model_validator(mode="before")
     @classmethod
@@ -41,26 +56,56 @@ class QapiModel(BaseModel):
         }
 
 
+def optional(**metadata: object) -> Any:  # noqa: ANN401  # stands for a value of any type
+    """A member that may be absent.
+
+    Args:
+        metadata: Facts for the schema: since, unit, minimum, and so on.
+    """
+
+    def describe(schema: dict[str, Any]) -> None:
+        schema.pop("default", None)
+        schema.update((key, value) for key, value in metadata.items() if value not in ("", ()))
+
+    return Field(default=None, json_schema_extra=describe)
+
+
+@dataclass(frozen=True, slots=True)
+class _QapiNumber:
+    """Names a QAPI number type in the schema, with its range."""
+
+    name: str
+    bits: int
+
+    def __get_pydantic_json_schema__(self, core: CoreSchema, handler: Handler) -> JsonSchemaValue:
+        schema = handler(core)
+        schema["qapi-type"] = self.name
+        schema["minimum"] = 0
+        schema["maximum"] = (1 << self.bits) - 1
+        return schema
+
+
 def _unsigned(bits: int) -> BeforeValidator:
     """An unsigned QAPI number: 64-bit ones wrap negatives, narrower ones refuse them."""
+    too_large: Any = "uint64" if bits == 64 else f"uint{bits}_t"
 
     def check(value: object) -> int:
         if isinstance(value, bool) or not isinstance(value, int):
             raise PydanticCustomError("qapi_expects", "uint64")
-        if bits == 64:
+        if bits == 64 and -(1 << 63) <= value < 1 << 64:
             return value & 0xFFFFFFFFFFFFFFFF
         if not 0 <= value < 1 << bits:
-            raise PydanticCustomError("qapi_expects", f"uint{bits}_t")
+            raise PydanticCustomError("qapi_expects", too_large)
         return value
 
     return BeforeValidator(check)
 
 
-UInt8 = Annotated[int, _unsigned(8), Field(json_schema_extra={"qapi-type": "uint8"})]
-UInt16 = Annotated[int, _unsigned(16), Field(json_schema_extra={"qapi-type": "uint16"})]
-UInt32 = Annotated[int, _unsigned(32), Field(json_schema_extra={"qapi-type": "uint32"})]
-UInt64 = Annotated[int, _unsigned(64), Field(json_schema_extra={"qapi-type": "uint64"})]
-Size = Annotated[int, _unsigned(64), Field(json_schema_extra={"qapi-type": "size"})]
+UInt8 = Annotated[int, _unsigned(8), _QapiNumber("uint8", 8)]
+UInt16 = Annotated[int, _unsigned(16), _QapiNumber("uint16", 16)]
+UInt32 = Annotated[int, _unsigned(32), _QapiNumber("uint32", 32)]
+UInt64 = Annotated[int, _unsigned(64), _QapiNumber("uint64", 64)]
+Size = Annotated[int, _unsigned(64), _QapiNumber("size", 64)]
 
 _EXPECTED = {
     "string_type": "string",
@@ -80,14 +125,13 @@ def parse_arguments(model: type[Model], arguments: Mapping[str, object]) -> Mode
     """Check arguments against their model.
 
     Raises:
-        QMPError: The first problem in schema order, in QEMU's words.
+        QMPError: The first problem, in QEMU's order and words: members in schema order,
+            each with all that is in it, and members that are not in the schema last.
     """
     try:
         return model.model_validate(arguments)
     except ValidationError as error:
         problems = error.errors(include_url=False, include_context=True)
-        # Unknown members are found last.
-        problems.sort(key=lambda problem: problem["type"] == "extra_forbidden")
         raise QMPError(_text(problems[0])) from None
 
 

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from migrationd.qmp.models.base import QapiModel
+from migrationd.qmp.models.base import QapiModel, optional
 
 RunState = Literal[
     "debug",
@@ -33,7 +33,7 @@ class Empty(QapiModel):
 class QmpCapabilities(QapiModel):
     """Arguments of ``qmp_capabilities``."""
 
-    enable: list[Literal["oob"]] = Field(default=[])
+    enable: list[Literal["oob"]] = Field(default=[], json_schema_extra={"since": "2.12"})
 
 
 class StatusInfo(QapiModel):
@@ -46,7 +46,7 @@ class StatusInfo(QapiModel):
 class NameInfo(QapiModel):
     """Return of ``query-name``."""
 
-    name: str | None = None
+    name: str = optional()
 
 
 class UuidInfo(QapiModel):

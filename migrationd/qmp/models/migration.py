@@ -3,13 +3,15 @@
 Reference: QEMU 11.1's schema; ``since`` is the release that brought a member.
 """
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag
+from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
-from migrationd.migration.options import CAPABILITIES
-from migrationd.qmp.models.base import QapiModel, Size, UInt8, UInt32, UInt64
+from migrationd.migration.capabilities import CAPABILITIES
+from migrationd.migration.parameters import PARAMETER_BY_NAME
+from migrationd.qmp.models.address import MigrationAddress, SocketAddress
+from migrationd.qmp.models.base import QapiModel, Size, UInt8, UInt32, UInt64, optional
 
 MigrationStatus = Literal[
     "none",
@@ -43,124 +45,6 @@ def _string_or_null(value: object) -> object:
 StrOrNull = Annotated[str | None, BeforeValidator(_string_or_null)]
 
 
-class InetSocketAddress(QapiModel):
-    """TCP address."""
-
-    transport: Literal["socket"]
-    type: Literal["inet"]
-    host: str
-    port: str
-    numeric: bool = False
-    to: UInt32 = 0
-    ipv4: bool = False
-    ipv6: bool = False
-    keep_alive: bool = False
-    keep_alive_count: UInt32 = 0
-    keep_alive_idle: UInt32 = 0
-    keep_alive_interval: UInt32 = 0
-    mptcp: bool = False
-
-
-class UnixSocketAddress(QapiModel):
-    """Unix socket address."""
-
-    transport: Literal["socket"]
-    type: Literal["unix"]
-    path: str
-    abstract: bool = False
-    tight: bool = True
-
-
-class VsockSocketAddress(QapiModel):
-    """Vsock address."""
-
-    transport: Literal["socket"]
-    type: Literal["vsock"]
-    cid: str
-    port: str
-
-
-class FdSocketAddress(QapiModel):
-    """Descriptor given by ``getfd``."""
-
-    transport: Literal["socket"]
-    type: Literal["fd"]
-    str_: str
-
-
-class ExecAddressModel(QapiModel):
-    """Command, program first."""
-
-    transport: Literal["exec"]
-    args: list[str]
-
-
-class RdmaAddressModel(QapiModel):
-    """RDMA address."""
-
-    transport: Literal["rdma"]
-    host: str
-    port: str
-
-
-class FileAddressModel(QapiModel):
-    """File and where the stream begins in it."""
-
-    transport: Literal["file"]
-    filename: str
-    offset: Size
-
-
-SocketAddress = Annotated[
-    InetSocketAddress | UnixSocketAddress | VsockSocketAddress | FdSocketAddress,
-    Field(discriminator="type"),
-]
-
-
-def _transport(value: object) -> str | None:
-    """Which branch of the address union a value belongs to."""
-    if not isinstance(value, dict):
-        return None
-    transport = value.get("transport")
-    if transport == "socket":
-        kind = value.get("type")
-        return f"@{kind}" if kind in ("inet", "unix", "vsock", "fd") else "@socket"
-    return f"@{transport}"
-
-
-class UntypedSocketAddress(QapiModel):
-    """A socket address whose ``type`` is missing or unknown: always refused."""
-
-    transport: Literal["socket"]
-    type: Literal["inet", "unix", "vsock", "fd"]
-
-
-class UnknownTransport(QapiModel):
-    """An address whose ``transport`` is missing or unknown: always refused."""
-
-    transport: Literal["socket", "exec", "rdma", "file"]
-
-
-def _branch(value: object) -> str:
-    tag = _transport(value)
-    known = ("@inet", "@unix", "@vsock", "@fd", "@socket", "@exec", "@rdma", "@file")
-    return tag if tag in known else "@unknown"
-
-
-MigrationAddress = Annotated[
-    Annotated[InetSocketAddress, Tag("@inet")]
-    | Annotated[UnixSocketAddress, Tag("@unix")]
-    | Annotated[VsockSocketAddress, Tag("@vsock")]
-    | Annotated[FdSocketAddress, Tag("@fd")]
-    | Annotated[UntypedSocketAddress, Tag("@socket")]
-    | Annotated[ExecAddressModel, Tag("@exec")]
-    | Annotated[RdmaAddressModel, Tag("@rdma")]
-    | Annotated[FileAddressModel, Tag("@file")]
-    | Annotated[UnknownTransport, Tag("@unknown")],
-    Discriminator(_branch),
-]
-
-
 class MigrationChannelModel(QapiModel):
     """A channel of a migration."""
 
@@ -169,19 +53,19 @@ class MigrationChannelModel(QapiModel):
 
 
 class Migrate(QapiModel):
-    """Arguments of ``migrate``."""
+    """Arguments of ``migrate``; either ``uri`` or ``channels``."""
 
-    uri: str = ""
-    channels: list[MigrationChannelModel] = Field(default=[], json_schema_extra={"since": "8.2"})
-    detach: bool = Field(default=False, deprecated=True)
-    resume: bool = False
+    uri: str = optional()
+    channels: list[MigrationChannelModel] = optional(since="8.2")
+    detach: bool = optional(deprecated=True)
+    resume: bool = Field(default=False, json_schema_extra={"since": "3.0"})
 
 
 class MigrateIncoming(QapiModel):
-    """Arguments of ``migrate-incoming``."""
+    """Arguments of ``migrate-incoming``; either ``uri`` or ``channels``."""
 
-    uri: str = ""
-    channels: list[MigrationChannelModel] = Field(default=[], json_schema_extra={"since": "8.2"})
+    uri: str = optional()
+    channels: list[MigrationChannelModel] = optional(since="8.2")
     exit_on_error: bool = Field(default=True, json_schema_extra={"since": "9.1"})
 
 
@@ -204,41 +88,77 @@ class MigrateSetCapabilities(QapiModel):
     capabilities: list[MigrationCapabilityStatus]
 
 
+class BitmapAliasTransform(QapiModel):
+    """What changes about a bitmap on its way."""
+
+    persistent: bool = optional()
+
+
+class BitmapAliasModel(QapiModel):
+    """A dirty bitmap and its name in the stream."""
+
+    name: str
+    alias: str
+    transform: BitmapAliasTransform = optional(since="6.0")
+
+
+class NodeAliasModel(QapiModel):
+    """A block node, its name in the stream and its bitmaps."""
+
+    node_name: str
+    alias: str
+    bitmaps: list[BitmapAliasModel]
+
+
+def _parameter(name: str) -> Any:  # noqa: ANN401  # stands for a value of any type
+    """A parameter with what its table says about it."""
+    row = PARAMETER_BY_NAME[name]
+    metadata: dict[str, object] = {"unit": row.unit, "since": row.since, "initial": row.default}
+    if row.expects:
+        metadata |= {"minimum": row.minimum, "maximum": row.maximum}
+    return optional(**metadata)
+
+
 class MigrateSetParameters(QapiModel):
     """Arguments of ``migrate-set-parameters``; absent members keep their values."""
 
     nullable: ClassVar[frozenset[str]] = frozenset(("tls-creds", "tls-hostname", "tls-authz"))
 
-    announce_initial: Size = 0
-    announce_max: Size = 0
-    announce_rounds: Size = 0
-    announce_step: Size = 0
-    throttle_trigger_threshold: UInt8 = 0
-    cpu_throttle_initial: UInt8 = 0
-    cpu_throttle_increment: UInt8 = 0
-    cpu_throttle_tailslow: bool = False
-    tls_creds: StrOrNull = None
-    tls_hostname: StrOrNull = None
-    tls_authz: StrOrNull = None
-    max_bandwidth: Size = 0
-    avail_switchover_bandwidth: Size = 0
-    downtime_limit: UInt64 = 0
-    x_checkpoint_delay: UInt32 = 0
-    multifd_channels: UInt8 = 0
-    xbzrle_cache_size: Size = 0
-    max_postcopy_bandwidth: Size = 0
-    max_cpu_throttle: UInt8 = 0
-    multifd_compression: Literal["none", "zlib", "zstd"] = "none"
-    multifd_zlib_level: UInt8 = 0
-    multifd_qatzip_level: UInt8 = 0
-    multifd_zstd_level: UInt8 = 0
-    x_vcpu_dirty_limit_period: UInt64 = 0
-    vcpu_dirty_limit: UInt64 = 0
-    mode: Literal["normal", "cpr-reboot", "cpr-transfer", "cpr-exec"] = "normal"
-    zero_page_detection: Literal["none", "legacy", "multifd"] = "multifd"
-    direct_io: bool = False
-    x_rdma_chunk_size: Size = 0
-    cpr_exec_command: list[str] = Field(default=[])
+    announce_initial: Size = _parameter("announce-initial")
+    announce_max: Size = _parameter("announce-max")
+    announce_rounds: Size = _parameter("announce-rounds")
+    announce_step: Size = _parameter("announce-step")
+    throttle_trigger_threshold: UInt8 = _parameter("throttle-trigger-threshold")
+    cpu_throttle_initial: UInt8 = _parameter("cpu-throttle-initial")
+    cpu_throttle_increment: UInt8 = _parameter("cpu-throttle-increment")
+    cpu_throttle_tailslow: bool = _parameter("cpu-throttle-tailslow")
+    tls_creds: StrOrNull = _parameter("tls-creds")
+    tls_hostname: StrOrNull = _parameter("tls-hostname")
+    tls_authz: StrOrNull = _parameter("tls-authz")
+    max_bandwidth: Size = _parameter("max-bandwidth")
+    avail_switchover_bandwidth: Size = _parameter("avail-switchover-bandwidth")
+    downtime_limit: UInt64 = _parameter("downtime-limit")
+    x_checkpoint_delay: UInt32 = _parameter("x-checkpoint-delay")
+    multifd_channels: UInt8 = _parameter("multifd-channels")
+    xbzrle_cache_size: Size = _parameter("xbzrle-cache-size")
+    max_postcopy_bandwidth: Size = _parameter("max-postcopy-bandwidth")
+    max_cpu_throttle: UInt8 = _parameter("max-cpu-throttle")
+    multifd_compression: Literal["none", "zlib", "zstd"] = _parameter("multifd-compression")
+    multifd_zlib_level: UInt8 = _parameter("multifd-zlib-level")
+    multifd_qatzip_level: UInt8 = _parameter("multifd-qatzip-level")
+    multifd_zstd_level: UInt8 = _parameter("multifd-zstd-level")
+    block_bitmap_mapping: list[NodeAliasModel] = _parameter("block-bitmap-mapping")
+    x_vcpu_dirty_limit_period: UInt64 = _parameter("x-vcpu-dirty-limit-period")
+    vcpu_dirty_limit: UInt64 = _parameter("vcpu-dirty-limit")
+    mode: Literal["normal", "cpr-reboot", "cpr-transfer", "cpr-exec"] = _parameter("mode")
+    zero_page_detection: Literal["none", "legacy", "multifd"] = _parameter("zero-page-detection")
+    direct_io: bool = _parameter("direct-io")
+    x_rdma_chunk_size: Size = _parameter("x-rdma-chunk-size")
+    cpr_exec_command: list[str] = _parameter("cpr-exec-command")
+
+
+class MigrationParameters(MigrateSetParameters):
+    """Return of ``query-migrate-parameters``: all of them but what was never set."""
 
 
 class MigrationStats(QapiModel):
@@ -266,16 +186,16 @@ class MigrationStats(QapiModel):
 class MigrationInfoModel(QapiModel):
     """Return of ``query-migrate``; absent members are not sent."""
 
-    status: MigrationStatus | None = None
-    ram: MigrationStats | None = None
-    total_time: int | None = None
-    expected_downtime: int | None = None
-    downtime: int | None = None
-    setup_time: int | None = None
-    remaining: int | None = Field(default=None, json_schema_extra={"since": "11.0"})
-    error_desc: str | None = None
-    blocked_reasons: list[str] | None = None
-    socket_address: list[dict[str, object]] | None = None
+    status: MigrationStatus = optional()
+    ram: MigrationStats = optional()
+    total_time: int = optional(unit="ms", since="1.2")
+    expected_downtime: int = optional(unit="ms", since="1.3")
+    downtime: int = optional(unit="ms", since="1.3")
+    setup_time: int = optional(unit="ms", since="1.6")
+    remaining: int = optional(unit="bytes", since="11.0")
+    error_desc: str = optional(since="2.7")
+    blocked_reasons: list[str] = optional(since="6.0")
+    socket_address: list[SocketAddress] = optional(since="4.0")
 
 
 class MigrationEvent(QapiModel):

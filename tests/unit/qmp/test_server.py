@@ -12,9 +12,9 @@ import uvloop
 
 from migrationd.clock import SystemClock
 from migrationd.linux.scm_rights import send_with_fds
-from migrationd.qmp import server as server_module
+from migrationd.qmp import client as client_module
 from migrationd.qmp.event_bus import EventBus
-from migrationd.qmp.fds import FdStore
+from migrationd.qmp.fds import RequestFds
 from migrationd.qmp.monitor_spec import MonitorSpec, parse_monitor_spec
 from migrationd.qmp.server import Dispatch, MonitorServer
 from migrationd.qmp.session import Request, RequestError, Session, failure, success
@@ -23,7 +23,7 @@ LOOPS = (uvloop.new_event_loop, asyncio.new_event_loop)
 GETFD = b'{"execute": "getfd", "arguments": {"fdname": "x"}}'
 
 
-async def echo(value: object, session: Session, fds: FdStore) -> dict[str, object]:
+async def echo(value: object, session: Session, fds: RequestFds) -> dict[str, object]:
     """Answers with the name of the command; getfd takes a descriptor."""
     try:
         request: Request = session.check_request(value)
@@ -138,7 +138,7 @@ def test_descriptors_are_taken_or_closed(
 def test_a_client_that_does_not_read_is_disconnected(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server_module, "OUTPUT_LIMIT_BYTES", 1 << 20)
+    monkeypatch.setattr(client_module, "OUTPUT_LIMIT_BYTES", 1 << 20)
 
     async def talk(bus: EventBus, path: Path) -> None:
         client = await asyncio.to_thread(Client, path)
