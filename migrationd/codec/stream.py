@@ -149,11 +149,6 @@ class StreamDecoder:
         """Whether the stream is complete, its optional description included."""
         return self._state is _State.FINISHED and not self._ready
 
-    @property
-    def awaits_only_description(self) -> bool:
-        """Whether all but the optional VMDESCRIPTION is here: silence may be the end."""
-        return self._state is _State.DESCRIPTION and not len(self._buffer)
-
     def receive_view(self) -> memoryview:
         """Space for the next bytes, at least 64 KiB; invalidates arrays of earlier records.
 

@@ -52,8 +52,8 @@ QUIET_S = 0.25
 """A step hands back when nothing came for this long."""
 
 DESCRIPTION_WAIT_S = 2.0
-"""An EOF byte with nothing behind it for this long ends a stream: some machine types
-suppress the VMDESCRIPTION, and with a return path the source does not close."""
+"""After a silence of this length the decoder decides with what it has: some machine types
+suppress the VMDESCRIPTION behind EOF, and with a return path the source does not close."""
 
 FILL_BYTES = 256 << 10
 """Receive up to this much before decoding, as long as more is there."""
@@ -157,10 +157,9 @@ class StreamLoader:
                 received += self._receive_direct() or self._receive()
             except TimeoutError:
                 self._quiet_s += QUIET_S
-                if not self._decoder.awaits_only_description:
-                    return Pause.QUIET
                 if self._quiet_s >= DESCRIPTION_WAIT_S:
                     self._decoder.idle()
+                return Pause.QUIET
 
     def _receive_direct(self) -> int:
         """Receive the rest of a run of pages straight into guest memory, if there is one.

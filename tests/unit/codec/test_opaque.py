@@ -2,7 +2,7 @@
 
 import pytest
 
-from migrationd.codec.records import Command, EndOfStream, OpaqueSection, VmDescription
+from migrationd.codec.records import Command, EndOfStream, OpaqueSection, Record, VmDescription
 from migrationd.codec.stream import StreamDecoder, StreamLimits
 from migrationd.errors import StreamCorrupt, StreamError, StreamLimit, StreamTruncated
 from tests.unit.codec.support import (
@@ -160,16 +160,6 @@ def test_a_suppressed_description() -> None:
     assert isinstance(decode(stream)[-1], EndOfStream)
 
 
-def test_only_the_description_is_awaited() -> None:
-    decoder = StreamDecoder()
-    decoder.feed(START + DONE)
-    drain(decoder, [])
-    assert not decoder.awaits_only_description
-    decoder.feed(b"\0")
-    drain(decoder, [])
-    assert decoder.awaits_only_description
-
-
 def test_limits() -> None:
     limits = StreamLimits(section_bytes=100)
     with pytest.raises(StreamLimit, match="no end of the section within 100"):
@@ -193,3 +183,25 @@ def test_an_error_stays() -> None:
     with pytest.raises(StreamError) as second:
         decoder.next_record()
     assert first.value is second.value
+
+
+@pytest.mark.parametrize("piece", [1, 1 << 20])
+def test_silence_behind_the_last_section_and_eof_may_be_the_end(piece: int) -> None:
+    """A source that suppresses the VMDESCRIPTION waits for the answer without closing."""
+    decoder = StreamDecoder()
+    stream = START + DONE + full(2, "timer", b"abc") + full(3, "cpu", b"a\x7e\0\0\0\x03")
+    out: list[Record] = []
+    for start in range(0, len(stream), piece):
+        decoder.feed(stream[start : start + piece])
+        drain(decoder, out)
+    decoder.idle()
+    drain(decoder, out)
+    assert not decoder.finished
+    decoder.feed(b"\0")
+    drain(decoder, out)
+    assert not decoder.finished
+    decoder.idle()
+    drain(decoder, out)
+    assert decoder.finished
+    assert devices(out) == [("timer", 0, b"abc"), ("cpu", 0, b"a\x7e\0\0\0\x03")]
+    assert out[-1] == EndOfStream()
