@@ -9,6 +9,7 @@ import logging
 import os
 import socket
 import stat
+from typing import Any
 
 from migrationd.errors import ConnectFailed
 from migrationd.qmp.client import Dispatch, MonitorClient
@@ -108,41 +109,58 @@ class MonitorServer:
 
 def _listen(spec: MonitorSpec) -> socket.socket:
     try:
-        if spec.kind == "tcp":
-            info = socket.getaddrinfo(
-                spec.host or None, spec.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-            )[0]
-            sock = socket.socket(info[0], socket.SOCK_STREAM)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            sock.bind(info[4])
-        else:
-            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            with contextlib.suppress(OSError):
-                if stat.S_ISSOCK(os.stat(spec.path).st_mode):
-                    os.unlink(spec.path)
-            old_mask = os.umask(0o077)
-            try:
-                sock.bind(spec.path)
-            finally:
-                os.umask(old_mask)
-        sock.listen(64)
+        family, address = _resolve(spec)
+        with contextlib.ExitStack() as on_error:
+            sock = on_error.enter_context(socket.socket(family, socket.SOCK_STREAM))
+            if spec.kind == "tcp":
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                sock.bind(address)
+            else:
+                _bind_unix(sock, spec.path)
+            sock.listen(64)
+            on_error.pop_all()
+        return sock
     except OSError as error:
-        place = spec.path or f"{spec.host}:{spec.port}"
-        raise ConnectFailed(f"-qmp: cannot listen on '{place}': {error.strerror}") from error
-    return sock
+        raise _failed("listen on", spec, error) from error
+
+
+def _bind_unix(sock: socket.socket, path: str) -> None:
+    """Bind for the user alone; a socket that was left behind makes room, as in QEMU."""
+    with contextlib.suppress(OSError):
+        if stat.S_ISSOCK(os.stat(path).st_mode):
+            os.unlink(path)
+    old_mask = os.umask(0o077)
+    try:
+        sock.bind(path)
+    finally:
+        os.umask(old_mask)
 
 
 async def _connect(spec: MonitorSpec) -> socket.socket:
-    family = socket.AF_UNIX if spec.kind == "unix" else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_STREAM)
-    sock.setblocking(False)
-    target = spec.path if spec.kind == "unix" else (spec.host or "127.0.0.1", spec.port)
     try:
-        await asyncio.get_running_loop().sock_connect(sock, target)
+        family, address = _resolve(spec)
+        with contextlib.ExitStack() as on_error:
+            sock = on_error.enter_context(socket.socket(family, socket.SOCK_STREAM))
+            sock.setblocking(False)
+            await asyncio.get_running_loop().sock_connect(sock, address)
+            on_error.pop_all()
+        return sock
     except OSError as error:
-        sock.close()
-        place = spec.path or f"{spec.host}:{spec.port}"
-        raise ConnectFailed(
-            f"-qmp: cannot connect to '{place}': {os.strerror(error.errno or 0)}"
-        ) from error
-    return sock
+        raise _failed("connect to", spec, error) from error
+
+
+def _resolve(spec: MonitorSpec) -> tuple[int, Any]:
+    """Address family and address; start-up alone may wait for a resolver."""
+    if spec.kind == "unix":
+        return socket.AF_UNIX, spec.path
+    flags = socket.AI_PASSIVE if spec.is_server else 0
+    info = socket.getaddrinfo(spec.host or None, spec.port, type=socket.SOCK_STREAM, flags=flags)
+    return info[0][0], info[0][4]
+
+
+def _failed(what: str, spec: MonitorSpec, error: OSError) -> ConnectFailed:
+    place = spec.path or f"{spec.host}:{spec.port}"
+    # Event loops write the address into the text; the number says it shorter.
+    is_resolver = isinstance(error, socket.gaierror) or not error.errno
+    reason = error.strerror if is_resolver else os.strerror(error.errno or 0)
+    return ConnectFailed(f"-qmp: cannot {what} '{place}': {reason}")

@@ -70,7 +70,17 @@ def test_numbers(number: bytes, value: object) -> None:
         (b'["\\x"]', "1:2: JSON parse error, invalid escape sequence in string"),
         (b'["\\ud800"]', "1:2: JSON parse error, \\ud800 is not a valid Unicode character"),
         (b'["\xc3("]', "1:2: JSON parse error, invalid UTF-8 sequence in string"),
+        (b'["\\ud83d\\u0041"]', "1:2: JSON parse error, \\ud83d is not a valid Unicode character"),
+        (b'["\\u12"]', '1:2: JSON parse error, \\u12" is not a valid Unicode character'),
+        (b'["\\uffff"]', "1:2: JSON parse error, \\uffff is not a valid Unicode character"),
+        (b'["\xef\xbf\xbf"]', "1:2: JSON parse error, invalid UTF-8 sequence in string"),
         (b"01\n", "1:1: JSON parse error, stray '01'"),
+        (b"01e5\n", "1:1: JSON parse error, stray '01'"),
+        (b"1.}\n", "1:1: JSON parse error, stray '1.}'"),
+        (b"- 1\n", "1:1: JSON parse error, stray '- '"),
+        (b'"abc\n', "1:1: JSON parse error, stray '\"abc\n'"),
+        (b'"ab\x00c"', "1:1: JSON parse error, stray '\"ab'"),
+        (b"A", "1:1: JSON parse error, stray 'A'"),
     ],
 )
 def test_errors_in_the_words_of_qemu_11_1(text: bytes, error: str) -> None:
@@ -82,6 +92,33 @@ def test_recovery_drops_up_to_a_control_character() -> None:
         "1:1: JSON parse error, stray '\x01'",
         {"a": 1},
     ]
+
+
+def test_an_error_comes_as_soon_as_the_token_that_does_not_fit() -> None:
+    assert read(b"{{") == ["1:2: JSON parse error, expecting key"]
+
+
+def test_the_rest_of_a_refused_value_is_dropped_in_silence() -> None:
+    refused = b'{"a" 1, [x], {"b": tru}} '
+    assert read(refused, b"{}") == ["1:6: JSON parse error, expecting ':'", {}]
+
+
+def test_a_malformed_token_ends_a_value_that_is_being_dropped() -> None:
+    assert read(b"[1 2 A\n{}") == ["1:4: JSON parse error, expected ',' or ']'", {}]
+
+
+def test_a_byte_that_ended_a_token_before_it_counts_twice() -> None:
+    assert read(b"[1}") == ["1:4: JSON parse error, expected ',' or ']'"]
+    assert read(b"true, ")[1] == "1:6: JSON parse error, expecting value"
+    assert read(b"\x1b[A")[1] == "1:3: JSON parse error, stray 'A'"
+
+
+def test_modified_utf8_for_nul() -> None:
+    assert read(b'["\xc0\x80", "\\u0000"]') == [["\0", "\0"]]
+
+
+def test_zero_takes_no_exponent() -> None:
+    assert read(b"0e5 ") == [0, "1:3: JSON parse error, invalid keyword 'e'", 5]
 
 
 def test_lines_are_counted_over_the_whole_connection() -> None:
@@ -101,6 +138,28 @@ def test_token_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     assert read(b"[" + b"1," * 20 + b"1]", b"{}") == ["JSON token count limit exceeded", {}]
     monkeypatch.setattr(json_reader, "TOKEN_BYTES_LIMIT", 100)
     assert read(b'["' + b"x" * 200) == ["JSON token size limit exceeded"]
+    strings = b'["' + b"x" * 40 + b'","' + b"x" * 40 + b'","' + b"x" * 40 + b'"]'
+    assert read(strings, b"{}") == ["JSON token size limit exceeded", {}]
+
+
+def test_every_byte_is_looked_at_once_however_small_the_pieces() -> None:
+    reader = JsonReader()
+    piece = b"x" * 1024
+    assert reader.feed(b'{"a": "') == []
+    for _ in range(16 << 10):
+        assert reader.feed(piece) == []
+    (value,) = reader.feed(b'"}')
+    assert value == JsonValue({"a": "x" * (16 << 20)})
+
+
+def test_whether_something_of_a_value_has_been_read() -> None:
+    reader = JsonReader()
+    for data, is_between in (
+        (b"", True), (b" \n", True), (b"{", False), (b"}", True), (b"12", False), (b" ", True),
+        (b"\x01", False), (b"\n", True),
+    ):  # fmt: skip
+        reader.feed(data)
+        assert reader.is_between_values is is_between, data
 
 
 def test_output_of_a_client_library_round_trips() -> None:

@@ -62,6 +62,47 @@ def socket_channel(**addr: object) -> dict[str, object]:
             "Parameter 'capabilities[0].state' is missing",
         ),
         (
+            MigrateSetCapabilities,
+            {"capabilities": [{"capability": "events", "state": True, "x": 0}, {}], "y": 0},
+            "Parameter 'capabilities[0].x' is unexpected",
+        ),
+        (MigrateSetParameters, {"max_bandwidth": 5}, "Parameter 'max_bandwidth' is unexpected"),
+        (
+            MigrateSetParameters,
+            {"max-bandwidth": 1 << 64},
+            "Parameter 'max-bandwidth' expects uint64",
+        ),
+        (
+            MigrateSetParameters,
+            {"cpr-exec-command": ["a", 1]},
+            "Invalid parameter type for 'cpr-exec-command[1]', expected: string",
+        ),
+        (
+            MigrateSetParameters,
+            {"block-bitmap-mapping": [{"node-name": "n", "alias": "a"}]},
+            "Parameter 'block-bitmap-mapping[0].bitmaps' is missing",
+        ),
+        (
+            Migrate,
+            {"channels": [{"channel-type": "main", "addr": None}]},
+            "Invalid parameter type for 'channels[0].addr', expected: object",
+        ),
+        (
+            Migrate,
+            socket_channel(transport="socket", type="inet", host="h", port="1", to=-1),
+            "Parameter 'channels[0].addr.to' expects uint16_t",
+        ),
+        (
+            Migrate,
+            socket_channel(transport="socket", type="x"),
+            "Parameter 'type' does not accept value 'x'",
+        ),
+        (
+            Migrate,
+            socket_channel(transport="socket"),
+            "Parameter 'channels[0].addr.type' is missing",
+        ),
+        (
             MigrateSetParameters,
             {"multifd-channels": 256},
             "Parameter 'multifd-channels' expects uint8_t",

@@ -11,8 +11,10 @@ import pytest
 import uvloop
 
 from migrationd.clock import SystemClock
+from migrationd.errors import ConfigError, ConnectFailed, QMPError
 from migrationd.linux.scm_rights import send_with_fds
 from migrationd.qmp import client as client_module
+from migrationd.qmp.connection import StdioConnection
 from migrationd.qmp.event_bus import EventBus
 from migrationd.qmp.fds import RequestFds
 from migrationd.qmp.monitor_spec import MonitorSpec, parse_monitor_spec
@@ -23,16 +25,35 @@ LOOPS = (uvloop.new_event_loop, asyncio.new_event_loop)
 GETFD = b'{"execute": "getfd", "arguments": {"fdname": "x"}}'
 
 
+class Slow:
+    """What ``slow`` waits for."""
+
+    def __init__(self) -> None:
+        self.started = asyncio.Event()
+        self.release = asyncio.Event()
+        self.finished = asyncio.Event()
+
+
+slow = Slow()
+
+
 async def echo(value: object, session: Session, fds: RequestFds) -> dict[str, object]:
-    """Answers with the name of the command; getfd takes a descriptor."""
+    """Answers with the name of the command; getfd takes a descriptor, slow takes its time."""
     try:
         request: Request = session.check_request(value)
     except RequestError as error:
         return failure(error.id, error.error)
     if request.command == "qmp_capabilities":
-        session.negotiate([])
+        session.negotiate(request.arguments.get("enable", []))  # type: ignore[arg-type]
     if request.command == "getfd":
-        fds.name(str(request.arguments["fdname"]))
+        try:
+            fds.name(str(request.arguments["fdname"]))
+        except QMPError as error:
+            return failure(request.id, error)
+    if request.command == "slow":
+        slow.started.set()
+        await slow.release.wait()
+        slow.finished.set()
     return success(request.id, {"did": request.command})
 
 
@@ -51,10 +72,17 @@ class Client:
         value: dict[str, object] = json.loads(line)
         return value
 
-    def negotiate(self) -> None:
+    def negotiate(self, enable: str = "") -> None:
         assert "QMP" in self.recv()
-        self.sock.sendall(b'{"execute": "qmp_capabilities"}')
+        self.send({"execute": "qmp_capabilities", "arguments": {"enable": [enable][: len(enable)]}})
         self.recv()
+
+    def send(self, value: object) -> None:
+        self.sock.sendall(json.dumps(value).encode())
+
+    def ask(self, value: object) -> dict[str, object]:
+        self.send(value)
+        return self.recv()
 
     def close(self) -> None:
         self.stream.close()
@@ -69,6 +97,8 @@ def run(
     """Serve a monitor in a directory while a coroutine talks to it."""
 
     async def main() -> None:
+        global slow
+        slow = Slow()
         bus = EventBus(SystemClock())
         dispatch: asyncio.Future[Dispatch] = asyncio.get_running_loop().create_future()
         dispatch.set_result(echo)
@@ -169,6 +199,202 @@ def test_ten_thousand_commands_without_reading_a_reply(tmp_path: Path) -> None:
     run(uvloop.new_event_loop, tmp_path, talk)
 
 
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_descriptor_reaches_its_command_among_others_in_pieces(
+    loop: Callable[[], asyncio.AbstractEventLoop], tmp_path: Path
+) -> None:
+    async def talk(bus: EventBus, path: Path) -> None:
+        client = await asyncio.to_thread(Client, path)
+        await asyncio.to_thread(client.negotiate)
+        reading, writing = os.pipe()
+        # Behind another command, and with its end in a later piece.
+        client.sock.sendall(b'{"execute": "stop"}')
+        send_with_fds(client.sock, b'{"execute": "stop"}' + GETFD[:20], [reading])
+        for _ in range(2):
+            assert (await asyncio.to_thread(client.recv))["return"] == {"did": "stop"}
+        client.sock.sendall(GETFD[20:] + GETFD)
+        assert (await asyncio.to_thread(client.recv))["return"] == {"did": "getfd"}
+        assert "error" in await asyncio.to_thread(client.recv)
+        for fd in (reading, writing):
+            os.close(fd)
+        client.close()
+
+    run(loop, tmp_path, talk)
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_out_of_band_overtakes_a_command_that_takes_its_time(
+    loop: Callable[[], asyncio.AbstractEventLoop], tmp_path: Path
+) -> None:
+    async def talk(bus: EventBus, path: Path) -> None:
+        client = await asyncio.to_thread(Client, path)
+        await asyncio.to_thread(client.negotiate, "oob")
+        client.send({"execute": "slow", "id": 1})
+        client.send({"execute": "a", "id": 2})
+        client.send({"exec-oob": "b", "id": 3})
+        order = [(await asyncio.to_thread(client.recv))["id"]]
+        slow.release.set()
+        order += [(await asyncio.to_thread(client.recv))["id"] for _ in range(2)]
+        assert order == [3, 1, 2]
+        client.close()
+
+    run(loop, tmp_path, talk)
+
+
+def test_at_most_eight_commands_wait(tmp_path: Path) -> None:
+    async def talk(bus: EventBus, path: Path) -> None:
+        client = await asyncio.to_thread(Client, path)
+        await asyncio.to_thread(client.negotiate, "oob")
+        commands = [{"execute": "slow", "id": 0}] + [
+            {"execute": "a", "id": n} for n in range(1, 11)
+        ]
+        client.sock.sendall(b"".join(json.dumps(command).encode() for command in commands))
+        client.send({"exec-oob": "b", "id": "late"})
+        await slow.started.wait()
+        slow.release.set()
+        replies = [(await asyncio.to_thread(client.recv))["id"] for _ in range(12)]
+        assert [item for item in replies if item != "late"] == list(range(11))
+        assert replies.index("late") > 1
+        client.close()
+
+    run(uvloop.new_event_loop, tmp_path, talk)
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_command_runs_to_its_end_when_its_client_goes(
+    loop: Callable[[], asyncio.AbstractEventLoop], tmp_path: Path
+) -> None:
+    async def talk(bus: EventBus, path: Path) -> None:
+        client = await asyncio.to_thread(Client, path)
+        await asyncio.to_thread(client.negotiate, "oob")
+        client.send({"execute": "slow"})
+        await slow.started.wait()
+        client.close()
+        other = await asyncio.to_thread(Client, path)
+        await asyncio.to_thread(other.negotiate)
+        assert not slow.finished.is_set()
+        slow.release.set()
+        await asyncio.wait_for(slow.finished.wait(), 5)
+        assert await asyncio.to_thread(other.ask, {"execute": "a"}) == {"return": {"did": "a"}}
+        other.close()
+
+    run(loop, tmp_path, talk)
+
+
+def test_a_command_that_never_ends_does_not_keep_the_monitor_open(tmp_path: Path) -> None:
+    async def talk(bus: EventBus, path: Path) -> None:
+        client = await asyncio.to_thread(Client, path)
+        await asyncio.to_thread(client.negotiate)
+        client.send({"execute": "slow"})
+        await slow.started.wait()
+        client.close()
+
+    run(uvloop.new_event_loop, tmp_path, talk)
+
+
+def test_what_was_sent_before_the_end_of_the_input_is_answered(tmp_path: Path) -> None:
+    async def talk(bus: EventBus, path: Path) -> None:
+        client = await asyncio.to_thread(Client, path)
+        await asyncio.to_thread(client.negotiate)
+        client.sock.sendall(b'{"execute": "a"}{"execute": "b"}{"unfinished": ')
+        client.sock.shutdown(socket.SHUT_WR)
+        lines = await asyncio.to_thread(client.stream.readlines)
+        assert [json.loads(line)["return"]["did"] for line in lines] == ["a", "b"]
+        client.close()
+
+    run(uvloop.new_event_loop, tmp_path, talk)
+
+
+def test_bad_input_is_answered_in_its_place(tmp_path: Path) -> None:
+    async def talk(bus: EventBus, path: Path) -> None:
+        client = await asyncio.to_thread(Client, path)
+        await asyncio.to_thread(client.negotiate)
+        client.sock.sendall(b'{"execute": "a"}}\n{"execute": "b"}')
+        replies = [await asyncio.to_thread(client.recv) for _ in range(3)]
+        assert replies[0] == {"return": {"did": "a"}}
+        desc = replies[1]["error"]["desc"]  # type: ignore[index]
+        assert "JSON parse error, expecting value" in desc
+        assert replies[2] == {"return": {"did": "b"}}
+        client.close()
+
+    run(uvloop.new_event_loop, tmp_path, talk)
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_tcp_connecting_out_and_standard_input(
+    loop: Callable[[], asyncio.AbstractEventLoop], tmp_path: Path
+) -> None:
+    async def main() -> None:
+        dispatch: asyncio.Future[Dispatch] = asyncio.get_running_loop().create_future()
+        dispatch.set_result(echo)
+        bus = EventBus(SystemClock())
+        path = str(tmp_path / "listens.sock")
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(path)
+            listener.listen()
+            monitor = MonitorServer(dispatch, bus, parse_monitor_spec(f"unix:{path}"))
+            await monitor.start()
+            sock, _ = listener.accept()
+            with sock, sock.makefile("rb") as stream:
+                assert b"QMP" in await asyncio.to_thread(stream.readline)
+            await monitor.aclose()
+        with socket.create_server(("127.0.0.1", 0)) as unused:
+            port = unused.getsockname()[1]
+        spec = parse_monitor_spec(f"tcp:127.0.0.1:{port},server=on,wait=off")
+        monitor = MonitorServer(dispatch, bus, spec)
+        await monitor.start()
+        with socket.create_connection(("127.0.0.1", port)) as sock, sock.makefile("rb") as stream:
+            assert b"QMP" in await asyncio.to_thread(stream.readline)
+        await monitor.aclose()
+
+    with asyncio.Runner(loop_factory=loop) as runner:
+        runner.run(main())
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_full_pipe_does_not_hold_the_process(
+    loop: Callable[[], asyncio.AbstractEventLoop],
+) -> None:
+    async def main() -> None:
+        reading, writing = os.pipe()
+        unread, output = os.pipe()
+        connection = StdioConnection(reading, output)
+        os.write(writing, b"abc")
+        assert await connection.recv() == (b"abc", [])
+        sending = asyncio.create_task(connection.send(b"x" * (1 << 20)))
+        got = b""
+        while len(got) < 1 << 20:
+            await asyncio.sleep(0)
+            got += await asyncio.to_thread(os.read, unread, 1 << 16)
+        await sending
+        os.close(unread)
+        with pytest.raises(OSError, match="Broken pipe"):
+            await connection.send(b"x")
+        os.close(writing)
+        assert await connection.recv() == (b"", [])
+        for fd in (reading, output):
+            os.close(fd)
+
+    with asyncio.Runner(loop_factory=loop) as runner:
+        runner.run(main())
+
+
+def test_what_cannot_be_opened_is_said_in_one_line(tmp_path: Path) -> None:
+    async def main() -> None:
+        dispatch: asyncio.Future[Dispatch] = asyncio.get_running_loop().create_future()
+        for text, refusal in (
+            (f"unix:{tmp_path}/none/s,server=on,wait=off", "cannot listen on '.*/none/s': No such"),
+            (f"unix:{tmp_path}/none", "cannot connect to '.*/none': No such file"),
+            ("tcp:127.0.0.1:1", "cannot connect to '127.0.0.1:1': Connection refused"),
+        ):
+            monitor = MonitorServer(dispatch, EventBus(SystemClock()), parse_monitor_spec(text))
+            with pytest.raises(ConnectFailed, match=refusal):
+                await monitor.start()
+            await monitor.aclose()
+
+    asyncio.run(main())
+
+
 @pytest.mark.parametrize(
     ("text", "spec"),
     [
@@ -182,3 +408,11 @@ def test_ten_thousand_commands_without_reading_a_reply(tmp_path: Path) -> None:
 )
 def test_specs_in_qemus_spelling(text: str, spec: MonitorSpec) -> None:
     assert parse_monitor_spec(text) == spec
+
+
+@pytest.mark.parametrize(
+    "text", ["", "pty", "unix:", "tcp:1", "tcp:h:99999", "unix:/a,server=maybe", "unix:/a,x=on"]
+)
+def test_specs_that_are_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="-qmp"):
+        parse_monitor_spec(text)

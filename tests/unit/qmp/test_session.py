@@ -59,3 +59,22 @@ def test_id_is_echoed_whatever_it_is() -> None:
     assert success(request.id, {}) == {"return": {}, "id": {"a": [None]}}
     assert "id" not in success(UNSET, {})
     assert "id" not in failure(UNSET, QMPError("x"))
+
+
+def test_out_of_band_has_to_be_enabled() -> None:
+    session = Session(VERSION, ("oob",))
+    assert session.greeting()["QMP"] == {"version": VERSION, "capabilities": ["oob"]}
+    with pytest.raises(QMPError, match="Capability oob not available"):
+        Session(VERSION).negotiate(["oob"])
+    assert not session.is_oob({"exec-oob": "x"})
+    session.negotiate(["oob"])
+    assert session.is_oob({"exec-oob": "x"})
+    assert not session.is_oob({"execute": "x"})
+    assert session.check_request({"exec-oob": "x", "id": 1}) == Request("x", {}, 1, is_oob=True)
+
+
+def test_both_kinds_of_execution_while_oob_is_off() -> None:
+    with pytest.raises(RequestError, match="'exec-oob' is unexpected"):
+        negotiated().check_request({"execute": "x", "exec-oob": "x"})
+    with pytest.raises(RequestError, match="'exec-oob' must be a string"):
+        negotiated().check_request({"exec-oob": 5})

@@ -1,0 +1,84 @@
+"""A daemon without a guest, for tests of the monitor."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from uuid import UUID
+
+from migrationd.errors import QMPError
+from migrationd.migration.info import MigrationInfo
+from migrationd.migration.options import MigrationOptions
+from migrationd.qmp.context import FdLookup, MigrationChannel
+
+
+@dataclass
+class FakeControl:
+    """Implements ``migrationd.qmp.context.Control``; keeps what it was asked.
+
+    Attributes:
+        calls: Name of each method that was called, with what matters of its arguments.
+        incoming_refusal: What ``migrate-incoming`` is told before its address is read.
+    """
+
+    options: MigrationOptions = field(default_factory=MigrationOptions)
+    guest_name: str | None = None
+    guest_uuid: UUID | None = None
+    run_state: str = "prelaunch"
+    running: bool = False
+    outgoing: MigrationInfo | None = None
+    incoming: MigrationInfo | None = None
+    incoming_refusal: str | None = "'-incoming' was not specified on the command line"
+    calls: list[tuple[object, ...]] = field(default_factory=list)
+
+    def migrate(self, channels: Sequence[MigrationChannel], *, resume: bool, fds: FdLookup) -> None:
+        """Only remember it."""
+        if resume:
+            raise QMPError("Cannot resume if there is no paused migration")
+        self.calls.append(("migrate", tuple(channel.address for channel in channels)))
+
+    def check_incoming_may_start(self) -> None:
+        """Refuse as told."""
+        if self.incoming_refusal is not None:
+            raise QMPError(self.incoming_refusal)
+
+    async def migrate_incoming(
+        self, channels: Sequence[MigrationChannel], *, exit_on_error: bool, fds: FdLookup
+    ) -> None:
+        """Only remember it."""
+        addresses = tuple(channel.address for channel in channels)
+        self.calls.append(("migrate_incoming", addresses, exit_on_error))
+
+    def migrate_cancel(self) -> None:
+        """Only remember it."""
+        self.calls.append(("migrate_cancel",))
+
+    def migrate_continue(self, state: str) -> None:
+        """Nothing runs."""
+        if state != "none":
+            raise QMPError("Migration not in expected state: none")
+
+    def check_capabilities_may_change(self) -> None:
+        """They may."""
+
+    def parameters_changed(self) -> None:
+        """Only remember it."""
+        self.calls.append(("parameters_changed",))
+
+    def outgoing_info(self) -> MigrationInfo | None:
+        """The source's part."""
+        return self.outgoing
+
+    def incoming_info(self) -> MigrationInfo | None:
+        """The destination's part."""
+        return self.incoming
+
+    def stop(self) -> None:
+        """Only remember it."""
+        self.run_state = "paused"
+
+    def cont(self) -> None:
+        """Only remember it."""
+        self.calls.append(("cont",))
+
+    def quit(self) -> None:
+        """Only remember it."""
+        self.calls.append(("quit",))
