@@ -28,10 +28,62 @@ LEAST_PAGES = 32
 LEAST_RUN_PAGES = 512
 """A run is guessed to go on after this many pages: a wrong guess costs as much as 64 pages."""
 
+LEAST_USUAL_PAGES = 96
+"""A run is guessed to become as long as the one before, if that had this many pages."""
+
 _HEADER_BYTES = 8
 _PAGE_CONTINUE = RAM_SAVE_FLAG_PAGE | RAM_SAVE_FLAG_CONTINUE
 
 Rows = npt.NDArray[np.uint8]
+
+
+class RunGuess:
+    """How far the run of pages that a stream is in goes on, by what it did so far.
+
+    Memory comes in patterns: what was long before is guessed to be as long again.
+
+    Attributes:
+        next: Block and page that the run goes on with; None outside a run.
+    """
+
+    def __init__(self) -> None:
+        self.next: tuple[RamBlock, int] | None = None
+        self._pages = 0
+        self._usual_pages = 0
+        self._is_open = False
+
+    def saw(self, block: RamBlock, first_page: int, count: int) -> None:
+        """Consecutive pages came."""
+        if self.next != (block, first_page):
+            self.ended()
+        self._pages += count
+        self.next = block, first_page + count
+        self._is_open = True
+
+    def ended(self) -> None:
+        """The run is over."""
+        if self._pages:
+            self._usual_pages = self._pages
+        self._pages = 0
+        self.next = None
+        self._is_open = False
+
+    def interrupted(self) -> None:
+        """Something else came; the run may go on behind it."""
+        self._is_open = False
+
+    @property
+    def is_between(self) -> bool:
+        """Whether a run of the usual length is just over, and the next is likely to be as long."""
+        return LEAST_USUAL_PAGES <= self._usual_pages == self._pages
+
+    def pages_ahead(self) -> int:
+        """How many pages of the run are guessed to come next."""
+        if not self._is_open:
+            return 0
+        if self._pages < self._usual_pages and self._usual_pages >= LEAST_USUAL_PAGES:
+            return self._usual_pages - self._pages
+        return WINDOW_PAGES if self._pages >= LEAST_RUN_PAGES else 0
 
 
 class DirectReceiver:
@@ -54,11 +106,15 @@ class DirectReceiver:
         self._steps: npt.NDArray[np.uint64]
         self._vector: Vector
 
-    def window(self, block: RamBlock, first_page: int) -> int:
-        """Pages from ``first_page`` that may be received directly; 0 if too few."""
+    def window(self, block: RamBlock, first_page: int, most: int) -> int:
+        """Pages from ``first_page``, at most so many, that may be received directly.
+
+        Returns:
+            0 if there are too few.
+        """
         if not self._channel.is_socket or not isinstance(block.memory, AnonymousMemory):
             return 0
-        present = block.present[first_page : first_page + WINDOW_PAGES]
+        present = block.present[first_page : first_page + min(most, WINDOW_PAGES)]
         taken = np.flatnonzero(present)
         count = int(taken[0]) if len(taken) else len(present)
         return count if count >= LEAST_PAGES else 0

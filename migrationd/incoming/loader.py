@@ -41,7 +41,7 @@ from migrationd.codec.stream import StreamDecoder
 from migrationd.errors import StreamCorrupt, StreamLimit, StreamTruncated, StreamUnsupported
 from migrationd.guest.device import DeviceState
 from migrationd.guest.ram_block import RamBlock
-from migrationd.incoming.direct_receive import LEAST_RUN_PAGES, DirectReceiver
+from migrationd.incoming.direct_receive import DirectReceiver, RunGuess
 from migrationd.pageops.xbzrle import decode_page
 from migrationd.transport.channel import Channel
 
@@ -57,6 +57,10 @@ suppress the VMDESCRIPTION behind EOF, and with a return path the source does no
 
 FILL_BYTES = 256 << 10
 """Receive up to this much before decoding, as long as more is there."""
+
+PEEK_BYTES = 16 << 10
+"""Receive no more than this where a long run is likely to begin: the rest can go straight to its
+place."""
 
 MAX_DEVICE_BYTES = 1 << 30
 """All device sections of one guest together."""
@@ -111,9 +115,7 @@ class StreamLoader:
         self._section: str | None = None
         self._input_ended = False
         self._quiet_s = 0.0
-        self._run: tuple[RamBlock, int] | None = None
-        self._run_next: tuple[RamBlock, int] | None = None
-        self._run_pages = 0
+        self._run = RunGuess()
         self._direct = DirectReceiver(channel, decoder, QUIET_S)
         self.arrival = Arrival()
 
@@ -171,20 +173,17 @@ class StreamLoader:
             ChannelClosed: The channel was shut down or broke.
         """
         total = 0
-        while self._run is not None:
-            block, page = self._run
-            self._run = None
-            count = self._direct.window(block, page)
+        while total < STEP_BUDGET_BYTES and (most := self._run.pages_ahead()):
+            assert self._run.next is not None
+            block, page = self._run.next
+            count = self._direct.window(block, page, most)
             if not count:
                 break
             placed, received = self._direct.receive(block, page, count)
             total += received
+            self._run.saw(block, page, placed)
             if placed < count:
-                self._run_pages = 0
-                break
-            self._run_next = block, page + count
-            if total < STEP_BUDGET_BYTES:
-                self._run = self._run_next
+                self._run.ended()
         return total
 
     def _receive(self) -> int:
@@ -197,7 +196,9 @@ class StreamLoader:
             TimeoutError: Nothing came for a while.
             ChannelClosed: The channel was shut down or broke.
         """
-        total = self._channel.recv_into(self._decoder.receive_view(), QUIET_S)
+        view = self._decoder.receive_view()
+        is_peek = self._run.is_between
+        total = self._channel.recv_into(view[:PEEK_BYTES] if is_peek else view, QUIET_S)
         if not total:
             self._end_of_input()
             return 0
@@ -206,7 +207,7 @@ class StreamLoader:
         if not self.arrival.first_byte_seen:
             self.arrival.first_byte_seen = True
             self._on_first_bytes()
-        while total < FILL_BYTES:
+        while total < FILL_BYTES and not is_peek:
             try:
                 count = self._channel.recv_into(self._decoder.receive_view(), 0)
             except TimeoutError:
@@ -228,26 +229,16 @@ class StreamLoader:
         self._input_ended = True
         self._decoder.feed_eof()
 
-    def _follow_run(self, block: RamBlock, record: PageBatch) -> None:
-        """Notice a run of pages that is long enough to be worth a guess."""
-        if not record.is_run:
-            self._run_pages = 0
-            return
-        first = int(record.pages[0])
-        if (block, first) != self._run_next:
-            self._run_pages = 0
-        self._run_pages += len(record.pages)
-        self._run_next = block, first + len(record.pages)
-        if self._run_pages >= LEAST_RUN_PAGES:
-            self._run = self._run_next
-
     def _apply(self, record: Record) -> Barrier | None:
-        self._run = None
+        self._run.interrupted()
         match record:
             case PageBatch():
                 block = self._block(record.block)
                 block.place_batch(record.pages, record.data, record.is_run)
-                self._follow_run(block, record)
+                if record.is_run:
+                    self._run.saw(block, int(record.pages[0]), len(record.pages))
+                else:
+                    self._run.ended()
             case MixedBatch():
                 block = self._block(record.block)
                 block.place_mixed(record.pages, record.content_at, record.buffer)

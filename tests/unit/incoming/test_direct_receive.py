@@ -20,9 +20,14 @@ from migrationd.codec.stream import StreamDecoder
 from migrationd.guest.base import GuestIdentity
 from migrationd.guest.memory import AnonymousMemory
 from migrationd.guest.parked import ParkedGuest
-from migrationd.guest.ram_block import RamBlockSpec
+from migrationd.guest.ram_block import RamBlock, RamBlockSpec
 from migrationd.incoming import direct_receive
-from migrationd.incoming import loader as loader_module
+from migrationd.incoming.direct_receive import (
+    LEAST_RUN_PAGES,
+    LEAST_USUAL_PAGES,
+    WINDOW_PAGES,
+    RunGuess,
+)
 from migrationd.incoming.loader import Pause, StreamLoader
 from migrationd.transport.channel import Channel
 
@@ -114,7 +119,7 @@ def test_any_mixture_in_any_pieces(seed: int, monkeypatch: pytest.MonkeyPatch) -
         return result
 
     monkeypatch.setattr(direct_receive.DirectReceiver, "receive", counted)
-    monkeypatch.setattr(loader_module, "LEAST_RUN_PAGES", 32)
+    monkeypatch.setattr(direct_receive, "LEAST_RUN_PAGES", 32)
     guest, position = load(data, cuts)
     assert position == len(data)
     block = guest.ram[0]
@@ -137,3 +142,68 @@ def test_a_long_run_goes_directly_and_its_end_waits_for_nothing() -> None:
     assert position == len(data)
     assert guest.ram[0].present.all()
     np.testing.assert_array_equal(guest.ram[0].memory.view.reshape(PAGES, SIZE), contents)
+
+
+def ram_block() -> RamBlock:
+    return RamBlock(RamBlockSpec("ram", PAGES * SIZE, SIZE), AnonymousMemory(PAGES * SIZE, SIZE))
+
+
+def test_a_run_is_guessed_to_become_as_long_as_the_one_before() -> None:
+    block = ram_block()
+    guess = RunGuess()
+    guess.saw(block, 0, 256)
+    assert guess.pages_ahead() == 0
+    guess.saw(block, 512, 3)
+    assert guess.pages_ahead() == 253
+    guess.interrupted()
+    assert guess.pages_ahead() == 0
+    guess.saw(block, 515, 253)
+    assert guess.pages_ahead() == 0
+    assert guess.is_between
+    guess.saw(block, 1024, 10)
+    guess.ended()
+    assert guess.pages_ahead() == 0
+    guess.saw(block, 1536, 1)
+    assert guess.pages_ahead() == 0, f"runs of 10 pages are below {LEAST_USUAL_PAGES}"
+
+
+def test_a_long_run_is_guessed_to_go_on() -> None:
+    block = ram_block()
+    guess = RunGuess()
+    guess.saw(block, 0, LEAST_RUN_PAGES - 1)
+    assert guess.pages_ahead() == 0
+    guess.saw(block, LEAST_RUN_PAGES - 1, 1)
+    assert guess.pages_ahead() == WINDOW_PAGES
+
+
+def test_a_pattern_of_runs_and_zeros_goes_directly_from_its_second_run_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rng = np.random.default_rng(7)
+    contents = np.zeros((PAGES, SIZE), np.uint8)
+    contents[:, :8] = rng.integers(1, 255, (PAGES, 8), np.uint8)
+    head, _ = stream(rng, [])
+    tail = bytes.fromhex("0000000000000010")
+    at = head.index(tail + encode_section_footer(1) + encode_section_header(3, 1))
+    pages = np.arange(PAGES, dtype=np.int64)
+    body = b"".join(
+        zero_records(pages[first : first + 128], SIZE).tobytes()
+        + page_records(pages[first + 128 : first + 256], contents)
+        for first in range(0, PAGES, 256)
+    )
+    placed: list[int] = []
+    receive = direct_receive.DirectReceiver.receive
+
+    def counted(*arguments: object) -> tuple[int, int]:
+        result = receive(*arguments)  # type: ignore[arg-type]
+        placed.append(result[0])
+        return result
+
+    monkeypatch.setattr(direct_receive.DirectReceiver, "receive", counted)
+    data = head[:at] + body + head[at:]
+    guest, position = load(data, [])
+    assert position == len(data)
+    contents[(pages & 255) < 128] = 0
+    np.testing.assert_array_equal(guest.ram[0].memory.view.reshape(PAGES, SIZE), contents)
+    # Seven of the eight runs, but for what the first reads of each had brought.
+    assert sum(placed) > PAGES // 4
