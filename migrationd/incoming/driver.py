@@ -24,7 +24,13 @@ from migrationd.codec.constants import (
 from migrationd.codec.records import Command, Configuration, RamBlockList
 from migrationd.codec.return_path import Pong, Shut, SwitchoverAck, encode_return_path
 from migrationd.codec.stream import StreamDecoder, StreamLimits
-from migrationd.errors import ChannelError, MigrationdError, StreamCorrupt, StreamUnsupported
+from migrationd.errors import (
+    ChannelError,
+    MigrationdError,
+    MigrationError,
+    StreamCorrupt,
+    StreamUnsupported,
+)
 from migrationd.guest.base import GuestIdentity, SeenOnArrival
 from migrationd.guest.device import DeviceState
 from migrationd.guest.parked import ParkedGuest
@@ -168,6 +174,10 @@ class IncomingMigration:
         except asyncio.CancelledError:
             await self._abandon(executor)
             raise
+        except Exception as error:  # a defect of ours must end as a failed migration
+            log.error("internal error in the incoming migration", exc_info=error)
+            await self._fail(MigrationError(f"internal error: {error!r}"), executor)
+            return None
         finally:
             if self._channel is not None:
                 self._channel.shutdown()
