@@ -36,6 +36,7 @@ class DaemonConfig:
         keep: The parked guest is a template.
         ram_limit_bytes: Largest incoming guest, or None.
         only_migratable: Refuse devices that cannot migrate.
+        metrics: Host and port to serve Prometheus metrics on, or None.
         log_level: One of ``LOG_LEVELS``.
         log_format: One of ``LOG_FORMATS``.
     """
@@ -50,6 +51,7 @@ class DaemonConfig:
     keep: bool = False
     ram_limit_bytes: int | None = None
     only_migratable: bool = False
+    metrics: tuple[str, int] | None = None
     log_level: str = "info"
     log_format: str = "text"
 
@@ -77,6 +79,7 @@ OPTIONS: tuple[_Option, ...] = (
             is_flag=True),
     _Option("ram-limit", "SIZE", "refuse an incoming guest with more RAM, for example 64G"),
     _Option("only-migratable", "", "refuse devices that cannot migrate", is_flag=True),
+    _Option("metrics", "HOST:PORT", "serve Prometheus metrics over HTTP"),
     _Option("config", "FILE", "read options from a TOML file; the command line wins"),
     _Option("log-level", "LEVEL", "debug, info, warning or error"),
     _Option("log-format", "FORMAT", "text or json"),
@@ -87,7 +90,6 @@ OPTIONS: tuple[_Option, ...] = (
 _BY_NAME = {option.name: option for option in OPTIONS}
 _LATER = {
     "object": "TLS credentials, authorization and secrets",
-    "metrics": "Prometheus metrics",
 }
 
 Values = dict[str, list[str]]
@@ -257,6 +259,8 @@ def _apply(config: DaemonConfig, name: str, texts: list[str]) -> DaemonConfig:
             return replace(config, ram_dir=Path(text))
         case "ram-limit":
             return replace(config, ram_limit_bytes=parse_size(text, option=name))
+        case "metrics":
+            return replace(config, metrics=_host_and_port(name, text))
         case "log-level":
             return replace(config, log_level=_choice(name, text, LOG_LEVELS))
         case "log-format":
@@ -276,6 +280,13 @@ def _guest_name(text: str) -> str:
     if not name or "/" in name or "\0" in name or len(name.encode()) > 200:
         raise ConfigError(f"-name expects 1 to 200 bytes without '/', not '{name}'")
     return name
+
+
+def _host_and_port(name: str, text: str) -> tuple[str, int]:
+    host, colon, port = text.rpartition(":")
+    if not colon or not port.isascii() or not port.isdigit() or int(port) > 65535:
+        raise ConfigError(f"-{name} expects HOST:PORT, not '{text}'")
+    return host.removeprefix("[").removesuffix("]"), int(port)
 
 
 def _flag(name: str, text: str) -> bool:

@@ -21,6 +21,7 @@ from migrationd.qmp.server import Dispatch, MonitorServer
 
 if TYPE_CHECKING:
     from migrationd.daemon.control import GuestControl
+    from migrationd.daemon.metrics import MetricsServer
 
 
 class Daemon:
@@ -54,6 +55,7 @@ class Daemon:
         monitors = pair_monitors(self._monitor_specs, listen_fds())
         servers = [MonitorServer(dispatch, bus, spec, inherited) for spec, inherited in monitors]
         control: GuestControl | None = None
+        metrics: MetricsServer | None = None
         try:
             # As in QEMU, what -incoming names is open before a monitor accepts commands.
             if self._opens_before_monitors:
@@ -62,11 +64,15 @@ class Daemon:
                 await server.start()
             if control is None:
                 control = await self._assemble(bus, dispatch)
+            if self._config.metrics is not None:
+                metrics = await self._serve_metrics(*self._config.metrics, control)
             self._watch_signals(bus)
             notify("READY=1")
             await self._ended.wait()
             notify("STOPPING=1")
         finally:
+            if metrics is not None:
+                await metrics.aclose()
             if control is not None:
                 await control.aclose()
             for server in servers:
@@ -91,6 +97,14 @@ class Daemon:
         control = await assemble(self._config, bus, on_quit=self._ended.set, on_fatal=self._die)
         dispatch.set_result(functools.partial(answer, control))
         return control
+
+    async def _serve_metrics(
+        self, host: str, port: int, control: "GuestControl"
+    ) -> "MetricsServer":
+        await asyncio.to_thread(importlib.import_module, "migrationd.daemon.metrics")
+        from migrationd.daemon.metrics import MetricsServer
+
+        return MetricsServer(host, port, control)
 
     def _watch_signals(self, bus: EventBus) -> None:
         def on_signal() -> None:

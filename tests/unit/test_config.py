@@ -44,7 +44,8 @@ def test_options_with_one_dash_or_two() -> None:
         ((*QMP, "-name", "../x"), "without '/'"),
         ((*QMP, "-guest", "vm"), "expects 'parked'"),
         ((*QMP, "-guest", "attach:/x"), "not available"),
-        ((*QMP, "-metrics", "localhost:1"), "not available"),
+        ((*QMP, "-metrics", "9100"), "expects HOST:PORT"),
+        ((*QMP, "-metrics", "host:65536"), "expects HOST:PORT"),
         ((*QMP, "-log-level", "loud"), "expects one of debug"),
         ((*QMP, "-incoming", "{bad"), "not a JSON MigrationChannel"),
         ((*QMP, "-config", "/nonexistent/x"), "cannot read"),
@@ -89,3 +90,11 @@ def test_help_lists_each_option(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["-help"]) == 0
     text = capsys.readouterr().out
     assert all(f"-{name} " in text for name in ("qmp", "incoming", "ram-dir", "keep"))
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [("127.0.0.1:9100", ("127.0.0.1", 9100)), ("[::1]:0", ("::1", 0)), (":80", ("", 80))],
+)
+def test_the_address_of_metrics(text: str, parts: tuple[str, int]) -> None:
+    assert load_config([*QMP, "-metrics", text]).metrics == parts
