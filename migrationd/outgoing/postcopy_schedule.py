@@ -1,0 +1,216 @@
+"""Which page goes next in postcopy, and who sends it.
+
+A page may travel once only: a destination refuses the second copy of a page that it has
+placed. One test-and-set bitmap per block therefore decides between the background push and
+the answers to requests, whatever channel each of them uses.
+
+Zero pages are not pushed: a page that never came reads as zero once the destination has all
+others. They are answered when they are asked for, and those that were asked for last time go
+first, as runs.
+
+Reference: the host page rule, stream format 2.3; requests, 5.3.
+"""
+
+import threading
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+Pages = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
+
+_SCAN_PAGES = 4096
+_SCAN_PAGES_MAX = 1 << 20
+
+
+@dataclass(slots=True)
+class BlockPages:
+    """Pages of one RAM block.
+
+    Attributes:
+        idstr: Name.
+        present: One bool per target page; others are zero pages. Not changed here.
+        host_pages: Target pages of one host page; requests and sends are whole host pages.
+        sent: One bool per target page: it is on its way, or the destination has it.
+        wanted: Pages that must be sent: those of host pages that hold something.
+        remaining: Wanted pages that are not sent.
+    """
+
+    idstr: str
+    present: Bools
+    host_pages: int = 1
+    sent: Bools = field(init=False)
+    wanted: Bools = field(init=False)
+    remaining: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.sent = np.zeros(len(self.present), np.bool_)
+        self.wanted = self.present
+        if self.host_pages > 1:
+            whole = self.present.reshape(-1, self.host_pages).any(axis=1)
+            self.wanted = np.repeat(whole, self.host_pages)
+        self.remaining = int(np.count_nonzero(self.wanted))
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Pages of one block for the background push; none of them is claimed yet.
+
+    Attributes:
+        block: Index of the block.
+        pages: Target page numbers, shape ``(n,)``; whole host pages.
+        is_zero: Whether all of them are zero pages.
+    """
+
+    block: int
+    pages: Pages
+    is_zero: bool = False
+
+
+class PageSchedule:
+    """The order of the background push, and the claim to every page.
+
+    One thread takes batches; any thread claims and asks for a restart.
+
+    Args:
+        blocks: RAM blocks in the order of the block list.
+    """
+
+    def __init__(self, blocks: Sequence[BlockPages]) -> None:
+        self.blocks = tuple(blocks)
+        self._lock = threading.Lock()
+        self._block = 0
+        self._page = 0
+        self._restart: tuple[int, int] | None = None
+        self._first: list[Batch] = []
+
+    @property
+    def remaining_pages(self) -> int:
+        """Pages that must still be sent."""
+        return sum(block.remaining for block in self.blocks)
+
+    def push_first(self, batches: Iterable[Batch]) -> None:
+        """Put batches before everything else, in this order."""
+        self._first = list(batches)[::-1]
+
+    def mark_sent(self, block: int, pages: Pages) -> None:
+        """The destination has these pages: they went out before postcopy began."""
+        state = self.blocks[block]
+        with self._lock:
+            state.sent[pages] = True
+            state.remaining = int(np.count_nonzero(state.wanted & ~state.sent))
+
+    def discards(self, block: int) -> Pages:
+        """What the destination must forget before it listens, as runs.
+
+        A page that was not sent may be in the destination's memory all the same, inside a
+        huge page; it would never be asked for. Runs end at pages that hold something and were
+        sent; zero pages between them count as not sent afterwards.
+
+        Returns:
+            Shape ``(n, 2)``: first page, count; host page aligned.
+        """
+        state = self.blocks[block]
+        count = len(state.sent)
+        kept = np.flatnonzero(state.sent & state.wanted)
+        if state.host_pages > 1:
+            # A host page of which a part was not sent goes as a whole.
+            done: Bools = state.sent | ~state.wanted
+            whole = np.all(done.reshape(-1, state.host_pages), axis=1)
+            kept = kept[whole[kept // state.host_pages]]
+        bounds = np.concatenate(([-1], kept, [count]))
+        gaps = np.flatnonzero(np.diff(bounds) > 1)
+        runs = np.stack((bounds[gaps] + 1, bounds[gaps + 1] - bounds[gaps] - 1), axis=1)
+        with self._lock:
+            for first, length in runs.tolist():
+                state.sent[first : first + length] = False
+            state.remaining = int(np.count_nonzero(state.wanted & ~state.sent))
+        return runs
+
+    def adopt_received(self, block: int, received: Bools) -> None:
+        """Believe the destination about what it has: after a pause only its word counts."""
+        state = self.blocks[block]
+        with self._lock:
+            state.sent[:] = received
+            state.remaining = int(np.count_nonzero(state.wanted & ~state.sent))
+        self._block = self._page = 0
+        self._restart = None
+
+    def claim(self, block: int, pages: Pages) -> Pages:
+        """Claim pages for sending.
+
+        Returns:
+            Those that nobody has claimed before, in order.
+        """
+        state = self.blocks[block]
+        with self._lock:
+            taken = state.sent[pages]
+            if taken.any():
+                pages = pages[~taken]
+            state.sent[pages] = True
+            if state.remaining:
+                state.remaining -= int(np.count_nonzero(state.wanted[pages]))
+        return pages
+
+    def claim_page(self, block: int, page: int) -> bool:
+        """Claim one page; False if somebody has it already."""
+        state = self.blocks[block]
+        with self._lock:
+            if state.sent[page]:
+                return False
+            state.sent[page] = True
+            if state.wanted[page]:
+                state.remaining -= 1
+        return True
+
+    def restart_at(self, block: int, page: int) -> None:
+        """Go on from here with the next batch: what follows a requested page is wanted next."""
+        self._restart = (block, page)
+
+    def next_batch(self, limit: int) -> Batch | None:
+        """The next pages of the background push.
+
+        Args:
+            limit: Most pages; rounded up to a whole host page.
+
+        Returns:
+            None when every page that must be sent is claimed.
+        """
+        while self._first:
+            batch = self._first.pop()
+            pages = batch.pages[~self.blocks[batch.block].sent[batch.pages]]
+            if len(pages) > limit:
+                self._first.append(Batch(batch.block, pages[limit:], batch.is_zero))
+                pages = pages[:limit]
+            if len(pages):
+                return Batch(batch.block, pages, batch.is_zero)
+        restart, self._restart = self._restart, None
+        if restart is not None:
+            self._block, self._page = restart
+        while any(block.remaining for block in self.blocks):
+            state = self.blocks[self._block]
+            found = self._scan(state, limit) if state.remaining else None
+            if found is not None:
+                return Batch(self._block, found)
+            self._block = (self._block + 1) % len(self.blocks)
+            self._page = 0
+        return None
+
+    def _scan(self, state: BlockPages, limit: int) -> Pages | None:
+        """Wanted pages from the cursor on; None if there are none up to the block's end."""
+        step = _SCAN_PAGES
+        limit = -(-limit // state.host_pages) * state.host_pages
+        while self._page < len(state.sent):
+            # Host pages are scanned whole: they are claimed whole.
+            begin = self._page // state.host_pages * state.host_pages
+            end = begin + -(-step // state.host_pages) * state.host_pages
+            found = np.flatnonzero(state.wanted[begin:end] & ~state.sent[begin:end])
+            if len(found):
+                pages = found[:limit] + begin
+                self._page = int(pages[-1]) + 1
+                return pages
+            self._page = end
+            step = min(step * 4, _SCAN_PAGES_MAX)
+        return None
