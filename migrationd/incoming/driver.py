@@ -13,7 +13,7 @@ import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar, TypeVarTuple
 
 from migrationd.codec.constants import (
     MIG_CMD_OPEN_RETURN_PATH,
@@ -35,6 +35,7 @@ from migrationd.guest.base import GuestIdentity, SeenOnArrival
 from migrationd.guest.device import DeviceState
 from migrationd.guest.parked import ParkedGuest
 from migrationd.guest.ram_block import RamBlock, RamBlockSpec
+from migrationd.incoming.channels import IncomingChannels
 from migrationd.incoming.loader import Arrival, Barrier, Pause, StreamLoader
 from migrationd.migration.dialect import dialect_of
 from migrationd.migration.info import MigrationInfo
@@ -43,6 +44,9 @@ from migrationd.transport.channel import Channel
 from migrationd.transport.listen import Listener
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
 
 
 class Berth(Protocol):
@@ -111,7 +115,9 @@ class IncomingMigration:
         self._status = StatusMachine(Role.INCOMING, on_status)
         self._error: MigrationdError | None = None
         self._listener: Listener | None = None
+        self._channels: IncomingChannels | None = None
         self._channel: Channel | None = None
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="incoming")
         self._return_path_open = False
         self._guest: ParkedGuest | None = None
 
@@ -158,49 +164,54 @@ class IncomingMigration:
         """
         listener = self._listener
         assert listener is not None
-        executor = ThreadPoolExecutor(1, thread_name_prefix="incoming")
+        self._channels = channels = IncomingChannels(listener)
         try:
-            channel = self._channel = await listener.accept()
-            # Further connections (channels of a capability that is off here) must fail at once:
-            # left in the backlog, both sides would wait for ever.
-            listener.close()
-            guest = await self._load(channel, executor)
-            await self._acknowledge(channel, executor, guest)
+            main = await self._connect(channels)
+            guest = await self._load(main)
+            await self._acknowledge(main, guest)
             self._status.advance(Cause.COMPLETE)
             return guest
         except MigrationdError as error:
-            await self._fail(error, executor)
+            await self._fail(error)
             return None
         except asyncio.CancelledError:
-            await self._abandon(executor)
+            await self._abandon()
             raise
         except Exception as error:  # a defect of ours must end as a failed migration
             log.error("internal error in the incoming migration", exc_info=error)
-            await self._fail(MigrationError(f"internal error: {error!r}"), executor)
+            await self._fail(MigrationError(f"internal error: {error!r}"))
             return None
         finally:
-            if self._channel is not None:
-                self._channel.shutdown()
-            executor.shutdown(wait=True)
-            if self._channel is not None:
-                self._channel.close()
-            listener.close()
+            channels.shutdown()
+            self._executor.shutdown(wait=True)
+            channels.close()
 
-    async def _load(self, channel: Channel, executor: ThreadPoolExecutor) -> ParkedGuest:
-        loop = asyncio.get_running_loop()
+    async def _connect(self, channels: IncomingChannels) -> Channel:
+        """Phase 1: every connection that the source makes before it sends pages."""
+        await channels.accept_first()
         self._settings = self._settings_now()
+        self._channel = await channels.gather()
+        return self._channel
+
+    async def _load(self, channel: Channel) -> ParkedGuest:
+        """Phase 2: the stream, until the guest is whole."""
+        loop = asyncio.get_running_loop()
         decoder = StreamDecoder(StreamLimits(ram_bytes=self._settings.ram_limit_bytes))
         loader = StreamLoader(
             channel, decoder, lambda: loop.call_soon_threadsafe(self._stream_began)
         )
         while True:
-            result = await loop.run_in_executor(executor, loader.step)
+            result = await self._on_thread(loader.step)
             if isinstance(result, Pause):
                 if result is Pause.FINISHED:
                     break
                 continue
-            await loop.run_in_executor(executor, self._pass_barrier, loader, result)
+            await self._on_thread(self._pass_barrier, loader, result)
         return self._complete(loader)
+
+    async def _on_thread(self, call: Callable[[*Ts], T], *args: *Ts) -> T:
+        """Run a step on the loading thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._executor, call, *args)
 
     def _stream_began(self) -> None:
         if self._status.can(Cause.STREAM):
@@ -301,15 +312,13 @@ class IncomingMigration:
         )
         return self._guest
 
-    async def _acknowledge(
-        self, channel: Channel, executor: ThreadPoolExecutor, guest: ParkedGuest
-    ) -> None:
-        loop = asyncio.get_running_loop()
-        await loop.run_in_executor(executor, self._berth.settle, guest)
+    async def _acknowledge(self, channel: Channel, guest: ParkedGuest) -> None:
+        """Phase 3: the guest is safe here; the source may forget it."""
+        await self._on_thread(self._berth.settle, guest)
         if not self._return_path_open:
             return
         try:
-            await loop.run_in_executor(executor, channel.send, encode_return_path(Shut(0)))
+            await self._on_thread(channel.send, encode_return_path(Shut(0)))
         except ChannelError as error:
             # The guest is whole, as it would be at a QEMU that already runs it: keep it.
             log.warning(
@@ -318,27 +327,25 @@ class IncomingMigration:
                 error,
             )
 
-    async def _fail(self, error: MigrationdError, executor: ThreadPoolExecutor) -> None:
+    async def _fail(self, error: MigrationdError) -> None:
         self._error = error
         log.error("load of migration failed: %s", error)
         channel = self._channel
         if self._return_path_open and channel is not None:
             try:
-                loop = asyncio.get_running_loop()
                 await asyncio.wait_for(
-                    loop.run_in_executor(executor, channel.send, encode_return_path(Shut(1))), 1.0
+                    self._on_thread(channel.send, encode_return_path(Shut(1))), 1.0
                 )
             except (ChannelError, TimeoutError) as failure:
                 log.debug("SHUT 1 was not sent: %s", failure)
-        await self._abandon(executor)
+        await self._abandon()
         self._status.advance(Cause.FAIL)
 
-    async def _abandon(self, executor: ThreadPoolExecutor) -> None:
-        if self._channel is not None:
-            self._channel.shutdown()
+    async def _abandon(self) -> None:
+        if self._channels is not None:
+            self._channels.shutdown()
         guest, self._guest = self._guest, None
-        loop = asyncio.get_running_loop()
-        await asyncio.shield(loop.run_in_executor(executor, self._berth.abandon))
+        await asyncio.shield(self._on_thread(self._berth.abandon))
         if guest is not None:
             guest.close()
 

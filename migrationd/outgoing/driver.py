@@ -19,7 +19,7 @@ import threading
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar, TypeVarTuple
 
 from migrationd.clock import Clock
 from migrationd.errors import ChannelError, MigrationCancelled, MigrationdError, MigrationError
@@ -35,6 +35,9 @@ from migrationd.transport.channel import Channel
 from migrationd.transport.rate_limit import RateLimiter
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
 
 _STATUSES_WITH_RAM = frozenset(("active", "cancelling", "pre-switchover", "device", "completed"))
 
@@ -109,6 +112,7 @@ class OutgoingMigration:
         self._continue = asyncio.Event()
         self._stop = threading.Event()
         self._tail_started = threading.Event()
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="outgoing")
         self._channel: Channel | None = None
         self._work: asyncio.Task[None] | None = None
         self._error: MigrationdError | None = None
@@ -209,31 +213,30 @@ class OutgoingMigration:
         )
 
     async def _migrate(self, open_channel: Callable[[], Awaitable[Channel]]) -> None:
-        executor = ThreadPoolExecutor(1, thread_name_prefix="outgoing")
         try:
             self._channel = await open_channel()
             if self._settings.return_path and not self._channel.is_duplex:
                 raise ChannelError(
                     "this transport has no way back for the return-path capability; turn it off"
                 )
-            await self._stream(self._channel, executor)
+            await self._stream(self._channel)
         finally:
             self._stop.set()
             if self._channel is not None:
                 self._channel.shutdown()
-            executor.shutdown(wait=True)
+            self._executor.shutdown(wait=True)
             if self._channel is not None:
                 self._channel.close()
 
-    async def _stream(self, channel: Channel, executor: ThreadPoolExecutor) -> None:
+    async def _stream(self, channel: Channel) -> None:
         if not self._settings.return_path:
-            await self._send(channel, executor)
-            await asyncio.get_running_loop().run_in_executor(executor, channel.finish)
+            await self._send(channel)
+            await self._on_thread(channel.finish)
             await self._complete()
             return
         return_path = ReturnPath(channel, self._tail_started.is_set)
         reader = asyncio.create_task(return_path.run(), name="return path")
-        sender = asyncio.create_task(self._send(channel, executor), name="outgoing stream")
+        sender = asyncio.create_task(self._send(channel), name="outgoing stream")
         try:
             await asyncio.wait((reader, sender), return_when=asyncio.FIRST_COMPLETED)
             if reader.done() and reader.exception() is not None:
@@ -255,10 +258,16 @@ class OutgoingMigration:
                 task.cancel()
             await asyncio.gather(reader, sender, return_exceptions=True)
 
-    async def _send(self, channel: Channel, executor: ThreadPoolExecutor) -> None:
+    async def _send(self, channel: Channel) -> None:
         """The stream from its first to its last byte, phase by phase."""
-        loop = asyncio.get_running_loop()
-        saver = RamSaver(
+        saver = self._ram_saver(channel)
+        await self._set_up(channel, saver)
+        await self._save_ram(saver)
+        await self._pause_before_switchover()
+        await self._switch_over(channel, saver)
+
+    def _ram_saver(self, channel: Channel) -> RamSaver:
+        return RamSaver(
             channel,
             list(self._guest.ram),
             section_id=free_section_id(list(self._guest.devices)),
@@ -269,6 +278,9 @@ class OutgoingMigration:
             clock=self._clock,
             wait=self._wait,
         )
+
+    async def _set_up(self, channel: Channel, saver: RamSaver) -> None:
+        """Phase 1: what the destination must know before the first page."""
         head = stream_head(
             self._guest,
             self._dialect,
@@ -276,11 +288,16 @@ class OutgoingMigration:
             uuid=self._settings.uuid,
         )
         self._stats.dirty_sync_count = 1
-        await loop.run_in_executor(executor, self._write, channel, head + saver.setup_bytes())
+        await self._on_thread(self._write, channel, head + saver.setup_bytes())
         self._setup_s = self._clock.monotonic_s()
         self._advance(Cause.STREAM)
-        await loop.run_in_executor(executor, saver.save_all)
-        await self._pause_before_switchover()
+
+    async def _save_ram(self, saver: RamSaver) -> None:
+        """Phase 2: every page once; a held guest dirties none."""
+        await self._on_thread(saver.save_all)
+
+    async def _switch_over(self, channel: Channel, saver: RamSaver) -> None:
+        """Phase 3: the guest leaves with its devices."""
         self._stats.dirty_sync_count += 1
         self._observer.on_pass(self._stats.dirty_sync_count)
         self._switchover_s = self._clock.monotonic_s()
@@ -288,7 +305,11 @@ class OutgoingMigration:
         await self._observer.before_switchover()
         self._advance(Cause.SWITCHOVER)
         tail = stream_tail(self._guest, self._dialect, saver.end_bytes())
-        await loop.run_in_executor(executor, self._write_tail, channel, tail)
+        await self._on_thread(self._write_tail, channel, tail)
+
+    async def _on_thread(self, call: Callable[[*Ts], T], *args: *Ts) -> T:
+        """Run a step on the sending thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._executor, call, *args)
 
     async def _pause_before_switchover(self) -> None:
         if self._settings.pause_before_switchover:

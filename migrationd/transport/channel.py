@@ -195,6 +195,37 @@ class Channel:
             self.bytes_received += len(data)
             return data
 
+    @property
+    def can_peek(self) -> bool:
+        """Whether :meth:`peek` is possible."""
+        return self.is_socket
+
+    def peek(self, max_bytes: int) -> bytes:
+        """Look at the next bytes without taking them or waiting; sockets only.
+
+        Returns:
+            Bytes, empty at the end of the input.
+
+        Raises:
+            BlockingIOError: Nothing is there.
+            ChannelClosed: The channel was shut down, or the peer broke it.
+        """
+        with self._in_use:
+            assert self._socket is not None
+            try:
+                return self._socket.recv(max_bytes, socket.MSG_DONTWAIT | socket.MSG_PEEK)
+            except BlockingIOError:
+                raise
+            except OSError as error:
+                raise self._broken("read from", error) from error
+
+    def is_hung_up(self) -> bool:
+        """Whether the peer has closed its end, although there may be bytes to read."""
+        with self._in_use:
+            poll = select.poll()
+            poll.register(self._fd, select.POLLRDHUP)
+            return bool(poll.poll(0))
+
     async def wait_readable(self, timeout_s: float | None = None) -> bool:
         """Wait on the event loop until :meth:`recv_some` has something to say.
 
