@@ -29,7 +29,8 @@ class Invocation:
     command_names: tuple[str, ...]
 
 
-Handler = Callable[[Invocation, QapiModel], Awaitable[Returned]]
+Handler = Callable[[Invocation, QapiModel], Returned | Awaitable[Returned]]
+"""A coroutine function only where something has to be awaited: others run without a task."""
 
 
 @dataclass(frozen=True, slots=True)

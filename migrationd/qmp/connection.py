@@ -1,7 +1,7 @@
 """The byte stream of one monitor client: a socket, or standard input and output.
 
 Reads the socket itself: the event loops' own streams lose descriptors that travel
-with the bytes.
+with the bytes. Nothing here waits; who uses it is called when there is something to do.
 """
 
 import asyncio
@@ -20,14 +20,28 @@ RECEIVE_BYTES = 64 << 10
 class Connection(Protocol):
     """A client's bytes."""
 
-    async def recv(self) -> tuple[bytes, list[int]]:
-        """Bytes and the descriptors that came with them; empty at the end."""
+    def recv(self) -> tuple[bytes, list[int]]:
+        """Bytes and the descriptors that came with them; empty at the end.
 
-    async def send(self, data: bytes) -> None:
-        """Send everything; raises OSError when the client has gone."""
+        Raises:
+            BlockingIOError: Nothing is there.
+        """
+
+    def send(self, data: bytes) -> int:
+        """Send what can be sent now; how many bytes that was.
+
+        Raises:
+            OSError: The client has gone.
+        """
+
+    def watch_input(self, on_input: Callable[[], None] | None) -> None:
+        """Be called while there is input, or no longer."""
+
+    def watch_output(self, on_room: Callable[[], None] | None) -> None:
+        """Be called while output can be sent, or no longer."""
 
     def close(self) -> None:
-        """Close; nobody may be waiting in ``recv`` or ``send``."""
+        """Watch no more, and close."""
 
 
 class SocketConnection:
@@ -43,28 +57,35 @@ class SocketConnection:
             with contextlib.suppress(OSError):
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._sock = sock
+        self._watch = _Watch(sock.fileno(), sock.fileno())
 
-    async def recv(self) -> tuple[bytes, list[int]]:
-        """Bytes and descriptors; empty when the client has gone."""
-        while True:
-            try:
-                return recv_with_fds(self._sock, RECEIVE_BYTES)
-            except BlockingIOError:
-                await _wait_readable(self._sock.fileno())
-            except OSError:
-                return b"", []
+    def recv(self) -> tuple[bytes, list[int]]:
+        """See ``Connection.recv``."""
+        try:
+            return recv_with_fds(self._sock, RECEIVE_BYTES)
+        except BlockingIOError:
+            raise
+        except OSError:
+            return b"", []
 
-    async def send(self, data: bytes) -> None:
-        """Send everything; raises OSError when the client has gone."""
-        with contextlib.suppress(BlockingIOError):
-            sent = self._sock.send(data)
-            if sent == len(data):
-                return
-            data = data[sent:]
-        await asyncio.get_running_loop().sock_sendall(self._sock, data)
+    def send(self, data: bytes) -> int:
+        """See ``Connection.send``."""
+        try:
+            return self._sock.send(data, socket.MSG_NOSIGNAL)
+        except BlockingIOError:
+            return 0
+
+    def watch_input(self, on_input: Callable[[], None] | None) -> None:
+        """See ``Connection.watch_input``."""
+        self._watch.input(on_input)
+
+    def watch_output(self, on_room: Callable[[], None] | None) -> None:
+        """See ``Connection.watch_output``."""
+        self._watch.output(on_room)
 
     def close(self) -> None:
         """Close the socket."""
+        self._watch.end()
         self._sock.close()
 
 
@@ -79,51 +100,92 @@ class StdioConnection:
     def __init__(self, input_fd: int = 0, output_fd: int = 1) -> None:
         self._input_fd = input_fd
         self._output_fd = output_fd
+        self._watch = _Watch(input_fd, output_fd)
 
-    async def recv(self) -> tuple[bytes, list[int]]:
-        """Bytes; empty at the end of the input."""
-        with contextlib.suppress(OSError):  # a regular file cannot be polled
-            await _wait_readable(self._input_fd)
+    def recv(self) -> tuple[bytes, list[int]]:
+        """See ``Connection.recv``."""
+        if not _is_ready(self._input_fd, select.POLLIN):
+            raise BlockingIOError
         try:
             return os.read(self._input_fd, RECEIVE_BYTES), []
+        except BlockingIOError:
+            raise
         except OSError:
             return b"", []
 
-    async def send(self, data: bytes) -> None:
-        """Write everything; raises OSError when nobody reads any more."""
-        view = memoryview(data)
-        while view:
-            with contextlib.suppress(PermissionError):  # a regular file cannot be polled
-                await _wait_writable(self._output_fd)
-            # A write of this size into a pipe that has room does not block.
-            with contextlib.suppress(BlockingIOError):
-                view = view[os.write(self._output_fd, view[: select.PIPE_BUF]) :]
+    def send(self, data: bytes) -> int:
+        """See ``Connection.send``."""
+        sent = 0
+        # A write of this size into a pipe that has room does not block.
+        while sent < len(data) and _is_ready(self._output_fd, select.POLLOUT):
+            try:
+                sent += os.write(self._output_fd, data[sent : sent + select.PIPE_BUF])
+            except BlockingIOError:
+                break
+        return sent
+
+    def watch_input(self, on_input: Callable[[], None] | None) -> None:
+        """See ``Connection.watch_input``."""
+        self._watch.input(on_input)
+
+    def watch_output(self, on_room: Callable[[], None] | None) -> None:
+        """See ``Connection.watch_output``."""
+        self._watch.output(on_room)
 
     def close(self) -> None:
-        """Nothing: the descriptors belong to the process."""
+        """Watch no more: the descriptors belong to the process."""
+        self._watch.end()
 
 
-async def _wait_readable(fd: int) -> None:
-    loop = asyncio.get_running_loop()
-    await _wait(fd, loop.add_reader, loop.remove_reader)
+class _Watch:
+    """Calls back while a descriptor is ready; a regular file, which cannot be polled, always is."""
+
+    def __init__(self, input_fd: int, output_fd: int) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._input_fd = input_fd
+        self._output_fd = output_fd
+        self._is_input_watched = False
+        self._is_output_watched = False
+        self._always: dict[str, Callable[[], None]] = {}
+
+    def input(self, callback: Callable[[], None] | None) -> None:
+        if callback is None:
+            if self._is_input_watched and self._always.pop("input", None) is None:
+                self._loop.remove_reader(self._input_fd)
+        elif not self._is_input_watched:
+            try:
+                self._loop.add_reader(self._input_fd, callback)
+            except OSError:
+                self._always["input"] = callback
+                self._again("input", callback)
+        self._is_input_watched = callback is not None
+
+    def output(self, callback: Callable[[], None] | None) -> None:
+        if callback is None:
+            if self._is_output_watched and self._always.pop("output", None) is None:
+                self._loop.remove_writer(self._output_fd)
+        elif not self._is_output_watched:
+            try:
+                self._loop.add_writer(self._output_fd, callback)
+            except OSError:
+                self._always["output"] = callback
+                self._again("output", callback)
+        self._is_output_watched = callback is not None
+
+    def end(self) -> None:
+        self.input(None)
+        self.output(None)
+
+    def _again(self, name: str, callback: Callable[[], None]) -> None:
+        def call() -> None:
+            if self._always.get(name) is callback:
+                callback()
+                self._loop.call_soon(call)
+
+        self._loop.call_soon(call)
 
 
-async def _wait_writable(fd: int) -> None:
-    loop = asyncio.get_running_loop()
-    await _wait(fd, loop.add_writer, loop.remove_writer)
-
-
-async def _wait(
-    fd: int, add: Callable[[int, Callable[[], None]], None], remove: Callable[[int], bool]
-) -> None:
-    ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-
-    def wake() -> None:
-        if not ready.done():
-            ready.set_result(None)
-
-    add(fd, wake)
-    try:
-        await ready
-    finally:
-        remove(fd)
+def _is_ready(fd: int, event: int) -> bool:
+    poll = select.poll()
+    poll.register(fd, event)
+    return bool(poll.poll(0))

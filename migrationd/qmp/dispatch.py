@@ -1,6 +1,7 @@
 """A request to its handler, and what came of it to a reply."""
 
 import logging
+from collections.abc import Awaitable
 
 from migrationd.errors import MigrationdError, QMPError
 from migrationd.qmp.command import Invocation, Returned
@@ -15,10 +16,12 @@ log = logging.getLogger(__name__)
 
 _NAMES = tuple(COMMANDS)
 
+Reply = dict[str, object]
 
-async def answer(
+
+def answer(
     control: Control, value: object, session: Session, fds: RequestFds
-) -> dict[str, object]:
+) -> Reply | Awaitable[Reply]:
     """Perform one request.
 
     Args:
@@ -28,19 +31,34 @@ async def answer(
         fds: Descriptors that it can use.
 
     Returns:
-        The reply; every error becomes one.
+        The reply, or what has to be awaited for it; every error becomes one.
     """
     try:
         request = session.check_request(value)
     except RequestError as refused:
         return failure(refused.id, refused.error)
     try:
-        return success(request.id, to_wire(await _perform(request, control, session, fds)))
-    except MigrationdError as error:
+        returned = _perform(request, control, session, fds)
+        if isinstance(returned, Awaitable):
+            return _reply_later(request, returned)
+        return success(request.id, to_wire(returned))
+    except Exception as error:
+        return _failed(request, error)
+
+
+async def _reply_later(request: Request, returned: Awaitable[Returned]) -> Reply:
+    try:
+        return success(request.id, to_wire(await returned))
+    except Exception as error:
+        return _failed(request, error)
+
+
+def _failed(request: Request, error: Exception) -> Reply:
+    """An error of ours in the client's words; a defect must not end the monitor."""
+    if isinstance(error, MigrationdError):
         return failure(request.id, to_qmp(error))
-    except Exception as error:  # a defect of ours must not end the monitor
-        log.exception("internal error in '%s'", request.command)
-        return failure(request.id, QMPError(f"internal error: {error!r}"))
+    log.error("internal error in '%s'", request.command, exc_info=error)
+    return failure(request.id, QMPError(f"internal error: {error!r}"))
 
 
 def to_wire(returned: Returned) -> object:
@@ -48,17 +66,19 @@ def to_wire(returned: Returned) -> object:
     if returned is None:
         return {}
     if isinstance(returned, QapiModel):
-        return returned.model_dump(by_alias=True, exclude_none=True)
+        return returned.__pydantic_serializer__.to_python(
+            returned, by_alias=True, exclude_none=True
+        )
     return [model.model_dump(by_alias=True, exclude_none=True) for model in returned]
 
 
-async def _perform(
+def _perform(
     request: Request, control: Control, session: Session, fds: RequestFds
-) -> Returned:
+) -> Returned | Awaitable[Returned]:
     spec = COMMANDS.get(request.command)
     if spec is None:
         raise QMPError(f"The command {request.command} has not been found", "CommandNotFound")
     if request.is_oob and not spec.allows_oob:
         raise QMPError(f"The command {request.command} does not support OOB")
     arguments = parse_arguments(spec.arguments, request.arguments)
-    return await spec.handler(Invocation(control, session, fds, _NAMES), arguments)
+    return spec.handler(Invocation(control, session, fds, _NAMES), arguments)

@@ -114,3 +114,7 @@ class RequestFds:
     def close(self, fdname: str) -> None:
         """Close a named descriptor; see ``FdTable.close``."""
         self._table.close(fdname)
+
+    def claim(self) -> int:
+        """Take the descriptor that came with this request; see ``PassedFds.claim``."""
+        return self._passed.claim()

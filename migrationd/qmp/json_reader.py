@@ -8,7 +8,9 @@ Reference: QEMU 11.1's reader: its limits, its recovery after an error, its text
 ``LINE:COLUMN:`` in front; single-quoted strings and ``\\'`` are accepted.
 """
 
+import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from migrationd.qmp.json_parser import MISSING, JsonParser, JsonSyntaxError, decode_leniently
@@ -91,8 +93,49 @@ _RECOVERED = re.compile(rb"[][{}:,\x00-\x08\x0a-\x1f\xfe\xff]")
 _STEP = {ord("{"): (1, 0), ord("}"): (-1, 0), ord("["): (0, 1), ord("]"): (0, -1)}
 
 
+_PLAIN = re.compile(rb"[ !#-&(-\[\]-~\"]*+")
+"""ASCII without escapes, single quotes and line ends: what JSON and QEMU's JSON agree on."""
+
+_BRACE = ord("{")
+_PLAIN_NESTING = 64
+_PLAIN_DIGITS = 18
+
+
+class _NotPlain(Exception):
+    """The slow way has to look at it."""
+
+
+def _plain_object(members: Sequence[tuple[str, object]]) -> dict[str, object]:
+    found = dict(members)
+    if len(found) != len(members):
+        raise _NotPlain
+    return found
+
+
+def _plain_integer(text: str) -> int:
+    if len(text) > _PLAIN_DIGITS:
+        raise _NotPlain
+    return int(text)
+
+
+def _not_plain(_: str) -> object:
+    raise _NotPlain
+
+
+_PLAIN_DECODER = json.JSONDecoder(
+    object_pairs_hook=_plain_object,
+    parse_int=_plain_integer,
+    parse_float=_not_plain,
+    parse_constant=_not_plain,
+)
+
+
 class JsonReader:
-    """Reads one connection."""
+    """Reads one connection.
+
+    A whole object at the beginning of the input that is written plainly, as nearly all
+    are, is read by the library; everything else, and every error, byte by byte.
+    """
 
     def __init__(self) -> None:
         self._line = 1
@@ -117,6 +160,10 @@ class JsonReader:
         self._found = []
         at = 0
         while at < len(data):
+            if data[at] == _BRACE and self.is_between_values and not self._is_looked_at:
+                at = self._read_plainly(data, at)
+                if at == len(data):
+                    break
             if self._state is not None:
                 at = self._continue_token(data, at)
             elif self._is_recovering:
@@ -124,6 +171,24 @@ class JsonReader:
             else:
                 at = self._start_token(data, at)
         return self._found
+
+    def _read_plainly(self, data: bytes, start: int) -> int:
+        """Read objects of one line; where they end."""
+        plain = _PLAIN.match(data, start)
+        assert plain is not None
+        text = plain[0].decode("ascii")
+        at = 0
+        try:
+            while text.startswith("{", at):
+                value, end = _PLAIN_DECODER.raw_decode(text, at)
+                if text.count("{", at, end) + text.count("[", at, end) > _PLAIN_NESTING:
+                    break
+                self._found.append(JsonValue(value))
+                at = end
+        except (_NotPlain, ValueError, RecursionError):
+            pass
+        self._column += at
+        return start + at
 
     def _begin_token(self) -> None:
         self._state: _State | None = None

@@ -18,6 +18,7 @@ class MonitorSpec:
         port: Of a TCP socket.
         is_server: Listen; otherwise connect out (``qmp-shell-wrap``).
         waits: Do not go on before the first client has connected.
+        is_pretty: Spread output over indented lines.
     """
 
     kind: str
@@ -26,6 +27,7 @@ class MonitorSpec:
     port: int = 0
     is_server: bool = False
     waits: bool = False
+    is_pretty: bool = False
 
 
 def parse_monitor_spec(text: str) -> MonitorSpec:

@@ -46,7 +46,7 @@ class MonitorServer:
         self._listener = inherited
         self._is_inherited = inherited is not None
         self._fds = FdTable()
-        self._running: set[asyncio.Task[None]] = set()
+        self._running: set[asyncio.Future[None]] = set()
         self._task: asyncio.Task[None] | None = None
         self._first_client = asyncio.Event()
 
@@ -101,7 +101,12 @@ class MonitorServer:
         self._first_client.set()
         try:
             await MonitorClient(
-                connection, self._dispatch, self._bus, self._fds, self._running
+                connection,
+                self._dispatch,
+                self._bus,
+                self._fds,
+                self._running,
+                is_pretty=self._spec.is_pretty,
             ).serve()
         except OSError as error:
             log.debug("monitor client lost: %s", error)

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from migrationd.errors import QMPError
+from migrationd.qmp.json_reader import JsonValue
 
 UNSET = object()
 """For a request without ``id``."""
@@ -59,20 +60,21 @@ class Session:
     def __init__(self, version: Mapping[str, object], offered: Sequence[str] = ()) -> None:
         self._version = version
         self._offered = tuple(offered)
-        self._enabled: frozenset[str] = frozenset()
+        self._allows_oob = False
         self.is_negotiated = False
 
     @property
     def allows_oob(self) -> bool:
         """Whether the client has enabled out-of-band execution."""
-        return OOB in self._enabled
+        return self._allows_oob
 
     def greeting(self) -> dict[str, object]:
         """The first message."""
         return {"QMP": {"version": self._version, "capabilities": list(self._offered)}}
 
-    def is_oob(self, value: object) -> bool:
-        """Whether a request overtakes others; to be asked as soon as it has been read."""
+    def is_oob(self, item: object) -> bool:
+        """Whether what the reader found overtakes others; to be asked when it has been read."""
+        value = item.value if isinstance(item, JsonValue) else None
         return self.allows_oob and isinstance(value, dict) and _OUT_OF_BAND in value
 
     def check_request(self, value: object) -> Request:
@@ -130,7 +132,7 @@ class Session:
         missing = [name for name in enable if name not in self._offered]
         if missing:
             raise QMPError(f"Capability {', '.join(missing)} not available")
-        self._enabled = frozenset(enable)
+        self._allows_oob = OOB in enable
         self.is_negotiated = True
 
 

@@ -29,6 +29,7 @@ from migrationd.transport.address import (
 )
 from migrationd.transport.channel import Channel
 from migrationd.transport.command import start_command
+from migrationd.transport.fdset import open_file
 from migrationd.transport.resolve import SocketTarget, resolve
 
 FdLookup = Callable[[str], int]
@@ -238,8 +239,7 @@ async def _connected(sock: socket.socket, target: SocketTarget) -> None:
 def _create_file(path: str, offset: int) -> Channel:
     try:
         # Non-blocking: a FIFO without a reader must not hold the monitor.
-        flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
-        fd = os.open(path, flags, 0o600)
+        fd = open_file(path, os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK)
     except OSError as error:
         raise ConnectFailed(f"Could not create '{path}': {error.strerror}") from error
     try:

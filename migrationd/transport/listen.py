@@ -33,6 +33,7 @@ from migrationd.transport.connect import (
     set_keep_alive,
     vsock_socket,
 )
+from migrationd.transport.fdset import open_file
 from migrationd.transport.resolve import SocketTarget, resolve
 
 BACKLOG = 512
@@ -277,7 +278,7 @@ def _listen_fd(fd: int) -> Listener:
 def _open_file(path: str, offset: int) -> Channel:
     try:
         # Non-blocking: a FIFO without a writer must not hold the monitor.
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        fd = open_file(path, os.O_RDONLY | os.O_NONBLOCK)
     except OSError as error:
         raise ConnectFailed(f"Could not open '{path}': {error.strerror}") from error
     try:

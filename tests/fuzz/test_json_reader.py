@@ -83,3 +83,48 @@ def test_noise_gives_the_same_however_it_is_split_and_never_stops_the_reader(
     assert all(isinstance(item, JsonValue | JsonError) for item in found)
     recovered = pieces.feed(b"\x01\n") + pieces.feed(b'{"execute": "stop"}')
     assert JsonValue({"execute": "stop"}) in recovered
+
+
+class SlowReader(JsonReader):
+    """Reads byte by byte whatever the input is."""
+
+    def _read_plainly(self, data: bytes, start: int) -> int:
+        return start
+
+
+ALMOST_PLAIN = st.lists(
+    st.sampled_from(
+        [
+            b'{"execute": "stop"}',
+            b'{"execute": "x", "arguments": {"a": [1, -2, true, null], "b": {}}, "id": 7}',
+            b'{"a": 1, "a": 2}',
+            b'{"a": 1.5}',
+            b'{"a": 0e1, "b": 01}',
+            b'{"a": NaN}',
+            b'{"a": 18446744073709551615}',
+            b'{"a": -9223372036854775809}',
+            b'{"a": "\\ud800"}',
+            b'{"a": "\xc3\xa4"}',
+            b"{'a': 1}",
+            b'{"a": [' + b"[" * 70 + b"]" * 70 + b"]}",
+            b'{"unfinished": [',
+            b"12",
+            b"\n",
+            b" ",
+            b"\x01\n",
+            b"}",
+        ]
+    )
+    | st.sampled_from([b"{", b"}", b'"', b",", b":", b"1", b"[", b"]"])
+    | JSON.map(lambda value: json.dumps({"v": value}).encode()),
+    max_size=12,
+).map(b"".join)
+
+
+@settings(max_examples=1500, deadline=None)
+@given(data=ALMOST_PLAIN, cuts=st.lists(st.integers(0, 999), max_size=4))
+def test_the_quick_way_and_the_slow_way_find_the_same(data: bytes, cuts: list[int]) -> None:
+    quick, slow = JsonReader(), SlowReader()
+    for chunk in split(data, cuts):
+        assert list(map(repr, quick.feed(chunk))) == list(map(repr, slow.feed(chunk)))
+        assert quick.is_between_values == slow.is_between_values

@@ -30,5 +30,6 @@ class Monitor:
                 replies.append(failure(UNSET, QMPError(item.text)))
                 continue
             fds = RequestFds(self.fds, PassedFds([]))
-            replies.append(await answer(self.control, item.value, self.session, fds))
+            reply = answer(self.control, item.value, self.session, fds)
+            replies.append(reply if isinstance(reply, dict) else await reply)
         return replies

@@ -5,7 +5,6 @@ from uuid import UUID
 from migrationd.qmp.command import Invocation
 from migrationd.qmp.models.control import (
     CommandInfo,
-    FdName,
     KvmInfo,
     NameInfo,
     QmpCapabilities,
@@ -16,62 +15,52 @@ from migrationd.qmp.models.control import (
 from migrationd.qmp.version import VERSION
 
 
-async def qmp_capabilities(call: Invocation, arguments: QmpCapabilities) -> None:
+def qmp_capabilities(call: Invocation, arguments: QmpCapabilities) -> None:
     """``qmp_capabilities``."""
     call.session.negotiate(list(arguments.enable))
 
 
-async def query_version(call: Invocation, _: object) -> VersionInfo:
+def query_version(call: Invocation, _: object) -> VersionInfo:
     """``query-version``."""
     return VersionInfo.model_validate(VERSION)
 
 
-async def query_commands(call: Invocation, _: object) -> list[CommandInfo]:
+def query_commands(call: Invocation, _: object) -> list[CommandInfo]:
     """``query-commands``."""
     return [CommandInfo.make(name=name) for name in call.command_names]
 
 
-async def query_status(call: Invocation, _: object) -> StatusInfo:
+def query_status(call: Invocation, _: object) -> StatusInfo:
     """``query-status``."""
     control = call.control
     return StatusInfo.make(status=control.run_state, running=control.running)
 
 
-async def query_name(call: Invocation, _: object) -> NameInfo:
+def query_name(call: Invocation, _: object) -> NameInfo:
     """``query-name``."""
     return NameInfo.make(name=call.control.guest_name)
 
 
-async def query_uuid(call: Invocation, _: object) -> UuidInfo:
+def query_uuid(call: Invocation, _: object) -> UuidInfo:
     """``query-uuid``: all zero when there is none."""
     return UuidInfo.make(UUID=str(call.control.guest_uuid or UUID(int=0)))
 
 
-async def query_kvm(call: Invocation, _: object) -> KvmInfo:
+def query_kvm(call: Invocation, _: object) -> KvmInfo:
     """``query-kvm``: nothing executes here."""
     return KvmInfo.make(enabled=False, present=False)
 
 
-async def stop(call: Invocation, _: object) -> None:
+def stop(call: Invocation, _: object) -> None:
     """``stop``."""
     call.control.stop()
 
 
-async def cont(call: Invocation, _: object) -> None:
+def cont(call: Invocation, _: object) -> None:
     """``cont``."""
     call.control.cont()
 
 
-async def quit_(call: Invocation, _: object) -> None:
+def quit_(call: Invocation, _: object) -> None:
     """``quit``."""
     call.control.quit()
-
-
-async def getfd(call: Invocation, arguments: FdName) -> None:
-    """``getfd``."""
-    call.fds.name(arguments.fdname)
-
-
-async def closefd(call: Invocation, arguments: FdName) -> None:
-    """``closefd``."""
-    call.fds.close(arguments.fdname)

@@ -20,7 +20,7 @@ from migrationd.transport.address import address_from_qapi, parse_uri
 _ADDRESSES: TypeAdapter[SocketAddress] = TypeAdapter(SocketAddress)
 
 
-async def migrate(call: Invocation, arguments: Migrate) -> None:
+def migrate(call: Invocation, arguments: Migrate) -> None:
     """``migrate``."""
     if _has_uri(arguments):
         channels = [MigrationChannel("main", parse_uri(arguments.uri))]
@@ -43,17 +43,17 @@ async def migrate_incoming(call: Invocation, arguments: MigrateIncoming) -> None
     )
 
 
-async def migrate_cancel(call: Invocation, _: object) -> None:
+def migrate_cancel(call: Invocation, _: object) -> None:
     """``migrate_cancel``."""
     call.control.migrate_cancel()
 
 
-async def migrate_continue(call: Invocation, arguments: MigrateContinue) -> None:
+def migrate_continue(call: Invocation, arguments: MigrateContinue) -> None:
     """``migrate-continue``."""
     call.control.migrate_continue(arguments.state)
 
 
-async def query_migrate(call: Invocation, _: object) -> MigrationInfoModel:
+def query_migrate(call: Invocation, _: object) -> MigrationInfoModel:
     """``query-migrate``: the destination's part first, the source's over it."""
     members: dict[str, object] = {}
     for info in (call.control.incoming_info(), call.control.outgoing_info()):

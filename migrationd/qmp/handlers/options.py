@@ -16,7 +16,7 @@ _FIELDS = {str(field.alias): name for name, field in MigrationParameters.model_f
 _MAPPING = "block-bitmap-mapping"
 
 
-async def query_capabilities(call: Invocation, _: object) -> list[MigrationCapabilityStatus]:
+def query_capabilities(call: Invocation, _: object) -> list[MigrationCapabilityStatus]:
     """``query-migrate-capabilities``."""
     return [
         MigrationCapabilityStatus.make(state=state, capability=name)
@@ -24,7 +24,7 @@ async def query_capabilities(call: Invocation, _: object) -> list[MigrationCapab
     ]
 
 
-async def set_capabilities(call: Invocation, arguments: MigrateSetCapabilities) -> None:
+def set_capabilities(call: Invocation, arguments: MigrateSetCapabilities) -> None:
     """``migrate-set-capabilities``: all or nothing; refused while a migration runs."""
     call.control.check_capabilities_may_change()
     call.control.options.set_capabilities(
@@ -32,7 +32,7 @@ async def set_capabilities(call: Invocation, arguments: MigrateSetCapabilities) 
     )
 
 
-async def query_parameters(call: Invocation, _: object) -> MigrationParameters:
+def query_parameters(call: Invocation, _: object) -> MigrationParameters:
     """``query-migrate-parameters``."""
     values: dict[str, object] = {}
     for name, value in call.control.options.parameters.items():
@@ -40,7 +40,7 @@ async def query_parameters(call: Invocation, _: object) -> MigrationParameters:
     return MigrationParameters.make(**values)
 
 
-async def set_parameters(call: Invocation, arguments: MigrateSetParameters) -> None:
+def set_parameters(call: Invocation, arguments: MigrateSetParameters) -> None:
     """``migrate-set-parameters``: all or nothing, also while a migration runs."""
     given = arguments.model_dump(
         by_alias=True, exclude_unset=True, exclude={"block_bitmap_mapping"}

@@ -3,8 +3,9 @@
 from typing import Any, cast
 
 from migrationd.qmp.command import CommandSpec, Handler
-from migrationd.qmp.handlers import control, migrate, options
+from migrationd.qmp.handlers import control, fds, migrate, options
 from migrationd.qmp.models import control as control_models
+from migrationd.qmp.models import fds as fds_models
 from migrationd.qmp.models import migration as migration_models
 from migrationd.qmp.models.base import QapiModel
 from migrationd.qmp.models.control import Empty
@@ -39,8 +40,11 @@ COMMANDS: dict[str, CommandSpec] = {
         _spec("stop", control.stop),
         _spec("cont", control.cont),
         _spec("quit", control.quit_),
-        _spec("getfd", control.getfd, control_models.FdName),
-        _spec("closefd", control.closefd, control_models.FdName),
+        _spec("getfd", fds.getfd, control_models.FdName),
+        _spec("closefd", fds.closefd, control_models.FdName),
+        _spec("add-fd", fds.add_fd, fds_models.AddFd, fds_models.AddfdInfo),
+        _spec("remove-fd", fds.remove_fd, fds_models.RemoveFd),
+        _spec("query-fdsets", fds.query_fdsets, returns=fds_models.FdsetInfo, returns_list=True),
         _spec("migrate", migrate.migrate, migration_models.Migrate),
         _spec("migrate-incoming", migrate.migrate_incoming, migration_models.MigrateIncoming),
         _spec("migrate_cancel", migrate.migrate_cancel),

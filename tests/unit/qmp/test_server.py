@@ -14,9 +14,10 @@ from migrationd.clock import SystemClock
 from migrationd.errors import ConfigError, ConnectFailed, QMPError
 from migrationd.linux.scm_rights import send_with_fds
 from migrationd.qmp import client as client_module
+from migrationd.qmp.client import MonitorClient
 from migrationd.qmp.connection import StdioConnection
 from migrationd.qmp.event_bus import EventBus
-from migrationd.qmp.fds import RequestFds
+from migrationd.qmp.fds import FdTable, RequestFds
 from migrationd.qmp.monitor_spec import MonitorSpec, parse_monitor_spec
 from migrationd.qmp.server import Dispatch, MonitorServer
 from migrationd.qmp.session import Request, RequestError, Session, failure, success
@@ -352,28 +353,78 @@ def test_tcp_connecting_out_and_standard_input(
 
 
 @pytest.mark.parametrize("loop", LOOPS)
-def test_a_full_pipe_does_not_hold_the_process(
+def test_standard_input_and_a_full_pipe_that_does_not_hold_the_process(
     loop: Callable[[], asyncio.AbstractEventLoop],
 ) -> None:
     async def main() -> None:
         reading, writing = os.pipe()
         unread, output = os.pipe()
+        dispatch: asyncio.Future[Dispatch] = asyncio.get_running_loop().create_future()
+        dispatch.set_result(echo)
         connection = StdioConnection(reading, output)
-        os.write(writing, b"abc")
-        assert await connection.recv() == (b"abc", [])
-        sending = asyncio.create_task(connection.send(b"x" * (1 << 20)))
+        client = MonitorClient(connection, dispatch, EventBus(SystemClock()), FdTable(), set())
+        serving = asyncio.create_task(client.serve())
+        command = json.dumps({"execute": "qmp_capabilities", "id": "x" * 40_000}).encode()
+        sending = asyncio.create_task(asyncio.to_thread(os.write, writing, command * 8))
         got = b""
-        while len(got) < 1 << 20:
-            await asyncio.sleep(0)
-            got += await asyncio.to_thread(os.read, unread, 1 << 16)
+        while got.count(b"\r\n") < 9:
+            await asyncio.sleep(0.001)
+            got += await asyncio.to_thread(os.read, unread, 4096)
         await sending
-        os.close(unread)
-        with pytest.raises(OSError, match="Broken pipe"):
-            await connection.send(b"x")
+        assert [next(iter(json.loads(line))) for line in got.splitlines()][:2] == ["QMP", "return"]
         os.close(writing)
-        assert await connection.recv() == (b"", [])
-        for fd in (reading, output):
+        await asyncio.wait_for(serving, 5)
+        os.fstat(reading)
+        for fd in (reading, output, unread):
             os.close(fd)
+
+    with asyncio.Runner(loop_factory=loop) as runner:
+        runner.run(main())
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_regular_files_as_standard_input_and_output(
+    loop: Callable[[], asyncio.AbstractEventLoop], tmp_path: Path
+) -> None:
+    (tmp_path / "in").write_bytes(b'{"execute": "qmp_capabilities"}' + b'{"execute": "a"}' * 500)
+
+    async def main() -> None:
+        dispatch: asyncio.Future[Dispatch] = asyncio.get_running_loop().create_future()
+        dispatch.set_result(echo)
+        with (tmp_path / "in").open("rb") as reading, (tmp_path / "out").open("wb") as writing:
+            connection = StdioConnection(reading.fileno(), writing.fileno())
+            client = MonitorClient(connection, dispatch, EventBus(SystemClock()), FdTable(), set())
+            await asyncio.wait_for(client.serve(), 10)
+
+    with asyncio.Runner(loop_factory=loop) as runner:
+        runner.run(main())
+    lines = (tmp_path / "out").read_bytes().splitlines()
+    assert json.loads(lines[-1]) == {"return": {"did": "a"}}
+    assert len(lines) == 502
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_pretty_output(loop: Callable[[], asyncio.AbstractEventLoop], tmp_path: Path) -> None:
+    async def main() -> None:
+        dispatch: asyncio.Future[Dispatch] = asyncio.get_running_loop().create_future()
+        dispatch.set_result(echo)
+        path = tmp_path / "pretty.sock"
+        spec = MonitorSpec("unix", str(path), is_server=True, is_pretty=True)
+        monitor = MonitorServer(dispatch, EventBus(SystemClock()), spec)
+        await monitor.start()
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.connect(str(path))
+            sock.sendall(b'{"execute": "x", "id": [1, {}]}')
+            got = b""
+            while b"error" not in got or not got.endswith(b"\r\n}\r\n"):
+                got += await asyncio.to_thread(sock.recv, 4096)
+        await monitor.aclose()
+        lines = got.split(b"\r\n")
+        assert lines[:3] == [b"{", b'    "QMP": {', b'        "version": {']
+        begin = lines.index(b'    "id": [')
+        assert lines[begin - 1 : begin + 5] == [
+            b"{", b'    "id": [', b"        1,", b"        {", b"        }", b"    ],",
+        ]  # fmt: skip
 
     with asyncio.Runner(loop_factory=loop) as runner:
         runner.run(main())

@@ -3,6 +3,7 @@
 import pytest
 
 from migrationd.errors import QMPError
+from migrationd.qmp.json_reader import JsonValue
 from migrationd.qmp.session import UNSET, Request, RequestError, Session, failure, success
 from migrationd.qmp.version import VERSION
 
@@ -66,10 +67,10 @@ def test_out_of_band_has_to_be_enabled() -> None:
     assert session.greeting()["QMP"] == {"version": VERSION, "capabilities": ["oob"]}
     with pytest.raises(QMPError, match="Capability oob not available"):
         Session(VERSION).negotiate(["oob"])
-    assert not session.is_oob({"exec-oob": "x"})
+    assert not session.is_oob(JsonValue({"exec-oob": "x"}))
     session.negotiate(["oob"])
-    assert session.is_oob({"exec-oob": "x"})
-    assert not session.is_oob({"execute": "x"})
+    assert session.is_oob(JsonValue({"exec-oob": "x"}))
+    assert not session.is_oob(JsonValue({"execute": "x"}))
     assert session.check_request({"exec-oob": "x", "id": 1}) == Request("x", {}, 1, is_oob=True)
 
 
