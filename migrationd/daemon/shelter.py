@@ -5,20 +5,19 @@ import contextlib
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, fields
+from dataclasses import asdict
 
-from migrationd.codec.constants import QEMU_VM_SECTION_START
-from migrationd.codec.records import Configuration, OpaqueSection
+from migrationd.codec.records import Configuration
 from migrationd.config import DaemonConfig
 from migrationd.errors import StoreError
-from migrationd.guest.base import GuestIdentity, SeenOnArrival
+from migrationd.guest.base import GuestIdentity
 from migrationd.guest.device import DeviceState
 from migrationd.guest.memory import AnonymousMemory, FileMemory
 from migrationd.guest.parked import ParkedGuest
 from migrationd.guest.ram_block import RamBlockSpec
 from migrationd.guest.run_state import Owner
 from migrationd.incoming.driver import Berth
-from migrationd.store.mapped_ram_reader import read_bitmap
+from migrationd.incoming.mapped_ram import map_guest
 from migrationd.store.parked_directory import NewGuest, ParkedDirectory, SavedGuest
 
 EMPTY_DESCRIPTION = b"{}"
@@ -67,7 +66,7 @@ class FileBerth:
         page_size = blocks[0].page_size if blocks else 4096
         new = self._directory.begin(
             Configuration(identity.machine, identity.target_page_bits, None, identity.uuid),
-            [_opaque(device) for device in early],
+            [device.to_section() for device in early],
             [(spec.idstr, spec.used_length) for spec in blocks],
             page_size,
         )
@@ -88,14 +87,13 @@ class FileBerth:
         """Write bitmaps and devices, sync, rename; the file is closed for writing then."""
         assert self._new is not None
         rest = guest.devices[self._early_count :]
-        setup = [device for device in rest if _is_of_setup(device)]
         self._new.commit(
             [block.present for block in guest.ram],
-            [_opaque(device) for device in rest if not _is_of_setup(device)],
+            [device.to_section() for device in rest if not device.is_of_setup],
             guest.vmdescription or EMPTY_DESCRIPTION,
             switchover_start=guest.seen.switchover_start,
             seen=asdict(guest.seen),
-            setup=[_opaque(device) for device in setup],
+            setup=[device.to_section() for device in rest if device.is_of_setup],
         )
         os.close(self._new.fd)
         self._new = None
@@ -178,64 +176,10 @@ def open_saved(saved: SavedGuest) -> ParkedGuest:
         StoreError: Its file does not hold what it says.
         GuestError: It cannot be mapped.
     """
-    contents = saved.contents
-    configuration = contents.configuration
     with contextlib.ExitStack() as stack:
         stack.callback(os.close, saved.fd)
-        guest = ParkedGuest.create(
-            GuestIdentity(
-                configuration.machine,
-                configuration.target_page_bits,
-                None,
-                configuration.uuid,
-            ),
-            [
-                RamBlockSpec(block.idstr, block.used_length, block.page_size)
-                for block in contents.blocks
-            ],
-            lambda index, spec: FileMemory(
-                saved.fd, contents.blocks[index].pages_position, spec.used_length, spec.page_size
-            ),
-        )
-        for block, place in zip(guest.ram, contents.blocks, strict=True):
-            block.present[:] = read_bitmap(saved.fd, place)
-        seen = {"switchover_start": contents.has_switchover_start, **saved.sidecar.seen}
-        known = {field.name for field in fields(SeenOnArrival)}
-        guest.complete(
-            [_device(section, is_early=True) for section in contents.early]
-            + [_device(section, is_early=False) for section in contents.late],
-            contents.vmdescription,
-            SeenOnArrival(**{name: value for name, value in seen.items() if name in known}),
-        )
+        guest = map_guest(saved.fd, saved.contents, saved.sidecar.seen)
         if saved.sidecar.run_state is not None:
             guest.choose_run_state(saved.sidecar.run_state)
         guest.restore_owner(Owner(saved.sidecar.owner))
     return guest
-
-
-def _is_of_setup(device: DeviceState) -> bool:
-    return device.is_early or device.kind == QEMU_VM_SECTION_START
-
-
-def _opaque(device: DeviceState) -> OpaqueSection:
-    return OpaqueSection(
-        device.kind,
-        device.section_id,
-        device.idstr,
-        device.instance_id,
-        device.version_id,
-        device.body,
-        has_footer=True,
-    )
-
-
-def _device(section: OpaqueSection, *, is_early: bool) -> DeviceState:
-    return DeviceState(
-        section.idstr,
-        section.instance_id,
-        section.version_id,
-        section.body,
-        section.kind,
-        section.section_id,
-        is_early=is_early and section.kind != QEMU_VM_SECTION_START,
-    )

@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+from migrationd.codec.constants import QEMU_VM_SECTION_START
+from migrationd.codec.records import OpaqueSection
+
 
 @dataclass(frozen=True, slots=True)
 class DeviceState:
@@ -24,3 +27,33 @@ class DeviceState:
     kind: int
     section_id: int
     is_early: bool = False
+
+    @classmethod
+    def of_section(cls, section: OpaqueSection, *, in_setup: bool) -> "DeviceState":
+        """What is kept of a section; ``in_setup`` if it came before RAM contents."""
+        return cls(
+            section.idstr,
+            section.instance_id,
+            section.version_id,
+            section.body,
+            section.kind,
+            section.section_id,
+            is_early=in_setup and section.kind != QEMU_VM_SECTION_START,
+        )
+
+    def to_section(self, *, has_footer: bool = True) -> OpaqueSection:
+        """The section again."""
+        return OpaqueSection(
+            self.kind,
+            self.section_id,
+            self.idstr,
+            self.instance_id,
+            self.version_id,
+            self.body,
+            has_footer,
+        )
+
+    @property
+    def is_of_setup(self) -> bool:
+        """Whether it belongs to the setup phase."""
+        return self.is_early or self.kind == QEMU_VM_SECTION_START

@@ -102,6 +102,8 @@ def plan_layout(
     early: Sequence[OpaqueSection],
     blocks: Sequence[tuple[str, int]],
     page_size: int,
+    *,
+    position: int = 0,
 ) -> Layout:
     """Compute where everything goes.
 
@@ -110,6 +112,7 @@ def plan_layout(
         early: Sections that precede RAM.
         blocks: idstr and used length in bytes of each block, in order.
         page_size: Target page size in bytes.
+        position: Where the stream begins in the file; all positions count from the file's start.
     """
     encode = StreamEncoder(page_size).encode
     named = Configuration(
@@ -121,7 +124,6 @@ def plan_layout(
         QEMU_VM_SECTION_START, RAM_SECTION_ID, "ram", 0, RAM_SECTION_VERSION
     )
     piece += (sum(length for _, length in blocks) | RAM_SAVE_FLAG_MEM_SIZE).to_bytes(8, "big")
-    position = 0
     pieces: list[tuple[int, bytes]] = []
     placed: list[PlacedBlock] = []
     for idstr, length in blocks:

@@ -22,14 +22,9 @@ import numpy.typing as npt
 
 from migrationd.codec.records import Configuration, OpaqueSection
 from migrationd.errors import StoreError
-from migrationd.store.mapped_ram import (
-    Layout,
-    encode_tail,
-    plan_layout,
-    write_at,
-    write_bitmap,
-)
+from migrationd.store.mapped_ram import Layout, plan_layout
 from migrationd.store.mapped_ram_reader import Contents, read_contents
+from migrationd.store.mapped_ram_writer import MappedRamWriter
 from migrationd.store.sidecar import Sidecar, read_sidecar, sync_directory, write_sidecar
 from migrationd.store.write_behind import WriteBehind
 
@@ -62,6 +57,7 @@ class NewGuest:
         self.fd = fd
         self.layout = layout
         self._early = tuple(early)
+        self._writer = MappedRamWriter(fd, layout)
         self._write_behind = WriteBehind(fd)
 
     def commit(
@@ -89,15 +85,14 @@ class NewGuest:
         """
         self._write_behind.stop()
         try:
-            for block, bools in zip(self.layout.blocks, present, strict=True):
-                write_bitmap(self.fd, block, bools)
-            tail = encode_tail(setup, late, vmdescription, switchover_start=switchover_start)
-            write_at(self.fd, tail, self.layout.tail_position)
-            size = self.layout.tail_position + len(tail)
-            os.ftruncate(self.fd, size)
-            crc32 = self._read_back([*self._early, *setup], late)
+            self._writer.write_rest(
+                present, setup, late, vmdescription, switchover_start=switchover_start
+            )
+            written = self._writer.read_back([*self._early, *setup], late, "the guest's file")
             os.fsync(self.fd)
-            self._directory.put_in_place(seen, file_bytes=size, metadata_crc32=crc32)
+            self._directory.put_in_place(
+                seen, file_bytes=written.size, metadata_crc32=written.metadata_crc32
+            )
         except OSError as error:
             raise StoreError(f"the guest cannot be stored: {error.strerror}") from error
 
@@ -105,24 +100,6 @@ class NewGuest:
         """Throw the unfinished guest away."""
         self._write_behind.stop()
         self._directory.remove_part()
-
-    def _read_back(self, early: Sequence[OpaqueSection], late: Sequence[OpaqueSection]) -> int:
-        """Sections are framed by their contents: what was written must be what is read.
-
-        Returns:
-            Sum of everything but pages.
-
-        Raises:
-            StoreError: It is not.
-        """
-        contents = read_contents(self.fd, "the guest's file")
-        if (
-            contents.blocks != self.layout.blocks
-            or list(contents.early) != list(early)
-            or list(contents.late) != list(late)
-        ):
-            raise StoreError("the guest's file does not read back as it was written")
-        return contents.metadata_crc32
 
 
 class ParkedDirectory:
@@ -206,9 +183,7 @@ class ParkedDirectory:
         try:
             fd = os.open(self._part, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
             try:
-                os.ftruncate(fd, layout.tail_position)
-                for position, data in layout.pieces:
-                    write_at(fd, data, position)
+                MappedRamWriter(fd, layout).write_head()
                 return NewGuest(self, fd, layout, early)
             except BaseException:
                 os.close(fd)
