@@ -1,6 +1,7 @@
-"""``migrationctl``: see, start, stop and follow migrations from a terminal.
+"""``migrationctl``: see, start, stop and follow migrations from a terminal; work on files.
 
-All but ``demo`` speak QMP to ``--socket`` and work with migrationd and with QEMU alike.
+All but ``demo`` and the commands on files speak QMP to ``--socket`` and work with migrationd
+and with QEMU alike.
 Exit status: 0 when done, 1 when it failed, 2 for a usage error, 130 after Ctrl-C.
 """
 
@@ -14,6 +15,7 @@ import typer
 from rich.console import Console
 
 from migrationd import __version__
+from migrationd.ctl import file_commands
 from migrationd.ctl.client import ClientError, Monitor, connected, parse_size
 from migrationd.ctl.progress import Progress
 from migrationd.ctl.status import read_status, show_status
@@ -29,6 +31,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 console = Console()
+file_commands.register(app)
 
 _CANCEL_TIMEOUT_S = 30.0
 

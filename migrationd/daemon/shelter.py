@@ -12,6 +12,7 @@ from migrationd.config import DaemonConfig
 from migrationd.errors import StoreError
 from migrationd.guest.base import GuestIdentity
 from migrationd.guest.device import DeviceState
+from migrationd.guest.guest_file import GuestFile
 from migrationd.guest.memory import AnonymousMemory, FileMemory
 from migrationd.guest.parked import ParkedGuest
 from migrationd.guest.ram_block import RamBlockSpec
@@ -95,6 +96,7 @@ class FileBerth:
             seen=asdict(guest.seen),
             setup=[device.to_section() for device in rest if device.is_of_setup],
         )
+        guest.rest_in(GuestFile(self._new.fd))
         os.close(self._new.fd)
         self._new = None
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from migrationd.guest.device import DeviceState
+from migrationd.guest.guest_file import GuestFile
 from migrationd.guest.ram_block import RamBlock
 
 
@@ -56,6 +57,17 @@ class Guest(Protocol):
     @property
     def vmdescription(self) -> bytes | None:
         """JSON that describes the device sections, if there is one."""
+
+    @property
+    def file(self) -> GuestFile | None:
+        """The file that all pages are in, if they are in one."""
+
+    def check_unchanged(self) -> None:
+        """Make sure that what is read of the guest is still what arrived.
+
+        Raises:
+            GuestError: It is not.
+        """
 
     @property
     def page_size(self) -> int:

@@ -139,13 +139,16 @@ class FileMemory:
         size: Bytes of the block; the area must lie within the file.
         page_size: Target page size in bytes.
 
+    Attributes:
+        position: Where the pages area begins.
+
     Raises:
         GuestError: The area cannot be mapped.
     """
 
     def __init__(self, fd: int, position: int, size: int, page_size: int) -> None:
         self._fd = fd
-        self._position = position
+        self.position = position
         self._page_size = page_size
         self._map: mmap.mmap | None = None
         self.view: Bytes = np.empty(0, np.uint8)
@@ -170,7 +173,7 @@ class FileMemory:
     def place_run(self, first_page: int, data: Bytes) -> None:
         """Write consecutive pages by gather writes."""
         try:
-            pwrite_rows(self._fd, data, self._position + first_page * self._page_size)
+            pwrite_rows(self._fd, data, self.position + first_page * self._page_size)
         except OSError as error:
             raise _write_error(error) from error
 
@@ -198,7 +201,7 @@ class FileMemory:
         size = self._page_size
         try:
             for first, count in page_runs(np.unique(pages)).tolist():
-                punch_hole(self._fd, self._position + first * size, count * size)
+                punch_hole(self._fd, self.position + first * size, count * size)
         except OSError as error:
             raise _write_error(error) from error
 
@@ -213,7 +216,7 @@ class FileMemory:
                 self._map.close()
 
     def _place_one(self, page: int, content: memoryview) -> None:
-        position = self._position + page * self._page_size
+        position = self.position + page * self._page_size
         try:
             while content:
                 done = os.pwrite(self._fd, content, position)

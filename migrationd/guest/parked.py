@@ -9,6 +9,7 @@ from dataclasses import replace
 from migrationd.errors import GuestError, InvalidState
 from migrationd.guest.base import GuestIdentity, SeenOnArrival
 from migrationd.guest.device import DeviceState
+from migrationd.guest.guest_file import GuestFile
 from migrationd.guest.memory import Memory
 from migrationd.guest.ram_block import RamBlock, RamBlockSpec
 from migrationd.guest.run_state import RUNNING, Owner, decode_run_state, encode_run_state
@@ -25,6 +26,9 @@ class ParkedGuest:
     Args:
         identity: From the configuration.
         ram: Blocks in the order of the block list.
+
+    Attributes:
+        file: The file that all pages are in, or None.
     """
 
     def __init__(self, identity: GuestIdentity, ram: Sequence[RamBlock]) -> None:
@@ -32,6 +36,7 @@ class ParkedGuest:
         self.ram: tuple[RamBlock, ...] = tuple(ram)
         self.devices: tuple[DeviceState, ...] = ()
         self.vmdescription: bytes | None = None
+        self.file: GuestFile | None = None
         self.seen = SeenOnArrival()
         self._owner = Owner.HELD
 
@@ -72,6 +77,10 @@ class ParkedGuest:
         self.devices = tuple(devices)
         self.vmdescription = vmdescription
         self.seen = seen
+
+    def rest_in(self, file: GuestFile) -> None:
+        """Take over the file that all pages are in; it is closed with the guest."""
+        self.file = file
 
     @property
     def owner(self) -> Owner:
@@ -134,8 +143,19 @@ class ParkedGuest:
         for block in self.ram:
             block.give_back_zeros()
 
+    def check_unchanged(self) -> None:
+        """Make sure that nobody has written to the file that its pages are in.
+
+        Raises:
+            GuestError: Somebody has.
+        """
+        if self.file is not None:
+            self.file.check_unchanged()
+
     def close(self) -> None:
         """Release the memory."""
         blocks, self.ram = self.ram, ()
         for block in blocks:
             block.memory.close()
+        if self.file is not None:
+            self.file.close()

@@ -8,8 +8,10 @@ Reference: stream format 8.3.
 from collections.abc import Mapping
 from dataclasses import fields
 
+from migrationd.errors import GuestError
 from migrationd.guest.base import GuestIdentity, SeenOnArrival
 from migrationd.guest.device import DeviceState
+from migrationd.guest.guest_file import GuestFile
 from migrationd.guest.memory import FileMemory
 from migrationd.guest.parked import ParkedGuest
 from migrationd.guest.ram_block import RamBlockSpec
@@ -71,9 +73,13 @@ def map_guest(fd: int, contents: Contents, seen: Mapping[str, bool] | None = Non
         ),
     )
     try:
+        guest.rest_in(GuestFile(fd))
         for block, place in zip(guest.ram, contents.blocks, strict=True):
             block.present[:] = read_bitmap(fd, place)
         complete_guest(guest, contents, seen)
+    except OSError as error:
+        guest.close()
+        raise GuestError(f"the guest's file: {error.strerror}") from error
     except BaseException:
         guest.close()
         raise

@@ -1,0 +1,190 @@
+"""``migrationctl convert``: a guest from one form of migration file into another."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from migrationd.clock import SystemClock
+from migrationd.ctl.file_guest import FileGuest
+from migrationd.errors import ChannelError, StoreError
+from migrationd.guest.parked import ParkedGuest
+from migrationd.guest.run_state import RUNNING
+from migrationd.migration.dialect import dialect_of
+from migrationd.migration.stats import OutgoingStats
+from migrationd.outgoing.device_save import free_section_id, stream_head, stream_tail
+from migrationd.outgoing.mapped_ram_save import MappedRamSaver
+from migrationd.outgoing.ram_save import RamSaver
+from migrationd.store.container import Compressor, open_file
+from migrationd.store.libvirt_image import (
+    LibvirtImage,
+    encode_libvirt_image,
+    is_libvirt_image,
+    read_libvirt_image,
+)
+from migrationd.store.sidecar import sync_directory
+from migrationd.transport.channel import Channel
+from migrationd.transport.rate_limit import RateLimiter
+
+FORMS = ("plain", "mapped-ram", "zstd", "libvirt")
+ZSTD_LEVELS = range(-7, 23)
+
+
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """What is wanted.
+
+    Attributes:
+        form: One of ``FORMS``.
+        level: Of zstd.
+        position: Where the source's stream begins.
+        domain: For libvirt's form: domain XML, or a save image to take it from; not needed
+            where the source is a save image itself.
+        overwrite: Replace a file that is there.
+    """
+
+    form: str
+    level: int = 3
+    position: int = 0
+    domain: Path | None = None
+    overwrite: bool = False
+
+
+def convert(source: Path, target: Path, wanted: Conversion) -> int:
+    """Convert; the target is there whole, and on stable storage, or not at all.
+
+    Returns:
+        Bytes of the target.
+
+    Raises:
+        MigrationdError: The source is no migration file, or the target cannot be written.
+    """
+    if target.exists() and not wanted.overwrite:
+        raise StoreError(f"'{target}' is there already; --force replaces it")
+    aside = target.with_name(f"{target.name}.part")
+    try:
+        fd = os.open(aside, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        try:
+            with FileGuest(source, position=wanted.position) as file:
+                guest = file.guest
+                if wanted.form == "mapped-ram":
+                    _write_mapped_ram(guest, fd, str(target))
+                elif wanted.form == "zstd":
+                    _write_zstd(guest, fd, wanted.level)
+                elif wanted.form == "libvirt":
+                    _write_libvirt(guest, fd, _domain(file.container.libvirt, wanted), str(target))
+                else:
+                    _write_plain(guest, fd)
+                guest.check_unchanged()
+            os.fsync(fd)
+            size = os.fstat(fd).st_size
+        finally:
+            os.close(fd)
+        os.rename(aside, target)
+        sync_directory(target.parent)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise StoreError(f"'{target}': {error.strerror}") from error
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+    return size
+
+
+def _write_mapped_ram(guest: ParkedGuest, fd: int, path: str) -> None:
+    saver = MappedRamSaver(
+        fd,
+        guest,
+        dialect_of(guest.identity.machine, guest.seen),
+        uuid=guest.identity.uuid,
+        writers=2,
+    )
+    try:
+        saver.begin()
+        saver.save_pages()
+        saver.finish()
+        saver.read_back(path)
+    finally:
+        saver.close()
+
+
+def _write_plain(guest: ParkedGuest, fd: int) -> None:
+    channel = Channel(os.dup(fd))
+    try:
+        _send(guest, channel)
+    finally:
+        channel.close()
+
+
+def _write_zstd(guest: ParkedGuest, fd: int, level: int) -> None:
+    if level not in ZSTD_LEVELS:
+        raise StoreError(f"level {level}, expected {ZSTD_LEVELS[0]} to {ZSTD_LEVELS[-1]}")
+    compressor = Compressor(fd, level)
+    try:
+        _send(guest, compressor.channel)
+    except ChannelError:
+        # Why the compressor went away says more than the broken pipe.
+        compressor.finish()
+        raise
+    compressor.finish()
+
+
+def _write_libvirt(guest: ParkedGuest, fd: int, image: LibvirtImage, path: str) -> None:
+    image = LibvirtImage(
+        image.domain_xml,
+        guest.next_run_state == RUNNING,
+        cookie_xml=image.cookie_xml,
+    )
+    head = encode_libvirt_image(image, partial=True)
+    os.write(fd, head)
+    _write_plain(guest, fd)
+    os.fsync(fd)
+    # As libvirt does it: the magic that says that the image is whole comes last.
+    os.pwrite(fd, encode_libvirt_image(image)[:16], 0)
+    if read_libvirt_image(fd, path).stream_position != len(head):
+        raise StoreError(f"'{path}' does not read back as it was written")
+
+
+def _domain(own: LibvirtImage | None, wanted: Conversion) -> LibvirtImage:
+    """Domain XML for a save image: as it was given, else the source's own."""
+    path = wanted.domain
+    if path is None:
+        if own is None:
+            raise StoreError(
+                "libvirt's save image holds the domain's XML: give it with --domain, as "
+                "'virsh dumpxml' or 'virsh save-image-dumpxml' prints it, or a save image"
+            )
+        return own
+    fd = open_file(path)
+    try:
+        if is_libvirt_image(os.pread(fd, 16, 0)):
+            return read_libvirt_image(fd, str(path))
+    finally:
+        os.close(fd)
+    xml = path.read_bytes().strip(b"\0\n ")
+    if b"<domain" not in xml or b"\0" in xml:
+        raise StoreError(f"'{path}' is no domain XML")
+    return LibvirtImage(xml + b"\n", was_running=True)
+
+
+def _send(guest: ParkedGuest, channel: Channel) -> None:
+    """The plain stream of a guest."""
+    dialect = dialect_of(guest.identity.machine, guest.seen)
+    saver = RamSaver(
+        channel,
+        list(guest.ram),
+        section_id=free_section_id(list(guest.devices)),
+        has_footers=dialect.send_section_footers,
+        page_size=guest.page_size,
+        stats=OutgoingStats(page_size=guest.page_size, total_bytes=guest.ram_bytes),
+        limiter=RateLimiter(0),
+        clock=SystemClock(),
+        wait=_no_wait,
+    )
+    uuid = guest.identity.uuid
+    channel.send(stream_head(guest, dialect, return_path=False, uuid=uuid) + saver.setup_bytes())
+    saver.save_all()
+    channel.send(stream_tail(guest, dialect, saver.end_bytes()))
+
+
+def _no_wait(delay_s: float) -> None:
+    raise AssertionError(f"no bandwidth limit was set, but a wait of {delay_s} s asked for")
