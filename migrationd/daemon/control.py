@@ -342,6 +342,9 @@ class GuestControl:
         if self.options.capabilities["events"]:
             self._bus.emit("MIGRATION", {"status": status})
 
+    def _on_stopped(self) -> None:
+        self._bus.emit("STOP", None)
+
     def _on_pass(self, number: int) -> None:
         if self.options.capabilities["events"]:
             self._bus.emit("MIGRATION_PASS", {"pass": number})
@@ -378,6 +381,9 @@ class _OutgoingObserver:
 
     def on_pass(self, number: int) -> None:
         self._control._on_pass(number)
+
+    def on_stopped(self) -> None:
+        self._control._on_stopped()
 
     async def before_switchover(self) -> None:
         self._control._in_switchover = True

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from migrationd.guest.device import DeviceState
+from migrationd.guest.dirty import DirtyTracker
 from migrationd.guest.guest_file import GuestFile
+from migrationd.guest.memory import Pages
 from migrationd.guest.ram_block import RamBlock
 
 
@@ -37,6 +39,49 @@ class GuestIdentity:
     target_page_bits: int | None = None
     capabilities: tuple[str, ...] | None = None
     uuid: bytes | None = None
+
+
+class Live(Protocol):
+    """What can be done with a guest that executes; every call may block for seconds."""
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it executes now."""
+
+    @property
+    def tracker(self) -> DirtyTracker:
+        """Which pages it writes."""
+
+    def touched_runs(self, block: RamBlock) -> Pages:
+        """Runs of pages that may hold something, shape ``(n, 2)``: first page, count."""
+
+    def stop(self) -> None:
+        """Stop it; when this returns it changes nothing any more.
+
+        Raises:
+            GuestError: It does not stop; it goes on.
+        """
+
+    def start(self) -> None:
+        """Let it execute.
+
+        Raises:
+            GuestError: It does not.
+        """
+
+    def throttle(self, percentage: int) -> None:
+        """Let it give up this share of its time.
+
+        Raises:
+            GuestError: It does not.
+        """
+
+    def save_devices(self, *, was_running: bool) -> None:
+        """Take the state of the stopped guest's devices.
+
+        Raises:
+            GuestError: A device cannot be saved.
+        """
 
 
 class Guest(Protocol):
@@ -72,3 +117,7 @@ class Guest(Protocol):
     @property
     def page_size(self) -> int:
         """Target page size in bytes."""
+
+    @property
+    def live(self) -> Live | None:
+        """How to handle it while it executes; None for a guest that never does."""

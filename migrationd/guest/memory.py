@@ -5,6 +5,8 @@ gather write; nothing is done for a zero page that was never anything else.
 """
 
 import contextlib
+import errno
+import fcntl
 import mmap
 import os
 from collections.abc import Sequence
@@ -57,31 +59,19 @@ class Memory(Protocol):
         """Release everything."""
 
 
-class AnonymousMemory:
-    """Private memory, in huge pages where the block is large enough.
+class MappedMemory:
+    """Memory that is mapped here for reading and writing.
 
     Args:
+        mapping: At least ``size`` bytes.
         size: Bytes, a multiple of the page size.
         page_size: Target page size in bytes.
-
-    Raises:
-        GuestError: The kernel gives no address space for it.
     """
 
-    def __init__(self, size: int, page_size: int) -> None:
+    def __init__(self, mapping: mmap.mmap, size: int, page_size: int) -> None:
         self._page_size = page_size
-        length = max(size, mmap.PAGESIZE)
-        try:
-            self._map = mmap.mmap(
-                -1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
-            )
-        except (OSError, OverflowError, ValueError) as error:
-            raise GuestError(f"cannot map {size} bytes of guest memory: {error}") from error
-        self._is_huge = size >= HUGE_PAGE_BYTES
-        if self._is_huge:
-            with contextlib.suppress(OSError):
-                self._map.madvise(mmap.MADV_HUGEPAGE)
-        self.view: Bytes = np.frombuffer(self._map, np.uint8, size)
+        self._map = mapping
+        self.view: Bytes = np.frombuffer(mapping, np.uint8, size)
         self._pages = self.view.reshape(-1, page_size)
 
     def place_run(self, first_page: int, data: Bytes) -> None:
@@ -107,6 +97,41 @@ class AnonymousMemory:
         self._pages[pages] = 0
 
     def give_back(self, runs: Pages) -> None:
+        """Nothing, unless the kind of memory knows how."""
+
+    def close(self) -> None:
+        """Unmap; a view that is still in use keeps the mapping until it goes."""
+        del self.view, self._pages
+        with contextlib.suppress(BufferError):
+            self._map.close()
+
+
+class AnonymousMemory(MappedMemory):
+    """Private memory, in huge pages where the block is large enough.
+
+    Args:
+        size: Bytes, a multiple of the page size.
+        page_size: Target page size in bytes.
+
+    Raises:
+        GuestError: The kernel gives no address space for it.
+    """
+
+    def __init__(self, size: int, page_size: int) -> None:
+        length = max(size, mmap.PAGESIZE)
+        try:
+            mapping = mmap.mmap(
+                -1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+            )
+        except (OSError, OverflowError, ValueError) as error:
+            raise GuestError(f"cannot map {size} bytes of guest memory: {error}") from error
+        self._is_huge = size >= HUGE_PAGE_BYTES
+        if self._is_huge:
+            with contextlib.suppress(OSError):
+                mapping.madvise(mmap.MADV_HUGEPAGE)
+        super().__init__(mapping, size, page_size)
+
+    def give_back(self, runs: Pages) -> None:
         """Give long runs back to the kernel; they read as zero."""
         gave_back = False
         for first, count in runs[runs[:, 1] * self._page_size >= TRIM_BYTES].tolist():
@@ -120,11 +145,61 @@ class AnonymousMemory:
             with contextlib.suppress(OSError):
                 self._map.madvise(mmap.MADV_NOHUGEPAGE)
 
-    def close(self) -> None:
-        """Unmap; a view that is still in use keeps the mapping until it goes."""
-        del self.view, self._pages
-        with contextlib.suppress(BufferError):
-            self._map.close()
+
+class SharedMemory(MappedMemory):
+    """A memfd that a workload has mapped as well.
+
+    Args:
+        fd: The memfd, sealed against shrinking; not owned.
+        size: Bytes of the block, a multiple of the page size.
+        page_size: Target page size in bytes.
+
+    Raises:
+        GuestError: It can shrink under the mapping, or cannot be mapped.
+    """
+
+    def __init__(self, fd: int, size: int, page_size: int) -> None:
+        self._fd = fd
+        try:
+            if not fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
+                fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+            mapping = mmap.mmap(fd, size)
+        except (OSError, ValueError) as error:
+            raise GuestError(
+                f"a memfd of {size} bytes that cannot be sealed and mapped: {error}"
+            ) from error
+        super().__init__(mapping, size, page_size)
+
+    def clear(self) -> None:
+        """Make everything zero, and give its memory back.
+
+        Raises:
+            GuestError: The memfd does not let it.
+        """
+        try:
+            punch_hole(self._fd, 0, len(self.view))
+        except OSError as error:
+            raise GuestError(f"clearing a memfd: {error.strerror}") from error
+
+    def data_runs(self) -> Pages:
+        """Runs of pages that may hold something, shape ``(n, 2)``: first page, count.
+
+        What was never touched is left out without touching it.
+        """
+        runs: list[tuple[int, int]] = []
+        size, at = len(self.view), 0
+        while at < size:
+            try:
+                begin = os.lseek(self._fd, at, os.SEEK_DATA)
+            except OSError as error:
+                if error.errno == errno.ENXIO:
+                    break
+                raise GuestError(f"a memfd's holes: {error.strerror}") from error
+            at = min(size, os.lseek(self._fd, begin, os.SEEK_HOLE))
+            if begin < at:
+                first = begin // self._page_size
+                runs.append((first, -(-at // self._page_size) - first))
+        return np.array(runs, np.int64).reshape(-1, 2)
 
 
 class FileMemory:

@@ -41,6 +41,7 @@ class MigrationInfo:
     downtime_ms: int | None = None
     expected_downtime_ms: int | None = None
     remaining_bytes: int | None = None
+    cpu_throttle_percentage: int | None = None
     ram: RamStats | None = None
     blocked_reasons: tuple[str, ...] = ()
     socket_address: tuple[dict[str, object], ...] = field(default=())

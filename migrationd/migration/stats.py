@@ -27,6 +27,10 @@ class OutgoingStats:
         precopy_bytes: Of these, before the switchover.
         downtime_bytes: Of these, after it.
         dirty_sync_count: Passes over the dirty bitmap that began.
+        dirty_bytes: What a guest that runs has written and is not sent; None for one that does
+            not run: then it is what was never sent.
+        dirty_pages_rate: Pages that it wrote a second, over the last pass.
+        throttle_percentage: Share of its time that it gives up; None without auto-converge.
         mbps: Rate of the last complete window, megabits per second.
         pages_per_s: Pages of the last complete window, per second.
     """
@@ -39,6 +43,9 @@ class OutgoingStats:
     precopy_bytes: int = 0
     downtime_bytes: int = 0
     dirty_sync_count: int = 0
+    dirty_bytes: int | None = None
+    dirty_pages_rate: int = 0
+    throttle_percentage: int | None = None
     mbps: float = 0.0
     pages_per_s: int = 0
     bytes_per_s: float = 0.0
@@ -77,6 +84,8 @@ class OutgoingStats:
     @property
     def remaining_bytes(self) -> int:
         """RAM that has not been sent."""
+        if self.dirty_bytes is not None:
+            return self.dirty_bytes
         return max(0, self.total_bytes - self._pages * self.page_size)
 
     def expected_downtime_ms(self, downtime_limit_ms: int) -> int:
@@ -95,6 +104,7 @@ class OutgoingStats:
             normal=self.normal_pages,
             normal_bytes=self.normal_pages * self.page_size,
             mbps=self.mbps,
+            dirty_pages_rate=self.dirty_pages_rate,
             dirty_sync_count=self.dirty_sync_count,
             page_size=self.page_size,
             pages_per_second=self.pages_per_s,

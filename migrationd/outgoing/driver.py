@@ -22,13 +22,21 @@ from dataclasses import dataclass
 from typing import Protocol, TypeVar, TypeVarTuple
 
 from migrationd.clock import Clock
-from migrationd.errors import ChannelError, MigrationCancelled, MigrationdError, MigrationError
-from migrationd.guest.base import Guest
+from migrationd.errors import (
+    ChannelError,
+    GuestError,
+    MigrationCancelled,
+    MigrationdError,
+    MigrationError,
+)
+from migrationd.guest.base import Guest, Live
+from migrationd.migration.convergence import Convergence, ThrottleSettings
 from migrationd.migration.dialect import Dialect
 from migrationd.migration.info import MigrationInfo
 from migrationd.migration.stats import OutgoingStats
 from migrationd.migration.status import Cause, Role, StatusMachine
 from migrationd.outgoing.device_save import free_section_id, stream_head, stream_tail
+from migrationd.outgoing.live_save import LiveSaver
 from migrationd.outgoing.ram_save import RamSaver
 from migrationd.outgoing.return_path import ReturnPath
 from migrationd.transport.channel import Channel
@@ -51,6 +59,7 @@ class OutgoingSettings:
     uuid: bytes | None = None
     max_bandwidth_bytes_per_s: int = 0
     downtime_limit_ms: int = 300
+    throttle: ThrottleSettings | None = None
 
 
 class Observer(Protocol):
@@ -61,6 +70,9 @@ class Observer(Protocol):
 
     def on_pass(self, number: int) -> None:
         """A pass over the dirty bitmap began."""
+
+    def on_stopped(self) -> None:
+        """The guest was stopped for the switchover."""
 
     async def before_switchover(self) -> None:
         """Put on record that the guest is being handed over (before status ``device``).
@@ -109,6 +121,8 @@ class OutgoingMigration:
         )
         self._limiter = RateLimiter(settings.max_bandwidth_bytes_per_s)
         self._downtime_limit_ms = settings.downtime_limit_ms
+        self._live_saver: LiveSaver | None = None
+        self._was_running = False
         self._continue = asyncio.Event()
         self._stop = threading.Event()
         self._tail_started = threading.Event()
@@ -194,6 +208,8 @@ class OutgoingMigration:
         if status == "none":
             return None
         error_desc = None if self._error is None else str(self._error)
+        if self._live_saver is not None and status == "active":
+            error_desc = self._live_saver.stall
         if status not in _STATUSES_WITH_RAM:
             return MigrationInfo(status=status, error_desc=error_desc)
         completed = status == "completed"
@@ -205,6 +221,7 @@ class OutgoingMigration:
             total_time_ms=_ms(now_s - self._start_s),
             setup_time_ms=_ms((self._setup_s or self._start_s) - self._start_s),
             downtime_ms=_ms(now_s - (self._switchover_s or now_s)) if completed else None,
+            cpu_throttle_percentage=self._stats.throttle_percentage,
             expected_downtime_ms=None
             if completed
             else self._stats.expected_downtime_ms(self._downtime_limit_ms),
@@ -224,9 +241,19 @@ class OutgoingMigration:
             self._stop.set()
             if self._channel is not None:
                 self._channel.shutdown()
+            await self._unthrottle()
             self._executor.shutdown(wait=True)
             if self._channel is not None:
                 self._channel.close()
+
+    async def _unthrottle(self) -> None:
+        """Let a guest that was slowed down have its time again, however it ended."""
+        if self._live_saver is None:
+            return
+        try:
+            await self._on_thread(self._live_saver.release)
+        except GuestError as error:
+            log.warning("the guest stays throttled: %s", error)
 
     async def _stream(self, channel: Channel) -> None:
         if not self._settings.return_path:
@@ -293,19 +320,55 @@ class OutgoingMigration:
         self._advance(Cause.STREAM)
 
     async def _save_ram(self, saver: RamSaver) -> None:
-        """Phase 2: every page once; a held guest dirties none."""
-        await self._on_thread(saver.save_all)
+        """Phase 2: every page once, for a held guest dirties none; or pass after pass."""
+        live = self._guest.live
+        if live is None:
+            await self._on_thread(saver.save_all)
+            return
+        self._live_saver = self._make_live_saver(live, saver)
+        await self._on_thread(self._live_saver.converge)
+        self._advance(None)
+        self._switchover_s = self._clock.monotonic_s()
+        self._stats.in_switchover = True
+        self._was_running = live.is_running
+        if self._was_running:
+            await self._on_thread(live.stop)
+            self._observer.on_stopped()
+
+    def _make_live_saver(self, live: Live, saver: RamSaver) -> LiveSaver:
+        loop = asyncio.get_running_loop()
+
+        def on_pass() -> None:
+            loop.call_soon_threadsafe(self._observer.on_pass, self._stats.dirty_sync_count)
+
+        return LiveSaver(
+            saver,
+            live,
+            list(self._guest.ram),
+            Convergence(self._settings.throttle),
+            stats=self._stats,
+            clock=self._clock,
+            downtime_limit_s=lambda: self._downtime_limit_ms / 1000,
+            on_pass=on_pass,
+            wait=self._wait,
+        )
 
     async def _switch_over(self, channel: Channel, saver: RamSaver) -> None:
         """Phase 3: the guest leaves with its devices."""
         self._stats.dirty_sync_count += 1
         self._observer.on_pass(self._stats.dirty_sync_count)
-        self._switchover_s = self._clock.monotonic_s()
+        self._switchover_s = self._switchover_s or self._clock.monotonic_s()
         self._stats.in_switchover = True
         await self._observer.before_switchover()
         self._advance(Cause.SWITCHOVER)
+        if self._live_saver is not None and self._guest.live is not None:
+            await self._on_thread(self._live_saver.finish)
+            await self._on_thread(self._save_devices, self._guest.live)
         tail = stream_tail(self._guest, self._dialect, saver.end_bytes())
         await self._on_thread(self._write_tail, channel, tail)
+
+    def _save_devices(self, live: Live) -> None:
+        live.save_devices(was_running=self._was_running)
 
     async def _on_thread(self, call: Callable[[*Ts], T], *args: *Ts) -> T:
         """Run a step on the sending thread."""
@@ -316,10 +379,12 @@ class OutgoingMigration:
             self._advance(Cause.PAUSE_BEFORE_SWITCHOVER)
             await self._continue.wait()
 
-    def _advance(self, cause: Cause) -> None:
+    def _advance(self, cause: Cause | None) -> None:
+        """Go on to the next status, if there is one, unless the migration was cancelled."""
         if self._stop.is_set():
             raise MigrationCancelled("cancelled")
-        self._status.advance(cause)
+        if cause is not None:
+            self._status.advance(cause)
 
     def _write(self, channel: Channel, data: bytes) -> None:
         channel.send(data)

@@ -7,7 +7,7 @@ Reference: RAM records, stream format 2.1-2.3. A held guest knows which of its
 pages are zero, so nothing is scanned on the way out.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -80,6 +80,7 @@ class RamSaver:
         self._batch_pages = batch_pages
         self._named_block: RamBlock | None = None
         self._part_bytes = 0
+        self._prefix = b""
 
     def setup_bytes(self) -> bytes:
         """START with the block list."""
@@ -106,14 +107,44 @@ class RamSaver:
         Raises:
             ChannelClosed: The peer went away, or the channel was shut down.
         """
-        prefix = self._part_header()
+        self.begin_parts()
         for block in self._blocks:
-            for pages, is_zero in self._batches(block):
-                if self._part_bytes >= PART_BYTES:
-                    prefix += self._part_end() + self._part_header()
-                self._send_batch(block, pages, is_zero, prefix)
-                prefix = b""
+            self.send(block, np.flatnonzero(~block.present), is_zero=True)
+            self.send(block, np.flatnonzero(block.present), is_zero=False)
+        self.end_parts()
+
+    def begin_parts(self) -> None:
+        """Begin PART sections; pages may be sent until :meth:`end_parts`."""
+        self._prefix = self._part_header()
+
+    def end_parts(self) -> None:
+        """End the last PART.
+
+        Raises:
+            ChannelClosed: As :meth:`save_all`.
+        """
+        prefix, self._prefix = self._prefix, b""
         self._send(prefix + self._part_end())
+
+    def send(self, block: RamBlock, pages: Pages, *, is_zero: bool) -> None:
+        """Send pages of a block inside PARTs, in batches.
+
+        Args:
+            block: Block.
+            pages: Page numbers, shape ``(n,)``.
+            is_zero: Whether all of them are zero.
+
+        Raises:
+            ChannelClosed: As :meth:`save_all`.
+        """
+        start = 0
+        while start < len(pages):
+            count = ZERO_BATCH_PAGES if is_zero else self._allowed_pages()
+            if self._part_bytes >= PART_BYTES:
+                self._prefix += self._part_end() + self._part_header()
+            prefix, self._prefix = self._prefix, b""
+            self._send_batch(block, pages[start : start + count], is_zero, prefix)
+            start += count
 
     def _part_header(self) -> bytes:
         self._part_bytes = 0
@@ -121,18 +152,6 @@ class RamSaver:
 
     def _part_end(self) -> bytes:
         return encode_eos() + self._footer
-
-    def _batches(self, block: RamBlock) -> Iterator[tuple[Pages, bool]]:
-        """Page numbers of a block, zero pages first, in batches."""
-        zero = np.flatnonzero(~block.present)
-        for start in range(0, len(zero), ZERO_BATCH_PAGES):
-            yield zero[start : start + ZERO_BATCH_PAGES], True
-        normal = np.flatnonzero(block.present)
-        start = 0
-        while start < len(normal):
-            count = self._allowed_pages()
-            yield normal[start : start + count], False
-            start += count
 
     def _allowed_pages(self) -> int:
         """Pages of the next write: a whole batch, or what the rate's window can take."""
@@ -154,7 +173,8 @@ class RamSaver:
             return
         if named:
             # The named record's content follows its header at once.
-            prefix += block.page(int(pages[0])).tobytes()
+            begin = int(pages[0]) * self._page_size
+            prefix += block.memory.view[begin : begin + self._page_size].tobytes()
         size = self._channel.send_pages(
             prefix,
             page_headers(pages[named:], self._page_size),

@@ -1,6 +1,7 @@
 """Waiting without sleeping blindly: poll a condition until a deadline."""
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 
 
@@ -22,3 +23,15 @@ async def until(
             return
         assert loop.time() < deadline, f"not within {timeout_s} s: {what}"
         await asyncio.sleep(0.005)
+
+
+def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 20.0) -> None:
+    """Poll on a thread without an event loop until the condition holds.
+
+    Raises:
+        AssertionError: It does not, in time.
+    """
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {timeout_s} s: {what}"
+        time.sleep(0.005)

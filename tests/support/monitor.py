@@ -1,13 +1,10 @@
 """A monitor without sockets: bytes in, replies out."""
 
-import json
-
 from migrationd.errors import QMPError
 from migrationd.qmp.context import Control
 from migrationd.qmp.dispatch import answer
 from migrationd.qmp.fds import FdTable, PassedFds, RequestFds
 from migrationd.qmp.json_reader import JsonError, JsonReader
-from migrationd.qmp.message import Json
 from migrationd.qmp.session import OOB, UNSET, Session, failure
 from migrationd.qmp.version import VERSION
 
@@ -34,9 +31,5 @@ class Monitor:
                 continue
             fds = RequestFds(self.fds, PassedFds([]))
             reply = answer(self.control, item.value, self.session, fds)
-            if not isinstance(reply, dict):
-                reply = await reply
-            if isinstance(value := reply.get("return"), Json):
-                reply["return"] = json.loads(value.text)
-            replies.append(reply)
+            replies.append(reply if isinstance(reply, dict) else await reply)
         return replies

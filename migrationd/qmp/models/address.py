@@ -8,12 +8,10 @@ from typing import Annotated, Literal
 
 from pydantic import Discriminator, Field, Tag
 
-from migrationd.qmp.models.base import QapiModel, QapiUnion, Size, UInt16, UInt32, optional
+from migrationd.qmp.models.base import QapiModel, Size, UInt16, UInt32, optional
 
 
-class InetMembers(QapiModel):
-    """What a TCP address is; ``port`` is text, a number or the name of a service."""
-
+class _InetMembers(QapiModel):
     host: str
     port: str
     numeric: bool = optional(since="2.9")
@@ -27,65 +25,39 @@ class InetMembers(QapiModel):
     mptcp: bool = optional(since="6.1")
 
 
-class UnixMembers(QapiModel):
-    """What a Unix socket address is."""
+class InetSocketAddress(_InetMembers):
+    """TCP address; ``port`` is text, a number or the name of a service."""
 
+    type: Literal["inet"]
+
+
+class UnixSocketAddress(QapiModel):
+    """Unix socket address."""
+
+    type: Literal["unix"]
     path: str
     abstract: bool = optional(since="5.1")
     tight: bool = optional(since="5.1")
 
 
-class VsockMembers(QapiModel):
-    """What a vsock address is."""
+class VsockSocketAddress(QapiModel):
+    """Vsock address."""
 
+    type: Literal["vsock"]
     cid: str
     port: str
 
 
-class FdMembers(QapiModel):
-    """What a descriptor given by ``getfd`` is."""
-
-    str_: str
-
-
-class InetSocketAddress(InetMembers):
-    """TCP address."""
-
-    type: Literal["inet"]
-
-
-class UnixSocketAddress(UnixMembers):
-    """Unix socket address."""
-
-    type: Literal["unix"]
-
-
-class VsockSocketAddress(VsockMembers):
-    """Vsock address."""
-
-    type: Literal["vsock"]
-
-
-class FdSocketAddress(FdMembers):
+class FdSocketAddress(QapiModel):
     """Descriptor given by ``getfd``."""
 
     type: Literal["fd"]
-
-
-class SocketAddressBase(QapiModel):
-    """What every socket address has."""
-
-    type: Literal["inet", "unix", "vsock", "fd"]
+    str_: str
 
 
 SocketAddress = Annotated[
     InetSocketAddress | UnixSocketAddress | VsockSocketAddress | FdSocketAddress,
     Field(discriminator="type"),
-    QapiUnion(
-        SocketAddressBase,
-        "type",
-        {"inet": InetMembers, "unix": UnixMembers, "vsock": VsockMembers, "fd": FdMembers},
-    ),
 ]
 
 
@@ -113,35 +85,25 @@ class FdChannelAddress(FdSocketAddress):
     transport: Literal["socket"]
 
 
-class ExecMembers(QapiModel):
-    """What a command is, program first."""
-
-    args: list[str]
-
-
-class FileMembers(QapiModel):
-    """What a file is, and where the stream begins in it."""
-
-    filename: str
-    offset: Size
-
-
-class ExecChannelAddress(ExecMembers):
+class ExecChannelAddress(QapiModel):
     """Command, program first."""
 
     transport: Literal["exec"]
+    args: list[str]
 
 
-class RdmaChannelAddress(InetMembers):
+class RdmaChannelAddress(_InetMembers):
     """RDMA address."""
 
     transport: Literal["rdma"]
 
 
-class FileChannelAddress(FileMembers):
+class FileChannelAddress(QapiModel):
     """File and where the stream begins in it."""
 
     transport: Literal["file"]
+    filename: str
+    offset: Size
 
 
 class UntypedSocketAddress(QapiModel):
@@ -183,9 +145,4 @@ MigrationAddress = Annotated[
     | Annotated[FileChannelAddress, Tag("@file")]
     | Annotated[UnknownTransport, Tag("@unknown")],
     Discriminator(_branch),
-    QapiUnion(
-        UnknownTransport,
-        "transport",
-        {"socket": SocketAddress, "exec": ExecMembers, "rdma": InetMembers, "file": FileMembers},
-    ),
 ]

@@ -1,0 +1,272 @@
+"""A live process as a guest: it runs under our eyes, shares its memory and obeys.
+
+Reference: the guest socket, ``guest/protocol.py``. On the wire it looks like any guest:
+its devices are FULL sections in VMState form, its declarations travel early, so that a
+destination which cannot load them refuses before the source stops.
+"""
+
+import json
+import threading
+from collections.abc import Sequence
+
+from migrationd.errors import GuestError, InvalidState
+from migrationd.guest.base import GuestIdentity, SeenOnArrival
+from migrationd.guest.device import DeviceState
+from migrationd.guest.dirty import DirtyTracker, NoTracker, PagemapTracker
+from migrationd.guest.memory import Pages, SharedMemory
+from migrationd.guest.protocol import Begin, Check, Saved, SavedDevice, Throttle
+from migrationd.guest.ram_block import RamBlock, RamBlockSpec
+from migrationd.guest.run_state import PAUSED, RUNNING, Owner, decode_run_state, encode_run_state
+from migrationd.guest.workload_link import Introduced, WorkloadLink
+
+DECLARATIONS = "migrationd/declarations"
+"""Section with the declarations of a workload's devices, as JSON; sent before RAM."""
+
+GLOBAL_STATE = "globalstate"
+_FULL = 0x04
+
+
+class AttachedGuest:
+    """One workload process.
+
+    Engines read it on the outgoing thread; requests block for up to seconds, so that the
+    event loop makes them on a thread.
+
+    Args:
+        link: Connection; owned.
+        introduced: What the workload said of itself; owned.
+
+    Raises:
+        GuestError: A block cannot be mapped.
+
+    Attributes:
+        tracker: Which pages it writes.
+    """
+
+    def __init__(self, link: WorkloadLink, introduced: Introduced) -> None:
+        self._link = link
+        self._introduced = introduced
+        self._lock = threading.Lock()
+        hello = introduced.hello
+        self.name = hello.name
+        self.is_running = hello.running
+        self.identity = GuestIdentity(machine=f"migrationd-{hello.name}")
+        self.devices: tuple[DeviceState, ...] = (self.declarations(),)
+        self.vmdescription: bytes | None = None
+        self.seen = SeenOnArrival()
+        self._page_size = hello.page_size
+        self._owner = Owner.HELD
+        blocks: list[RamBlock] = []
+        try:
+            for block, fd in introduced.blocks:
+                spec = RamBlockSpec(block.name, block.size, hello.page_size)
+                memory = SharedMemory(fd, block.size, hello.page_size)
+                blocks.append(RamBlock(spec, memory))
+        except GuestError:
+            for made in blocks:
+                made.memory.close()
+            raise
+        self.ram: tuple[RamBlock, ...] = tuple(blocks)
+        addresses = [block.address for block, _ in introduced.blocks]
+        self.tracker: DirtyTracker = (
+            PagemapTracker(introduced.pagemap, list(zip(self.ram, addresses, strict=True)))
+            if introduced.pagemap >= 0
+            else NoTracker()
+        )
+
+    @property
+    def page_size(self) -> int:
+        """Target page size in bytes."""
+        return self._page_size
+
+    @property
+    def live(self) -> "AttachedGuest":
+        """Itself."""
+        return self
+
+    def touched_runs(self, block: RamBlock) -> Pages:
+        """Runs of pages that may hold something, shape ``(n, 2)``: first page, count."""
+        assert isinstance(block.memory, SharedMemory)
+        return block.memory.data_runs()
+
+    @property
+    def ram_bytes(self) -> int:
+        """RAM of all blocks."""
+        return sum(block.used_length for block in self.ram)
+
+    @property
+    def present_bytes(self) -> int:
+        """RAM that was ever touched."""
+        return sum(
+            int(self.touched_runs(block)[:, 1].sum()) * block.page_size for block in self.ram
+        )
+
+    @property
+    def owner(self) -> Owner:
+        """Who may run the workload.
+
+        Raises:
+            InvalidState: On assignment of an owner that the present one cannot become.
+        """
+        return self._owner
+
+    @owner.setter
+    def owner(self, owner: Owner) -> None:
+        if owner is not self._owner and not self._owner.may_become(owner):
+            raise InvalidState(f"a guest that is {self._owner.value} cannot be {owner.value} next")
+        self._owner = owner
+
+    def begin(self, *, is_destination: bool) -> None:
+        """Tell the workload what it is for; a destination stands still and is empty then.
+
+        Raises:
+            GuestError: The workload does not obey.
+        """
+        self._link.request("begin", Begin(role="destination" if is_destination else "source"))
+        if is_destination:
+            self.is_running = False
+            for block in self.ram:
+                assert isinstance(block.memory, SharedMemory)
+                block.memory.clear()
+
+    def stop(self) -> None:
+        """Stop it; when this returns it changes nothing any more.
+
+        Raises:
+            GuestError: It does not stop in time; it is told to go on.
+        """
+        try:
+            self._link.request("stop")
+        except GuestError:
+            self._go_on_after_all()
+            raise
+        self.is_running = False
+
+    def start(self) -> None:
+        """Let it run.
+
+        Raises:
+            GuestError: It does not obey.
+        """
+        self._link.request("start")
+        self.is_running = True
+
+    def throttle(self, percentage: int) -> None:
+        """Let it give up this share of its time.
+
+        Raises:
+            GuestError: It does not obey.
+        """
+        self._link.request("throttle", Throttle(percentage=percentage))
+
+    def declarations(self) -> DeviceState:
+        """The section that tells a destination what will come."""
+        body = json.dumps(self._introduced.hello.devices).encode()
+        return DeviceState(DECLARATIONS, 0, 1, body, _FULL, 0, is_early=True)
+
+    def check_declarations(self, body: bytes) -> None:
+        """Whether devices so declared can be loaded here.
+
+        Raises:
+            GuestError: They cannot, naming device and field; or the text is none.
+        """
+        try:
+            devices = json.loads(body)
+            assert isinstance(devices, list)
+        except (ValueError, AssertionError):
+            raise GuestError("the source's declarations are no JSON list") from None
+        self._link.request("check", Check(devices=devices))
+
+    def save_devices(self, *, was_running: bool) -> None:
+        """Take the state of the stopped workload's devices into :attr:`devices`.
+
+        Raises:
+            GuestError: A device cannot be saved.
+        """
+        saved, bodies = self._link.save()
+        state = encode_run_state(bytes(104), RUNNING if was_running else PAUSED)
+        devices = [DeviceState(GLOBAL_STATE, 0, 1, state, _FULL, 0)]
+        described: list[object] = [
+            {
+                "name": GLOBAL_STATE,
+                "instance_id": 0,
+                "vmsd_name": GLOBAL_STATE,
+                "version": 1,
+                "fields": [
+                    {"name": "size", "type": "uint32", "size": 4},
+                    {"name": "runstate", "type": "buffer", "size": len(state) - 4},
+                ],
+            }
+        ]
+        declarations = self.declarations()
+        early = {
+            "name": DECLARATIONS,
+            "instance_id": 0,
+            "size": len(declarations.body),
+            "fields": [{"name": "data", "size": len(declarations.body), "type": "buffer"}],
+        }
+        at = 0
+        for device, description in zip(saved.devices, saved.description, strict=True):
+            body = bodies[at : at + device.length]
+            at += device.length
+            devices.append(
+                DeviceState(device.name, device.instance_id, device.version_id, body, _FULL, 0)
+            )
+            described.append(description)
+        self.devices = (declarations, *devices)
+        document = {"page_size": self._page_size, "devices": [early, *described]}
+        self.vmdescription = json.dumps(document).encode()
+
+    def complete(
+        self,
+        devices: Sequence[DeviceState],
+        vmdescription: bytes | None,
+        seen: SeenOnArrival,
+    ) -> None:
+        """Load the devices that arrived into the workload.
+
+        Raises:
+            GuestError: The workload cannot load them, naming device and field.
+        """
+        own = [item for item in devices if item.idstr not in (DECLARATIONS, GLOBAL_STATE)]
+        saved = Saved(
+            devices=[
+                SavedDevice(
+                    name=item.idstr,
+                    instance_id=item.instance_id,
+                    version_id=item.version_id,
+                    length=len(item.body),
+                )
+                for item in own
+            ]
+        )
+        self._link.load(saved, b"".join(item.body for item in own))
+        self.devices = tuple(devices)
+        self.vmdescription = vmdescription
+        self.seen = seen
+
+    @property
+    def next_run_state(self) -> str:
+        """The run state that came with the stream, or the present one."""
+        for device in self.devices:
+            if device.idstr == GLOBAL_STATE:
+                return decode_run_state(device.body) or RUNNING
+        return RUNNING if self.is_running else PAUSED
+
+    def give_back_zeros(self) -> None:
+        """Nothing: what was never touched has no memory."""
+
+    def close(self) -> None:
+        """Let the workload go; what it does then is its own affair."""
+        self._link.close()
+        blocks, self.ram = self.ram, ()
+        for block in blocks:
+            block.memory.close()
+        self._introduced.close()
+
+    def _go_on_after_all(self) -> None:
+        try:
+            self._link.request("start", timeout_s=0.5)
+        except GuestError:
+            # It is in its queue: a workload that only was slow takes both in order.
+            return

@@ -1,0 +1,84 @@
+"""Which pages of a running guest were written since the last look.
+
+Reference: ``linux/pagemap.py``; "start, then collect" corresponds to QEMU's dirty log.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+from migrationd.errors import GuestError
+from migrationd.guest.memory import Pages
+from migrationd.guest.ram_block import RamBlock
+from migrationd.linux.pagemap import WrittenScanner
+
+
+class DirtyTracker(Protocol):
+    """Tracks writes to all blocks of one guest; used by one thread at a time."""
+
+    def start(self) -> None:
+        """Forget what was written so far.
+
+        Raises:
+            GuestError: The memory cannot be tracked.
+        """
+
+    def collect(self) -> list[Pages]:
+        """Pages written since :meth:`start` or the last call, ascending, for each block.
+
+        Raises:
+            GuestError: The guest is gone.
+        """
+
+
+class PagemapTracker:
+    """Asynchronous write protection and PAGEMAP_SCAN on a workload's memory.
+
+    Args:
+        pagemap: The workload's ``/proc/self/pagemap``, not owned.
+        blocks: Blocks and where the workload has mapped them.
+    """
+
+    def __init__(self, pagemap: int, blocks: Sequence[tuple[RamBlock, int]]) -> None:
+        self._scanner = WrittenScanner(pagemap)
+        self._blocks = tuple(blocks)
+
+    def start(self) -> None:
+        """See :class:`DirtyTracker`."""
+        for block, address in self._blocks:
+            self._scanner.scan(address, block.used_length, protect=True)
+
+    def collect(self) -> list[Pages]:
+        """See :class:`DirtyTracker`."""
+        found = []
+        for block, address in self._blocks:
+            regions = self._scanner.scan(address, block.used_length, protect=True)
+            runs = ((regions - np.uint64(address)) // np.uint64(block.page_size)).astype(np.int64)
+            found.append(_expand(runs))
+        return found
+
+
+class NoTracker:
+    """For a workload that could not offer its pagemap: it cannot migrate while it runs."""
+
+    def start(self) -> None:
+        """See :class:`DirtyTracker`."""
+        raise GuestError(
+            "the workload's memory cannot be tracked: Linux 6.7 or later and a permitted "
+            "userfaultfd are needed"
+        )
+
+    def collect(self) -> list[Pages]:
+        """See :class:`DirtyTracker`."""
+        raise GuestError("the workload's memory is not tracked")
+
+
+def _expand(runs: Pages) -> Pages:
+    """Page numbers of runs of begin and end, shape ``(n, 2)``."""
+    if not len(runs):
+        return np.empty(0, np.int64)
+    counts = runs[:, 1] - runs[:, 0]
+    offsets = np.repeat(np.cumsum(counts) - counts, counts)
+    pages: Pages = np.repeat(runs[:, 0], counts) + np.arange(int(counts.sum())) - offsets
+    return pages

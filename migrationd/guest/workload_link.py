@@ -1,0 +1,279 @@
+"""The daemon's end of the guest socket: one request at a time, each with a deadline.
+
+Everything here blocks and is called on a thread. A workload that hangs, dies or lies
+costs a :class:`GuestError`, never more.
+
+Reference: ``guest/protocol.py``.
+"""
+
+import array
+import json
+import os
+import socket
+import struct
+import threading
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from migrationd.errors import GuestError
+from migrationd.guest.protocol import (
+    MAX_BLOCKS,
+    MAX_PACKET_BYTES,
+    MAX_STATE_BYTES,
+    REQUESTS,
+    VERSION,
+    Block,
+    Hello,
+    Introduction,
+    Json,
+    Reply,
+    Saved,
+)
+
+INTRODUCTION_WAIT_S = 10.0
+"""A workload that has not introduced itself by then is refused."""
+
+REQUEST_WAIT_S = 5.0
+"""A request that is not answered by then has failed."""
+
+_FDS = 4
+_Model = TypeVar("_Model", bound=BaseModel)
+
+
+class Introduced:
+    """What a workload said of itself, with its descriptors.
+
+    Attributes:
+        hello: Name, devices and whether it runs.
+        blocks: RAM blocks with their memfds, in order.
+        pagemap: Descriptor, or -1 if its memory cannot be tracked.
+        userfaultfd: The same.
+    """
+
+    def __init__(self) -> None:
+        self.hello: Hello
+        self.blocks: list[tuple[Block, int]] = []
+        self.pagemap = -1
+        self.userfaultfd = -1
+
+    def close(self) -> None:
+        """Close every descriptor."""
+        for fd in (self.pagemap, self.userfaultfd, *(fd for _, fd in self.blocks)):
+            if fd >= 0:
+                os.close(fd)
+        self.pagemap = self.userfaultfd = -1
+        self.blocks = []
+
+
+class WorkloadLink:
+    """One connected workload.
+
+    Args:
+        sock: Accepted ``SOCK_SEQPACKET`` socket; owned.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._socket = sock
+        self._lock = threading.Lock()
+        self._next_id = 1
+        sock.setblocking(True)
+
+    def check_peer(self) -> int:
+        """Refuse a process of another user.
+
+        Returns:
+            Its process id.
+
+        Raises:
+            GuestError: It belongs to somebody else.
+        """
+        raw = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+        pid, uid, _ = struct.unpack("3i", raw)
+        if uid not in (0, os.geteuid()):
+            raise GuestError(f"process {pid} of user {uid} may not attach as the guest")
+        return int(pid)
+
+    def introduction(self) -> Introduced:
+        """Read what the workload says of itself.
+
+        Raises:
+            GuestError: It says nothing in time, or what it says is wrong.
+        """
+        self._socket.settimeout(INTRODUCTION_WAIT_S)
+        found = Introduced()
+        fds: list[int] = []
+        try:
+            message, fds = self._receive(Introduction)
+            if message.hello is None or len(fds) not in (0, 2):
+                raise GuestError("the workload does not begin with hello")
+            found.hello = message.hello
+            if message.hello.version != VERSION:
+                raise GuestError(
+                    f"the workload speaks version {message.hello.version} of the guest socket, "
+                    f"this daemon version {VERSION}"
+                )
+            if fds:
+                found.pagemap, found.userfaultfd = fds
+                fds = []
+            while True:
+                message, fds = self._receive(Introduction)
+                if message.ready is not None and found.blocks:
+                    return found
+                self._add_block(found, message.block, fds)
+                fds = []
+        except BaseException:
+            for fd in fds:
+                os.close(fd)
+            found.close()
+            raise
+
+    def request(
+        self,
+        name: str,
+        arguments: BaseModel | None = None,
+        fds: tuple[int, ...] = (),
+        *,
+        timeout_s: float | None = None,
+    ) -> tuple[Any, list[int]]:
+        """Ask the workload and wait for its answer.
+
+        Args:
+            name: Of the request.
+            arguments: Of its type; None for none.
+            fds: Descriptors that go along; they stay open here.
+            timeout_s: Longest wait; ``REQUEST_WAIT_S`` if not given.
+
+        Returns:
+            The validated return, and descriptors, which belong to the caller.
+
+        Raises:
+            GuestError: It refused, did not answer in time, is gone, or answered nonsense.
+        """
+        returns = REQUESTS[name][1]
+        with self._lock:
+            number = self._next_id
+            self._next_id += 1
+            message: Json = {"execute": name, "id": number}
+            if arguments is not None:
+                message["arguments"] = arguments.model_dump(by_alias=True)
+            self._socket.settimeout(REQUEST_WAIT_S if timeout_s is None else timeout_s)
+            self._send(message, fds)
+            while True:
+                reply, received = self._receive(Reply)
+                if reply.id == number:
+                    break
+                # The answer to a request that had timed out.
+                for fd in received:
+                    os.close(fd)
+        try:
+            if reply.error is not None:
+                raise GuestError(f"the workload: {reply.error}")
+            return _validated(returns, reply.return_ or {}, f"answer to {name}"), received
+        except BaseException:
+            for fd in received:
+                os.close(fd)
+            raise
+
+    def save(self) -> tuple[Saved, bytes]:
+        """Devices and their bodies, one behind the other.
+
+        Raises:
+            GuestError: As :meth:`request`, or the lengths are not those of the memfd.
+        """
+        saved, fds = self.request("save")
+        try:
+            if len(fds) != 1:
+                raise GuestError("the workload's devices come without their memfd")
+            total = sum(device.length for device in saved.devices)
+            size = os.fstat(fds[0]).st_size
+            if total != size or total > MAX_STATE_BYTES:
+                raise GuestError(f"the workload announced {total} bytes of devices and has {size}")
+            if len(saved.description) != len(saved.devices):
+                raise GuestError("the workload describes other devices than it saves")
+            return saved, os.pread(fds[0], total, 0)
+        except OSError as error:
+            raise GuestError(f"the workload's devices: {error.strerror}") from error
+        finally:
+            for fd in fds:
+                os.close(fd)
+
+    def load(self, saved: Saved, bodies: bytes) -> None:
+        """Give the workload the state of its devices.
+
+        Raises:
+            GuestError: As :meth:`request`.
+        """
+        fd = os.memfd_create("migrationd-devices", os.MFD_CLOEXEC)
+        try:
+            with os.fdopen(os.dup(fd), "wb") as file:
+                file.write(bodies)
+            self.request("load", saved, (fd,))
+        finally:
+            os.close(fd)
+
+    def close(self) -> None:
+        """Close the connection; the workload goes on alone, or ends."""
+        self._socket.close()
+
+    def _add_block(self, found: Introduced, block: Block | None, fds: list[int]) -> None:
+        if block is None or len(fds) != 1:
+            raise GuestError("the workload's introduction is out of order")
+        if len(found.blocks) == MAX_BLOCKS:
+            raise GuestError(f"the workload has more than {MAX_BLOCKS} RAM blocks")
+        if any(other.name == block.name for other, _ in found.blocks):
+            raise GuestError(f"the workload has RAM block '{block.name}' twice")
+        try:
+            size = os.fstat(fds[0]).st_size
+        except OSError as error:
+            raise GuestError(f"RAM block '{block.name}': {error.strerror}") from error
+        page_size = found.hello.page_size
+        if size < block.size or block.size % page_size or block.address % page_size:
+            raise GuestError(
+                f"RAM block '{block.name}' of {block.size} bytes at {block.address:#x} does not "
+                f"fit its memfd of {size} bytes"
+            )
+        found.blocks.append((block, fds[0]))
+
+    def _send(self, message: Json, fds: tuple[int, ...]) -> None:
+        data = json.dumps(message).encode()
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+        try:
+            self._socket.sendmsg([data], rights, socket.MSG_NOSIGNAL)
+        except TimeoutError:
+            raise GuestError("the workload does not read its socket") from None
+        except OSError as error:
+            raise GuestError(f"the workload is gone: {error.strerror}") from error
+
+    def _receive(self, model: type[_Model]) -> tuple[_Model, list[int]]:
+        try:
+            data, fds, flags, _ = socket.recv_fds(
+                self._socket, MAX_PACKET_BYTES, _FDS, socket.MSG_CMSG_CLOEXEC
+            )
+        except TimeoutError:
+            raise GuestError("the workload does not answer") from None
+        except OSError as error:
+            raise GuestError(f"the workload is gone: {error.strerror}") from error
+        try:
+            if not data:
+                raise GuestError("the workload is gone")
+            if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+                raise GuestError("the workload's message is too long")
+            try:
+                tree = json.loads(data)
+            except ValueError as error:
+                raise GuestError(f"the workload's message is no JSON: {error}") from None
+            return _validated(model, tree, "message"), fds
+        except BaseException:
+            for fd in fds:
+                os.close(fd)
+            raise
+
+
+def _validated(model: type[_Model], tree: object, what: str) -> _Model:
+    try:
+        return model.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise GuestError(f"the workload's {what}: {where}: {first['msg']}") from None

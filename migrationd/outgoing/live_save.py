@@ -1,0 +1,168 @@
+"""RAM of a guest that goes on writing: pass after pass over what it wrote.
+
+Tracking begins before the first page is read, so that every write is either in what is
+sent or found by the next look. Whole passes are arrays of page numbers.
+
+Reference: QEMU's precopy iterations; ``dirty-sync-count`` and MIGRATION_PASS count them.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from migrationd.clock import Clock
+from migrationd.guest.base import Live
+from migrationd.guest.memory import Pages
+from migrationd.guest.ram_block import RamBlock
+from migrationd.migration.convergence import Convergence, Decision, Pass
+from migrationd.migration.stats import OutgoingStats
+from migrationd.outgoing.ram_save import RamSaver
+
+SCAN_PAGES = 4096
+"""Pages whose contents are looked at in one go: 16 MiB."""
+
+SHORTEST_PASS_S = 0.01
+"""A pass over nothing waits this long before the next look."""
+
+
+class LiveSaver:
+    """Sends the RAM of one executing guest; used by the outgoing thread.
+
+    Args:
+        saver: Puts pages on the wire.
+        live: The guest.
+        blocks: Its RAM blocks, in the order of the block list.
+        convergence: Decides when it ends.
+        stats: Counters of the migration.
+        clock: Time.
+        downtime_limit_s: Asked before each decision.
+        on_pass: Called when a pass begins.
+        wait: Called with seconds to wait; raises when the migration ends.
+    """
+
+    def __init__(
+        self,
+        saver: RamSaver,
+        live: Live,
+        blocks: Sequence[RamBlock],
+        convergence: Convergence,
+        *,
+        stats: OutgoingStats,
+        clock: Clock,
+        downtime_limit_s: Callable[[], float],
+        on_pass: Callable[[], None],
+        wait: Callable[[float], None],
+    ) -> None:
+        self._saver = saver
+        self._live = live
+        self._blocks = blocks
+        self._convergence = convergence
+        self._stats = stats
+        self._clock = clock
+        self._rest: list[Pages] = []
+        self._downtime_limit_s = downtime_limit_s
+        self._on_pass = on_pass
+        self._wait = wait
+
+    @property
+    def stall(self) -> str | None:
+        """Why it does not end by itself, in plain words."""
+        return self._convergence.stall
+
+    def converge(self) -> None:
+        """Send everything, then what was written meanwhile, until the guest may be stopped.
+
+        Raises:
+            ChannelClosed: The peer went away, or the channel was shut down.
+            GuestError: The guest is gone or cannot be tracked.
+        """
+        stats = self._stats
+        self._live.tracker.start()
+        stats.dirty_bytes = stats.total_bytes
+        send = self._send_all
+        while True:
+            begin_s = self._clock.monotonic_s()
+            before = stats.transferred_bytes
+            send()
+            elapsed_s = self._clock.monotonic_s() - begin_s
+            if elapsed_s < SHORTEST_PASS_S:
+                self._wait(SHORTEST_PASS_S - elapsed_s)
+                elapsed_s = SHORTEST_PASS_S
+            dirty = self._live.tracker.collect()
+            rest_bytes = self._count(dirty, elapsed_s)
+            done = Pass(rest_bytes, stats.transferred_bytes - before, elapsed_s)
+            decision = self._convergence.after(done, self._downtime_limit_s())
+            self._slow_down()
+            self._rest = dirty
+            if decision is Decision.SWITCH_OVER:
+                return
+            stats.dirty_sync_count += 1
+            self._on_pass()
+            send = self._send_rest
+
+    def finish(self) -> None:
+        """Send what is left of the stopped guest.
+
+        Raises:
+            ChannelClosed: As :meth:`converge`.
+            GuestError: The guest is gone.
+        """
+        last = self._live.tracker.collect()
+        self._rest = [np.union1d(old, new) for old, new in zip(self._rest, last, strict=True)]
+        self._count(self._rest, 0.0)
+        self._send_rest()
+        self._stats.dirty_bytes = 0
+
+    def release(self) -> None:
+        """Let the guest have all its time again; for the end, whatever it is.
+
+        Raises:
+            GuestError: It is gone.
+        """
+        if self._convergence.throttle_percentage:
+            self._live.throttle(0)
+
+    def _count(self, dirty: list[Pages], elapsed_s: float) -> int:
+        pages = sum(len(part) for part in dirty)
+        stats = self._stats
+        stats.dirty_bytes = sum(
+            len(part) * block.page_size for part, block in zip(dirty, self._blocks, strict=True)
+        )
+        if elapsed_s:
+            stats.dirty_pages_rate = int(pages / elapsed_s)
+        return stats.dirty_bytes
+
+    def _slow_down(self) -> None:
+        stats = self._stats
+        wanted = self._convergence.throttle_percentage
+        if wanted and wanted != stats.throttle_percentage:
+            self._live.throttle(wanted)
+            stats.throttle_percentage = wanted
+
+    def _send_all(self) -> None:
+        """Every page: those that were never touched are zero without a look."""
+        self._saver.begin_parts()
+        for block in self._blocks:
+            touched = np.zeros(block.page_count, np.bool_)
+            for first, count in self._live.touched_runs(block).tolist():
+                touched[first : first + count] = True
+            self._saver.send(block, np.flatnonzero(~touched), is_zero=True)
+            self._send_pages(block, np.flatnonzero(touched))
+        self._saver.end_parts()
+
+    def _send_rest(self) -> None:
+        self._saver.begin_parts()
+        for block, pages in zip(self._blocks, self._rest, strict=True):
+            self._send_pages(block, pages)
+        self._saver.end_parts()
+
+    def _send_pages(self, block: RamBlock, pages: Pages) -> None:
+        """Pages with their contents of now; those that are zero as such."""
+        words = block.memory.view.view(np.uint64).reshape(block.page_count, -1)
+        for start in range(0, len(pages), SCAN_PAGES):
+            part = pages[start : start + SCAN_PAGES]
+            is_run = int(part[-1]) - int(part[0]) + 1 == len(part)
+            rows = words[int(part[0]) : int(part[-1]) + 1] if is_run else words[part]
+            is_zero = ~np.bitwise_or.reduce(rows, axis=1).astype(np.bool_)
+            self._saver.send(block, part[is_zero], is_zero=True)
+            self._saver.send(block, part[~is_zero], is_zero=False)

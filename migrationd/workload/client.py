@@ -1,0 +1,380 @@
+"""A process whose memory and devices migrate.
+
+    workload = Workload("counter")
+    heap = workload.add_block("heap", 64 << 20)
+    workload.add_device(COUNTER, state)
+    workload.attach("/run/counter.guest")
+    while True:
+        with workload.active():
+            ...change memory and state...
+
+Nothing may change memory or devices outside ``active()``: that is where the daemon stops
+the workload. The standard library suffices.
+
+Reference: the guest socket's messages, ``migrationd/guest/protocol.py``.
+"""
+
+import array
+import contextlib
+import fcntl
+import json
+import mmap
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from migrationd.errors import GuestError, MigrationdError
+from migrationd.linux.userfaultfd import (
+    FEATURE_WP_ASYNC,
+    FEATURE_WP_HUGETLBFS_SHMEM,
+    FEATURE_WP_UNPOPULATED,
+    MODE_WP,
+    open_userfaultfd,
+    register,
+)
+from migrationd.workload.compare import problems
+from migrationd.workload.vmstate import VMState
+
+VERSION = 1
+MAX_PACKET_BYTES = 256 << 10
+RESERVED_INSTANCE_ID = 0xFFFFFFFF
+"""Means "the next free one"; no device has it."""
+
+_THROTTLE_LIMIT_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    name: str
+    size: int
+    fd: int
+    memory: mmap.mmap
+
+
+@dataclass(frozen=True, slots=True)
+class _Device:
+    state: VMState
+    instance_id: int
+    target: object
+
+
+class Workload:
+    """One process that is a guest.
+
+    Args:
+        name: Of the program; source and destination have the same.
+        on_loaded: Called after a state was loaded, before the workload may run.
+        on_quit: Called when the daemon ends the workload; the process exits by default.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        on_loaded: Callable[[], None] | None = None,
+        on_quit: Callable[[], None] | None = None,
+    ) -> None:
+        self.name = name
+        self._on_loaded = on_loaded
+        self._on_quit = on_quit or (lambda: os._exit(0))
+        self._blocks: list[_Block] = []
+        self._devices: list[_Device] = []
+        self._gate = _Gate()
+        self._socket: socket.socket | None = None
+        self._userfaultfd = -1
+
+    def add_block(self, name: str, size: int) -> mmap.mmap:
+        """Make a RAM block.
+
+        Args:
+            name: Unique in the workload.
+            size: Bytes; rounded up to whole pages.
+
+        Returns:
+            Its memory, shared with the daemon and zero at first.
+
+        Raises:
+            GuestError: There is such a block, or no memory.
+        """
+        if self._socket is not None:
+            raise GuestError("blocks are added before the workload is attached")
+        if any(block.name == name for block in self._blocks):
+            raise GuestError(f"there is a block '{name}' already")
+        size = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+        try:
+            fd = os.memfd_create(f"migrationd-{name}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            os.ftruncate(fd, size)
+            # The daemon maps it too: it must not shrink under its reads.
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+            memory = mmap.mmap(fd, size)
+        except (OSError, ValueError) as error:
+            raise GuestError(f"block '{name}' of {size} bytes: {error}") from error
+        self._blocks.append(_Block(name, size, fd, memory))
+        return memory
+
+    def add_device(
+        self, state: VMState, target: object, instance_id: int = RESERVED_INSTANCE_ID
+    ) -> int:
+        """Declare a device.
+
+        Args:
+            state: What of it travels.
+            target: The object with the attributes.
+            instance_id: Of several of one name; numbered automatically if not given.
+
+        Returns:
+            The instance id.
+
+        Raises:
+            GuestError: That instance exists, or the workload is attached.
+        """
+        if self._socket is not None:
+            raise GuestError("devices are added before the workload is attached")
+        taken = {item.instance_id for item in self._devices if item.state.name == state.name}
+        if instance_id == RESERVED_INSTANCE_ID:
+            instance_id = max(taken, default=-1) + 1
+        if instance_id in taken:
+            raise GuestError(f"there is a device '{state.name}' instance {instance_id} already")
+        self._devices.append(_Device(state, instance_id, target))
+        return instance_id
+
+    def declarations(self) -> list[dict[str, Any]]:
+        """Declarations of all devices, for the daemon and for comparing versions."""
+        return [
+            item.state.declaration() | {"instance_id": item.instance_id} for item in self._devices
+        ]
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        """Wait until the workload may run; while the block runs it is not stopped."""
+        self._gate.enter()
+        begin = time.monotonic()
+        try:
+            yield
+        finally:
+            self._gate.leave()
+            self._gate.yield_time(time.monotonic() - begin)
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the workload may run now."""
+        return self._gate.is_open
+
+    def attach(self, path: str, *, timeout_s: float = 10.0) -> None:
+        """Connect to the daemon and answer it on a thread from now on.
+
+        Args:
+            path: The daemon's guest socket.
+            timeout_s: How long to wait for the daemon to be there.
+
+        Raises:
+            GuestError: Nobody listens, or the daemon refused this workload.
+        """
+        sock = _connect(path, timeout_s)
+        self._socket = sock
+        try:
+            self._introduce(sock)
+        except OSError as error:
+            raise GuestError(f"guest socket '{path}': {error.strerror}") from error
+        threading.Thread(target=self._serve, args=(sock,), name="guest socket", daemon=True).start()
+
+    def _introduce(self, sock: socket.socket) -> None:
+        trackers: list[int] = []
+        with contextlib.suppress(GuestError, OSError):
+            self._userfaultfd = open_userfaultfd(
+                FEATURE_WP_ASYNC | FEATURE_WP_UNPOPULATED | FEATURE_WP_HUGETLBFS_SHMEM
+            )
+            for block in self._blocks:
+                register(self._userfaultfd, _address(block.memory), block.size, MODE_WP)
+            trackers = [os.open("/proc/self/pagemap", os.O_RDONLY), self._userfaultfd]
+        hello = {
+            "version": VERSION,
+            "name": self.name,
+            "page_size": mmap.PAGESIZE,
+            "running": self._gate.is_open,
+            "devices": self.declarations(),
+        }
+        _send(sock, {"hello": hello}, trackers)
+        if trackers:
+            os.close(trackers[0])
+        for block in self._blocks:
+            told = {"name": block.name, "size": block.size, "address": _address(block.memory)}
+            _send(sock, {"block": told}, [block.fd])
+        _send(sock, {"ready": {}}, [])
+
+    def _serve(self, sock: socket.socket) -> None:
+        """Answer requests until the daemon is gone; the workload goes on alone then."""
+        while True:
+            try:
+                data, fds, _, _ = socket.recv_fds(sock, MAX_PACKET_BYTES, 4)
+            except OSError:
+                data, fds = b"", []
+            if not data:
+                self._gate.throttle(0)
+                return
+            try:
+                request = json.loads(data)
+                answer, out = self._answer(request, fds)
+            except MigrationdError as error:
+                answer, out = {"error": str(error)[:4096]}, []
+            except Exception as error:  # a hook's defect is the answer
+                answer, out = {"error": f"{type(error).__name__}: {error}"[:4096]}, []
+            finally:
+                for fd in fds:
+                    os.close(fd)
+            with contextlib.suppress(OSError):
+                _send(sock, answer | {"id": request["id"]}, out)
+            for fd in out:
+                os.close(fd)
+            if request.get("execute") == "quit":
+                self._on_quit()
+
+    def _answer(self, request: dict[str, Any], fds: list[int]) -> tuple[dict[str, Any], list[int]]:
+        arguments = request.get("arguments", {})
+        match request.get("execute"):
+            case "begin":
+                if arguments["role"] == "destination":
+                    self._gate.close()
+            case "stop":
+                self._gate.close()
+            case "start":
+                self._gate.open()
+            case "throttle":
+                self._gate.throttle(arguments["percentage"])
+            case "check":
+                if found := problems(arguments["devices"], self.declarations()):
+                    raise GuestError("; ".join(found))
+            case "save":
+                return self._save()
+            case "load":
+                self._load(arguments["devices"], fds[0])
+            case "quit":
+                pass
+            case other:
+                raise GuestError(f"request '{other}' is not known")
+        return {"return": {}}, []
+
+    def _save(self) -> tuple[dict[str, Any], list[int]]:
+        saved = []
+        description = []
+        bodies = []
+        for item in self._devices:
+            if item.state.unmigratable is not None:
+                raise GuestError(
+                    f"device '{item.state.name}' cannot migrate: {item.state.unmigratable}"
+                )
+            body, described = item.state.encode(item.target)
+            bodies.append(body)
+            saved.append(
+                {
+                    "name": item.state.name,
+                    "instance_id": item.instance_id,
+                    "version_id": item.state.version_id,
+                    "length": len(body),
+                }
+            )
+            description.append(
+                {"name": item.state.name, "instance_id": item.instance_id} | described
+            )
+        fd = os.memfd_create("migrationd-devices", os.MFD_CLOEXEC)
+        with os.fdopen(os.dup(fd), "wb") as file:
+            file.write(b"".join(bodies))
+        return {"return": {"devices": saved, "description": description}}, [fd]
+
+    def _load(self, saved: list[dict[str, Any]], fd: int) -> None:
+        by_key = {(item.state.name, item.instance_id): item for item in self._devices}
+        at = 0
+        for entry in saved:
+            item = by_key.get((entry["name"], entry["instance_id"]))
+            if item is None:
+                raise GuestError(
+                    f"device '{entry['name']}' instance {entry['instance_id']} does not exist here"
+                )
+            body = os.pread(fd, entry["length"], at)
+            if len(body) != entry["length"]:
+                raise GuestError(f"device '{entry['name']}': the state is cut short")
+            at += len(body)
+            item.state.decode(body, item.target, entry["version_id"])
+        if self._on_loaded is not None:
+            self._on_loaded()
+
+
+class _Gate:
+    """Lets threads in while it is open; closing waits until the last is out."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._inside = 0
+        self._percentage = 0
+        self.is_open = True
+
+    def enter(self) -> None:
+        """Wait until the gate is open and go in."""
+        with self._changed:
+            while not self.is_open:
+                self._changed.wait()
+            self._inside += 1
+
+    def leave(self) -> None:
+        """Go out."""
+        with self._changed:
+            self._inside -= 1
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Let nobody in, and wait until everybody is out."""
+        with self._changed:
+            self.is_open = False
+            while self._inside:
+                self._changed.wait()
+
+    def open(self) -> None:
+        """Let everybody in."""
+        with self._changed:
+            self.is_open = True
+            self._changed.notify_all()
+
+    def throttle(self, percentage: int) -> None:
+        """Give up this share of the time from now on."""
+        self._percentage = min(99, max(0, percentage))
+
+    def yield_time(self, worked_s: float) -> None:
+        """Rest in proportion to what was worked."""
+        share = self._percentage / 100
+        if share:
+            time.sleep(min(worked_s * share / (1 - share), _THROTTLE_LIMIT_S))
+
+
+def _connect(path: str, timeout_s: float) -> socket.socket:
+    deadline = time.monotonic() + timeout_s
+    while True:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            sock.connect(path)
+            return sock
+        except (FileNotFoundError, ConnectionRefusedError) as error:
+            sock.close()
+            if time.monotonic() > deadline:
+                raise GuestError(f"guest socket '{path}': {error.strerror}") from error
+            time.sleep(0.01)
+        except OSError as error:
+            sock.close()
+            raise GuestError(f"guest socket '{path}': {error.strerror}") from error
+
+
+def _send(sock: socket.socket, message: dict[str, Any], fds: list[int]) -> None:
+    data = json.dumps(message).encode()
+    if len(data) > MAX_PACKET_BYTES:
+        raise GuestError(f"a message of {len(data)} bytes is too long for the guest socket")
+    ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+    sock.sendmsg([data], ancillary, socket.MSG_NOSIGNAL)
+
+
+def _address(memory: mmap.mmap) -> int:
+    import ctypes
+
+    return ctypes.addressof(ctypes.c_char.from_buffer(memory))
