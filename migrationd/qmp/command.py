@@ -2,13 +2,16 @@
 
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 from migrationd.qmp.context import Control
 from migrationd.qmp.fds import RequestFds
+from migrationd.qmp.message import Json
 from migrationd.qmp.models.base import QapiModel
+from migrationd.qmp.models.control import Empty
 from migrationd.qmp.session import Session
 
-Returned = QapiModel | Sequence[QapiModel] | None
+Returned = QapiModel | Sequence[QapiModel] | Sequence[str] | str | int | Json | None
 """What a handler gives back; None is a success without a value."""
 
 
@@ -41,18 +44,27 @@ class CommandSpec:
         name: QMP name.
         handler: Performs it.
         arguments: Model of its arguments.
-        returns: Model of what it returns.
-        returns_list: Whether it returns a list of that model.
+        returns: What it returns: a model, a list of one, ``str`` or ``int``.
         allows_oob: Whether it may run out of band.
-        deprecated: Whether tools should stop using it.
-        since: QEMU release that brought it.
+        features: Features that the introspection shows, ``deprecated`` among them.
     """
 
     name: str
     handler: Handler
     arguments: type[QapiModel]
-    returns: type[QapiModel]
-    returns_list: bool = False
+    returns: Any
     allows_oob: bool = False
-    deprecated: bool = False
-    since: str = ""
+    features: tuple[str, ...] = ()
+
+
+def command(
+    name: str,
+    handler: Any,  # noqa: ANN401  # each handler takes and returns its own models
+    arguments: type[QapiModel] = Empty,
+    returns: Any = Empty,  # noqa: ANN401  # an annotation
+    *,
+    allows_oob: bool = False,
+    features: tuple[str, ...] = (),
+) -> CommandSpec:
+    """A :class:`CommandSpec`."""
+    return CommandSpec(name, cast("Handler", handler), arguments, returns, allows_oob, features)

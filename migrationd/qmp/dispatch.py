@@ -9,6 +9,7 @@ from migrationd.qmp.context import Control
 from migrationd.qmp.errors import to_qmp
 from migrationd.qmp.fds import RequestFds
 from migrationd.qmp.handlers.table import COMMANDS
+from migrationd.qmp.message import Json
 from migrationd.qmp.models.base import QapiModel, parse_arguments
 from migrationd.qmp.session import Request, RequestError, Session, failure, success
 
@@ -69,7 +70,12 @@ def to_wire(returned: Returned) -> object:
         return returned.__pydantic_serializer__.to_python(
             returned, by_alias=True, exclude_none=True
         )
-    return [model.model_dump(by_alias=True, exclude_none=True) for model in returned]
+    if isinstance(returned, str | int | Json):
+        return returned
+    return [
+        item if isinstance(item, str) else item.model_dump(by_alias=True, exclude_none=True)
+        for item in returned
+    ]
 
 
 def _perform(

@@ -4,6 +4,15 @@ import json
 import math
 
 
+class Json:
+    """A value that is JSON text already."""
+
+    __slots__ = ("text",)
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+
 def encode_message(message: dict[str, object], *, is_pretty: bool = False) -> bytes:
     """One reply, event or greeting.
 
@@ -14,9 +23,13 @@ def encode_message(message: dict[str, object], *, is_pretty: bool = False) -> by
     Returns:
         One line, or several.
     """
+    encoded = message.get("return")
     if is_pretty:
+        if isinstance(encoded, Json):
+            message = message | {"return": json.loads(encoded.text)}
         return _encode_any(message, indent="\r\n").encode() + b"\r\n"
-    if "id" not in message or isinstance(message["id"], str | int):
+    has_plain_id = "id" not in message or isinstance(message["id"], str | int)
+    if has_plain_id and not isinstance(encoded, Json):
         return _encode(message).encode() + b"\r\n"
     members = ", ".join(
         f"{json.dumps(name)}: {_encode_any(value) if name == 'id' else _encode(value)}"
@@ -30,6 +43,8 @@ _STEP = " " * 4
 
 
 def _encode(value: object) -> str:
+    if isinstance(value, Json):
+        return value.text
     try:
         return _ENCODER.encode(value)
     except ValueError:

@@ -1,52 +1,61 @@
 """``schemas/``: JSON Schema of every command, return, event and type, from the models.
 
+``introspection.json`` is what ``query-qmp-schema`` returns.
+
 python -m migrationd.qmp.schema --write     write the files anew
 python -m migrationd.qmp.schema --check     fail if they are not what the models give
 """
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
+from typing import Any
 
-from pydantic.json_schema import models_json_schema
+from pydantic import TypeAdapter
 
+from migrationd.qmp.handlers.introspection import entities
 from migrationd.qmp.handlers.table import COMMANDS, EVENTS
-from migrationd.qmp.models.base import QapiModel
 
 DIRECTORY = Path(__file__).resolve().parents[2] / "schemas"
 _DRAFT = "https://json-schema.org/draft/2020-12/schema"
+_REFERENCE = "../types.json#/$defs/{model}"
 
 
 def generate() -> dict[str, str]:
     """File name below ``schemas/`` to its text."""
+    forms: dict[Any, Any] = {}
+    for spec in COMMANDS.values():
+        forms[spec.name, "arguments"] = spec.arguments
+        forms[spec.name, "returns"] = spec.returns
+    for name, model in EVENTS.items():
+        forms[name, "data"] = model
+    shapes, types = _json_schemas(forms)
     files: dict[str, str] = {}
-    index: dict[str, object] = {"commands": {}, "events": {}}
     commands: dict[str, object] = {}
     for name, spec in sorted(COMMANDS.items()):
         path = f"commands/{name}.json"
-        returns = _reference(spec.returns)
         files[path] = _text(
             {
                 "$schema": _DRAFT,
                 "title": name,
                 "description": (spec.handler.__doc__ or "").strip(),
                 "allow-oob": spec.allows_oob,
-                "deprecated": spec.deprecated,
-                "arguments": _reference(spec.arguments),
-                "returns": {"type": "array", "items": returns} if spec.returns_list else returns,
+                "features": list(spec.features),
+                "arguments": shapes[name, "arguments"],
+                "returns": shapes[name, "returns"],
             }
         )
         commands[name] = path
     events: dict[str, object] = {}
-    for name, model in sorted(EVENTS.items()):
+    for name in sorted(EVENTS):
         path = f"events/{name}.json"
-        files[path] = _text({"$schema": _DRAFT, "title": name, "data": _reference(model)})
+        files[path] = _text({"$schema": _DRAFT, "title": name, "data": shapes[name, "data"]})
         events[name] = path
-    index["commands"] = commands
-    index["events"] = events
-    files["types.json"] = _text(_types())
-    files["index.json"] = _text(index)
+    files["types.json"] = _text({"$schema": _DRAFT, "$defs": types})
+    files["index.json"] = _text({"commands": commands, "events": events})
+    files["introspection.json"] = _lines(entities())
     return files
 
 
@@ -82,16 +91,23 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _reference(model: type[QapiModel]) -> dict[str, str]:
-    return {"$ref": f"../types.json#/$defs/{model.__name__}"}
+def _json_schemas(forms: dict[Any, Any]) -> tuple[dict[Any, Any], dict[str, Any]]:
+    """Each form as a JSON Schema that refers to types.json, and the types of that file."""
+    schemas, tree = TypeAdapter.json_schemas(
+        [(key, "validation", TypeAdapter(form)) for key, form in forms.items()]
+    )
+    types = tree.get("$defs", {})
+    shapes = {}
+    for name, part in forms:
+        text = json.dumps(schemas[(name, part), "validation"])
+        text = re.sub(r'"#/\$defs/(\w+)"', r'"../types.json#/$defs/\1"', text)
+        shapes[name, part] = json.loads(text)
+    return shapes, types
 
 
-def _types() -> dict[str, object]:
-    models = {model for spec in COMMANDS.values() for model in (spec.arguments, spec.returns)}
-    models |= set(EVENTS.values())
-    ordered = sorted(models, key=lambda model: model.__name__)
-    _, schema = models_json_schema([(model, "validation") for model in ordered], by_alias=True)
-    return {"$schema": _DRAFT, **schema}
+def _lines(values: list[dict[str, object]]) -> str:
+    """A list with one value in each line, so that a change is easy to see."""
+    return "[\n" + ",\n".join(json.dumps(value) for value in values) + "\n]\n"
 
 
 def _text(tree: dict[str, object]) -> str:

@@ -1,10 +1,13 @@
 """A monitor without sockets: bytes in, replies out."""
 
+import json
+
 from migrationd.errors import QMPError
 from migrationd.qmp.context import Control
 from migrationd.qmp.dispatch import answer
 from migrationd.qmp.fds import FdTable, PassedFds, RequestFds
 from migrationd.qmp.json_reader import JsonError, JsonReader
+from migrationd.qmp.message import Json
 from migrationd.qmp.session import OOB, UNSET, Session, failure
 from migrationd.qmp.version import VERSION
 
@@ -31,5 +34,9 @@ class Monitor:
                 continue
             fds = RequestFds(self.fds, PassedFds([]))
             reply = answer(self.control, item.value, self.session, fds)
-            replies.append(reply if isinstance(reply, dict) else await reply)
+            if not isinstance(reply, dict):
+                reply = await reply
+            if isinstance(value := reply.get("return"), Json):
+                reply["return"] = json.loads(value.text)
+            replies.append(reply)
         return replies

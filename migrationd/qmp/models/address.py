@@ -8,10 +8,12 @@ from typing import Annotated, Literal
 
 from pydantic import Discriminator, Field, Tag
 
-from migrationd.qmp.models.base import QapiModel, Size, UInt16, UInt32, optional
+from migrationd.qmp.models.base import QapiModel, QapiUnion, Size, UInt16, UInt32, optional
 
 
-class _InetMembers(QapiModel):
+class InetMembers(QapiModel):
+    """What a TCP address is; ``port`` is text, a number or the name of a service."""
+
     host: str
     port: str
     numeric: bool = optional(since="2.9")
@@ -25,39 +27,65 @@ class _InetMembers(QapiModel):
     mptcp: bool = optional(since="6.1")
 
 
-class InetSocketAddress(_InetMembers):
-    """TCP address; ``port`` is text, a number or the name of a service."""
+class UnixMembers(QapiModel):
+    """What a Unix socket address is."""
 
-    type: Literal["inet"]
-
-
-class UnixSocketAddress(QapiModel):
-    """Unix socket address."""
-
-    type: Literal["unix"]
     path: str
     abstract: bool = optional(since="5.1")
     tight: bool = optional(since="5.1")
 
 
-class VsockSocketAddress(QapiModel):
-    """Vsock address."""
+class VsockMembers(QapiModel):
+    """What a vsock address is."""
 
-    type: Literal["vsock"]
     cid: str
     port: str
 
 
-class FdSocketAddress(QapiModel):
+class FdMembers(QapiModel):
+    """What a descriptor given by ``getfd`` is."""
+
+    str_: str
+
+
+class InetSocketAddress(InetMembers):
+    """TCP address."""
+
+    type: Literal["inet"]
+
+
+class UnixSocketAddress(UnixMembers):
+    """Unix socket address."""
+
+    type: Literal["unix"]
+
+
+class VsockSocketAddress(VsockMembers):
+    """Vsock address."""
+
+    type: Literal["vsock"]
+
+
+class FdSocketAddress(FdMembers):
     """Descriptor given by ``getfd``."""
 
     type: Literal["fd"]
-    str_: str
+
+
+class SocketAddressBase(QapiModel):
+    """What every socket address has."""
+
+    type: Literal["inet", "unix", "vsock", "fd"]
 
 
 SocketAddress = Annotated[
     InetSocketAddress | UnixSocketAddress | VsockSocketAddress | FdSocketAddress,
     Field(discriminator="type"),
+    QapiUnion(
+        SocketAddressBase,
+        "type",
+        {"inet": InetMembers, "unix": UnixMembers, "vsock": VsockMembers, "fd": FdMembers},
+    ),
 ]
 
 
@@ -85,25 +113,35 @@ class FdChannelAddress(FdSocketAddress):
     transport: Literal["socket"]
 
 
-class ExecChannelAddress(QapiModel):
-    """Command, program first."""
+class ExecMembers(QapiModel):
+    """What a command is, program first."""
 
-    transport: Literal["exec"]
     args: list[str]
 
 
-class RdmaChannelAddress(_InetMembers):
+class FileMembers(QapiModel):
+    """What a file is, and where the stream begins in it."""
+
+    filename: str
+    offset: Size
+
+
+class ExecChannelAddress(ExecMembers):
+    """Command, program first."""
+
+    transport: Literal["exec"]
+
+
+class RdmaChannelAddress(InetMembers):
     """RDMA address."""
 
     transport: Literal["rdma"]
 
 
-class FileChannelAddress(QapiModel):
+class FileChannelAddress(FileMembers):
     """File and where the stream begins in it."""
 
     transport: Literal["file"]
-    filename: str
-    offset: Size
 
 
 class UntypedSocketAddress(QapiModel):
@@ -145,4 +183,9 @@ MigrationAddress = Annotated[
     | Annotated[FileChannelAddress, Tag("@file")]
     | Annotated[UnknownTransport, Tag("@unknown")],
     Discriminator(_branch),
+    QapiUnion(
+        UnknownTransport,
+        "transport",
+        {"socket": SocketAddress, "exec": ExecMembers, "rdma": InetMembers, "file": FileMembers},
+    ),
 ]

@@ -1,7 +1,7 @@
 """Base of all models, QAPI's number types, and QEMU's texts for wrong arguments."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Self, TypeVar, cast
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -28,6 +28,7 @@ class QapiModel(BaseModel):
     model_config = ConfigDict(
         extra="forbid",
         strict=True,
+        defer_build=True,
         frozen=True,
         alias_generator=lambda name: name.rstrip("_").replace("_", "-"),
     )
@@ -56,18 +57,57 @@ class QapiModel(BaseModel):
         }
 
 
-def optional(**metadata: object) -> Any:  # noqa: ANN401  # stands for a value of any type
-    """A member that may be absent.
+class Facts:
+    """What is known of a member beside its type; becomes part of its JSON Schema.
 
     Args:
-        metadata: Facts for the schema: since, unit, minimum, and so on.
+        facts: since, unit, minimum and so on; ``deprecated`` and ``unstable`` are features.
     """
 
-    def describe(schema: dict[str, Any]) -> None:
-        schema.pop("default", None)
-        schema.update((key, value) for key, value in metadata.items() if value not in ("", ()))
+    def __init__(self, facts: dict[str, object]) -> None:
+        self.facts = {name: value for name, value in facts.items() if value not in ("", ())}
 
-    return Field(default=None, json_schema_extra=describe)
+    def __call__(self, schema: dict[str, Any]) -> None:
+        """Called by pydantic with the member's JSON Schema."""
+        schema.pop("default", None)
+        schema.update(self.facts)
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """Features as the introspection names them."""
+        return tuple(name for name in ("deprecated", "unstable") if self.facts.get(name))
+
+
+def optional(**facts: object) -> Any:  # noqa: ANN401  # stands for a value of any type
+    """A member that may be absent; see :class:`Facts`."""
+    return Field(default=None, json_schema_extra=Facts(facts))
+
+
+def required(**facts: object) -> Any:  # noqa: ANN401  # stands for a value of any type
+    """A member that must be there, with what is known of it; see :class:`Facts`."""
+    return Field(json_schema_extra=Facts(facts))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EnumFeatures:
+    """Marks values of an enumeration: value to its features."""
+
+    features: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class QapiUnion:
+    """How a union of models looks to clients, who see a tag and the members of each case.
+
+    Attributes:
+        base: Members that every case has; one of them is the tag, an enumeration.
+        tag: QMP name of the tag.
+        cases: Value of the tag to its own members; values that are left out have none.
+    """
+
+    base: type[QapiModel]
+    tag: str
+    cases: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)

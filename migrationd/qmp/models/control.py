@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from migrationd.qmp.models.base import QapiModel, optional
+from migrationd.qmp.models.base import Facts, QapiModel, optional
 
 RunState = Literal[
     "debug",
@@ -33,14 +33,14 @@ class Empty(QapiModel):
 class QmpCapabilities(QapiModel):
     """Arguments of ``qmp_capabilities``."""
 
-    enable: list[Literal["oob"]] = Field(default=[], json_schema_extra={"since": "2.12"})
+    enable: list[Literal["oob"]] = Field(default=[], json_schema_extra=Facts({"since": "2.12"}))
 
 
 class StatusInfo(QapiModel):
     """Return of ``query-status``."""
 
-    status: RunState
     running: bool
+    status: RunState
 
 
 class NameInfo(QapiModel):
@@ -89,8 +89,23 @@ class FdName(QapiModel):
     fdname: str
 
 
+ShutdownCause = Literal[
+    "none",
+    "host-error",
+    "host-qmp-quit",
+    "host-qmp-system-reset",
+    "host-signal",
+    "host-ui",
+    "guest-shutdown",
+    "guest-reset",
+    "guest-panic",
+    "subsystem-reset",
+    "snapshot-load",
+]
+
+
 class ShutdownEvent(QapiModel):
-    """Data of the SHUTDOWN event."""
+    """Data of the SHUTDOWN and RESET events."""
 
     guest: bool
-    reason: str
+    reason: ShutdownCause

@@ -11,7 +11,17 @@ from pydantic_core import PydanticCustomError
 from migrationd.migration.capabilities import CAPABILITIES
 from migrationd.migration.parameters import PARAMETER_BY_NAME
 from migrationd.qmp.models.address import MigrationAddress, SocketAddress
-from migrationd.qmp.models.base import QapiModel, Size, UInt8, UInt32, UInt64, optional
+from migrationd.qmp.models.base import (
+    EnumFeatures,
+    Facts,
+    QapiModel,
+    Size,
+    UInt8,
+    UInt32,
+    UInt64,
+    optional,
+    required,
+)
 
 MigrationStatus = Literal[
     "none",
@@ -33,7 +43,12 @@ MigrationStatus = Literal[
     "wait-unplug",
 ]
 
-MigrationCapability = Literal[CAPABILITIES]  # type: ignore[valid-type]  # one list of names
+UNSTABLE = ("unstable",)
+
+MigrationCapability = Annotated[
+    Literal[CAPABILITIES],  # type: ignore[valid-type]  # one list of names
+    EnumFeatures({"x-colo": UNSTABLE, "x-ignore-shared": UNSTABLE}),
+]
 
 
 def _string_or_null(value: object) -> object:
@@ -57,8 +72,8 @@ class Migrate(QapiModel):
 
     uri: str = optional()
     channels: list[MigrationChannelModel] = optional(since="8.2")
+    resume: bool = Field(default=False, json_schema_extra=Facts({"since": "3.0"}))
     detach: bool = optional(deprecated=True)
-    resume: bool = Field(default=False, json_schema_extra={"since": "3.0"})
 
 
 class MigrateIncoming(QapiModel):
@@ -66,7 +81,7 @@ class MigrateIncoming(QapiModel):
 
     uri: str = optional()
     channels: list[MigrationChannelModel] = optional(since="8.2")
-    exit_on_error: bool = Field(default=True, json_schema_extra={"since": "9.1"})
+    exit_on_error: bool = Field(default=True, json_schema_extra=Facts({"since": "9.1"}))
 
 
 class MigrateContinue(QapiModel):
@@ -113,7 +128,13 @@ class NodeAliasModel(QapiModel):
 def _parameter(name: str) -> Any:  # noqa: ANN401  # stands for a value of any type
     """A parameter with what its table says about it."""
     row = PARAMETER_BY_NAME[name]
-    metadata: dict[str, object] = {"unit": row.unit, "since": row.since, "initial": row.default}
+    metadata: dict[str, object] = {
+        "unit": row.unit,
+        "since": row.since,
+        "initial": row.default,
+    }
+    if name.startswith("x-"):
+        metadata["unstable"] = True
     if row.expects:
         metadata |= {"minimum": row.minimum, "maximum": row.maximum}
     return optional(**metadata)
@@ -183,19 +204,48 @@ class MigrationStats(QapiModel):
     dirty_sync_missed_zero_copy: int
 
 
+class VfioStats(QapiModel):
+    """Counter of VFIO devices in ``query-migrate``."""
+
+    transferred: int = required(unit="bytes")
+
+
+class XBZRLECacheStats(QapiModel):
+    """Counters of XBZRLE in ``query-migrate``."""
+
+    cache_size: Size = required(unit="bytes")
+    bytes: int
+    pages: int
+    cache_miss: int
+    cache_miss_rate: float = required(since="2.1")
+    encoding_rate: float = required(since="5.1")
+    overflow: int
+
+
 class MigrationInfoModel(QapiModel):
     """Return of ``query-migrate``; absent members are not sent."""
 
     status: MigrationStatus = optional()
     ram: MigrationStats = optional()
+    remaining: int = optional(unit="bytes", since="11.0")
+    vfio: VfioStats = optional(since="5.2")
+    xbzrle_cache: XBZRLECacheStats = optional(since="1.2")
     total_time: int = optional(unit="ms", since="1.2")
     expected_downtime: int = optional(unit="ms", since="1.3")
     downtime: int = optional(unit="ms", since="1.3")
     setup_time: int = optional(unit="ms", since="1.6")
-    remaining: int = optional(unit="bytes", since="11.0")
+    cpu_throttle_percentage: int = optional(unit="%", since="2.7")
     error_desc: str = optional(since="2.7")
     blocked_reasons: list[str] = optional(since="6.0")
+    postcopy_blocktime: UInt32 = optional(unit="ms", since="3.0")
+    postcopy_vcpu_blocktime: list[UInt32] = optional(unit="ms", since="3.0")
+    postcopy_latency: UInt64 = optional(unit="ns", since="10.1", unstable=True)
+    postcopy_latency_dist: list[UInt64] = optional(since="10.1", unstable=True)
+    postcopy_vcpu_latency: list[UInt64] = optional(unit="ns", since="10.1", unstable=True)
+    postcopy_non_vcpu_latency: UInt64 = optional(unit="ns", since="10.1", unstable=True)
     socket_address: list[SocketAddress] = optional(since="4.0")
+    dirty_limit_throttle_time_per_round: UInt64 = optional(unit="us", since="8.1")
+    dirty_limit_ring_full_time: UInt64 = optional(unit="us", since="8.1")
 
 
 class MigrationEvent(QapiModel):

@@ -6,6 +6,7 @@ from typing import Any
 from uuid import UUID
 
 import pytest
+from pydantic import TypeAdapter
 
 from migrationd.migration.info import MigrationInfo, RamStats
 from migrationd.qmp.handlers.table import COMMANDS
@@ -29,8 +30,8 @@ async def monitor(control: FakeControl) -> Monitor:
 async def ask(monitor: Monitor, name: str, arguments: object = None) -> dict[str, Any]:
     request = {"execute": name} if arguments is None else {"execute": name, "arguments": arguments}
     (reply,) = await monitor.feed(json.dumps(request).encode())
-    if "return" in reply and not COMMANDS[name].returns_list:
-        COMMANDS[name].returns.model_validate(reply["return"])
+    if "return" in reply:
+        TypeAdapter(COMMANDS[name].returns).validate_python(reply["return"])
     return reply
 
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from migrationd.qmp.message import encode_message
+from migrationd.qmp.message import Json, encode_message
 
 
 def test_one_ascii_line_with_spaces_after_separators() -> None:
@@ -33,3 +33,11 @@ def test_an_id_beyond_the_range_of_a_double_stays_json_with_the_same_value() -> 
     line = encode_message({"id": {"x": [float("inf"), float("-inf")]}, "error": {}})
     assert json.loads(line)["id"] == {"x": [float("inf"), float("-inf")]}
     assert b"1e999, -1e999" in line
+
+
+def test_what_is_encoded_already_goes_out_as_it_is() -> None:
+    value = Json('[{"name": "1"}]')
+    assert encode_message({"return": value}) == b'{"return": [{"name": "1"}]}\r\n'
+    assert encode_message({"return": value, "id": 7}) == b'{"return": [{"name": "1"}], "id": 7}\r\n'
+    pretty = encode_message({"return": value}, is_pretty=True)
+    assert pretty == encode_message({"return": [{"name": "1"}]}, is_pretty=True)
