@@ -22,10 +22,11 @@ from migrationd.incoming.driver import IncomingMigration, IncomingSettings
 from migrationd.migration.dialect import dialect_of
 from migrationd.migration.info import MigrationInfo
 from migrationd.migration.options import MigrationOptions
-from migrationd.outgoing.driver import OutgoingMigration, OutgoingSettings
+from migrationd.outgoing.driver import PAUSABLE, OutgoingMigration, OutgoingSettings
+from migrationd.outgoing.postcopy import PostcopySettings
 from migrationd.qmp.context import FdLookup, MigrationChannel
 from migrationd.qmp.event_bus import EventBus
-from migrationd.transport.address import describe
+from migrationd.transport.address import Address, describe
 from migrationd.transport.channel import Channel
 from migrationd.transport.connect import connect, is_opened_now, open_now
 from migrationd.transport.listen import listen
@@ -127,7 +128,8 @@ class GuestControl:
         """
         address = channels[0].address
         if resume:
-            raise QMPError("Cannot resume if there is no paused migration")
+            self._resume(address, fds)
+            return
         if self._outgoing is not None and self._outgoing.is_running:
             raise QMPError("There's a migration process in progress")
         guest = self._guest
@@ -156,6 +158,44 @@ class GuestControl:
             self._spawn(migration.run(lambda: _fail(failure)))
             raise
         self._spawn(migration.run(lambda: _ready(channel)))
+
+    def _resume(self, address: Address, fds: FdLookup) -> None:
+        if self._outgoing is None or self._outgoing.status != "postcopy-paused":
+            raise QMPError("Cannot resume if there is no paused migration")
+        if is_opened_now(address):
+            channel = open_now(address, fds)
+            self._outgoing.resume(lambda: _ready(channel))
+        else:
+            self._outgoing.resume(lambda: connect(address))
+
+    def migrate_start_postcopy(self) -> None:
+        """``migrate-start-postcopy``.
+
+        Raises:
+            QMPError: Postcopy is off, or nothing was migrated yet.
+        """
+        capabilities = self.options.capabilities
+        if not (capabilities["postcopy-ram"] or capabilities["dirty-bitmaps"]):
+            raise QMPError(
+                "Enable postcopy with migrate_set_capability before the start of migration"
+            )
+        if self._outgoing is None:
+            raise QMPError("Postcopy must be started after migration has been started")
+        self._outgoing.start_postcopy()
+
+    def migrate_pause(self) -> None:
+        """``migrate-pause``.
+
+        Raises:
+            QMPError: There is nothing to pause.
+        """
+        if self._outgoing is not None and self._outgoing.status in PAUSABLE:
+            self._outgoing.pause()
+            return
+        raise QMPError(
+            "migrate-pause is currently only supported during postcopy-active or "
+            "postcopy-recover state"
+        )
 
     def check_incoming_may_start(self) -> None:
         """One incoming migration at a time, and only into a process that waits for it.
@@ -209,8 +249,14 @@ class GuestControl:
         self._spawn(load())
 
     def migrate_cancel(self) -> None:
-        """``migrate_cancel``: succeeds also when there is nothing to cancel."""
+        """``migrate_cancel``: succeeds also when there is nothing to cancel.
+
+        Raises:
+            QMPError: The destination runs the guest.
+        """
         if self._outgoing is not None:
+            if self._outgoing.is_in_postcopy:
+                raise QMPError("Postcopy migration in progress, cannot cancel.")
             self._outgoing.cancel()
 
     def migrate_continue(self, state: str) -> None:
@@ -240,6 +286,7 @@ class GuestControl:
             parameters = self.options.parameters
             self._outgoing.set_max_bandwidth(_number(parameters["max-bandwidth"]))
             self._outgoing.set_downtime_limit(_number(parameters["downtime-limit"]))
+            self._outgoing.set_max_postcopy_bandwidth(_number(parameters["max-postcopy-bandwidth"]))
 
     def outgoing_info(self) -> MigrationInfo | None:
         """The source's part of ``query-migrate``."""
@@ -274,12 +321,12 @@ class GuestControl:
     def quit(self) -> None:
         """End the process; a running migration is cancelled on the way."""
         self._bus.emit("SHUTDOWN", {"guest": False, "reason": "host-qmp-quit"})
-        self.migrate_cancel()
+        self._cancel_outgoing()
         self._on_quit()
 
     async def aclose(self) -> None:
         """Cancel what is running and release the guest."""
-        self.migrate_cancel()
+        self._cancel_outgoing()
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
@@ -287,6 +334,10 @@ class GuestControl:
         if self._guest is not None:
             self._guest.close()
         self._shelter.close()
+
+    def _cancel_outgoing(self) -> None:
+        if self._outgoing is not None:
+            self._outgoing.cancel()
 
     def _choose(self, run_state: str, event: str) -> None:
         if self._guest is None:
@@ -327,6 +378,13 @@ class GuestControl:
             uuid=uuid.bytes if capabilities["validate-uuid"] and uuid is not None else None,
             max_bandwidth_bytes_per_s=_number(parameters["max-bandwidth"]),
             downtime_limit_ms=_number(parameters["downtime-limit"]),
+            postcopy=PostcopySettings(
+                preempt=capabilities["postcopy-preempt"],
+                at_once=self._config.start_postcopy,
+                max_bandwidth_bytes_per_s=_number(parameters["max-postcopy-bandwidth"]),
+            )
+            if capabilities["postcopy-ram"]
+            else None,
         )
 
     def _incoming_settings(self) -> IncomingSettings:
@@ -388,6 +446,9 @@ class _OutgoingObserver:
     async def before_switchover(self) -> None:
         self._control._in_switchover = True
         await self._control._record_owner(self._guest, Owner.HANDING_OVER, self._destination)
+
+    def running_there(self) -> None:
+        log.info("the destination runs the guest, its memory follows")
 
     async def handed_over(self) -> None:
         await self._control._record_owner(self._guest, Owner.HANDED_OVER, self._destination)

@@ -38,7 +38,6 @@ CAPABILITIES: tuple[str, ...] = tuple(CAPABILITY_SINCE)
 NOT_BUILT: frozenset[str] = frozenset(
     (
         "rdma-pin-all",
-        "postcopy-ram",
         "x-colo",
         "release-ram",
         "multifd",
@@ -47,7 +46,6 @@ NOT_BUILT: frozenset[str] = frozenset(
         "x-ignore-shared",
         "background-snapshot",
         "zero-copy-send",
-        "postcopy-preempt",
         "dirty-limit",
         "mapped-ram",
     )

@@ -23,6 +23,10 @@ class Dialect:
     send_section_footers: bool = True
     send_vmdescription: bool = True
     send_switchover_start: bool = True
+    preempt_at_setup: bool = False
+    """The preempt channel is opened behind the main one, not at the switch to postcopy."""
+    preempt_eos: bool = False
+    """The preempt channel ends with an EOS record behind the stream's end."""
     switchover_ack_at_once: bool = False
     """A destination acknowledges the switchover as soon as the return path opens."""
 
@@ -58,5 +62,8 @@ def dialect_of(machine: str | None, seen: SeenOnArrival | None = None) -> Dialec
         send_section_footers=seen.section_footers,
         send_vmdescription=seen.vmdescription,
         send_switchover_start=switchover_start,
+        # Where the name says nothing the old way is right: every program takes it.
+        preempt_at_setup=version is None or version <= (7, 2),
+        preempt_eos=version is None or version <= (7, 2),
         switchover_ack_at_once=version is not None and version <= (11, 0),
     )

@@ -6,6 +6,7 @@ counter is a plain int, so a read sees a value that was true a moment ago.
 Reference: the meaning of each member is QEMU's ``MigrationStats``.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from migrationd.migration.info import RamStats
@@ -26,6 +27,9 @@ class OutgoingStats:
         transferred_bytes: Bytes written to all channels.
         precopy_bytes: Of these, before the switchover.
         downtime_bytes: Of these, after it.
+        postcopy_bytes: Of these, while the guest ran at the destination.
+        postcopy_requests: Page requests, those for pages under way included.
+        remaining_pages: In postcopy, where zero pages are not sent, tells what must be.
         dirty_sync_count: Passes over the dirty bitmap that began.
         dirty_bytes: What a guest that runs has written and is not sent; None for one that does
             not run: then it is what was never sent.
@@ -50,6 +54,13 @@ class OutgoingStats:
     pages_per_s: int = 0
     bytes_per_s: float = 0.0
     in_switchover: bool = False
+    in_postcopy: bool = False
+    postcopy_bytes: int = 0
+    postcopy_requests: int = 0
+    remaining_pages: Callable[[], int] | None = None
+    _answered_bytes: int = 0
+    _answered_normal: int = 0
+    _answered_duplicate: int = 0
     _window_start_s: float | None = None
     _window_bytes: int = 0
     _window_pages: int = 0
@@ -59,10 +70,19 @@ class OutgoingStats:
         self.normal_pages += normal
         self.duplicate_pages += duplicate
         self.transferred_bytes += byte_count
-        if self.in_switchover:
+        if self.in_postcopy:
+            self.postcopy_bytes += byte_count
+        elif self.in_switchover:
             self.downtime_bytes += byte_count
         else:
             self.precopy_bytes += byte_count
+
+    def answered(self, byte_count: int, pages: int) -> None:
+        """Account for requested pages; has counters of its own, for another thread calls it."""
+        normal = min(pages, byte_count // (self.page_size + 8))
+        self._answered_bytes += byte_count
+        self._answered_normal += normal
+        self._answered_duplicate += pages - normal
 
     def measure(self, now_s: float) -> None:
         """Close a measuring window if it is over."""
@@ -86,6 +106,8 @@ class OutgoingStats:
         """RAM that has not been sent."""
         if self.dirty_bytes is not None:
             return self.dirty_bytes
+        if self.remaining_pages is not None:
+            return self.remaining_pages() * self.page_size
         return max(0, self.total_bytes - self._pages * self.page_size)
 
     def expected_downtime_ms(self, downtime_limit_ms: int) -> int:
@@ -96,13 +118,14 @@ class OutgoingStats:
 
     def snapshot(self, *, completed: bool) -> RamStats:
         """What ``query-migrate`` shows in its ``ram`` member."""
+        normal = self.normal_pages + self._answered_normal
         return RamStats(
-            transferred=self.transferred_bytes,
+            transferred=self.transferred_bytes + self._answered_bytes,
             remaining=0 if completed else self.remaining_bytes,
             total=self.total_bytes,
-            duplicate=self.duplicate_pages,
-            normal=self.normal_pages,
-            normal_bytes=self.normal_pages * self.page_size,
+            duplicate=self.duplicate_pages + self._answered_duplicate,
+            normal=normal,
+            normal_bytes=normal * self.page_size,
             mbps=self.mbps,
             dirty_pages_rate=self.dirty_pages_rate,
             dirty_sync_count=self.dirty_sync_count,
@@ -110,6 +133,8 @@ class OutgoingStats:
             pages_per_second=self.pages_per_s,
             precopy_bytes=self.precopy_bytes,
             downtime_bytes=self.downtime_bytes,
+            postcopy_bytes=self.postcopy_bytes + self._answered_bytes,
+            postcopy_requests=self.postcopy_requests,
         )
 
     @property

@@ -30,6 +30,17 @@ class Cause(Enum):
     PAUSE_BEFORE_SWITCHOVER = "pause before switchover"
     SWITCHOVER = "switchover"
     """Device state goes out."""
+    POSTCOPY = "postcopy"
+    """The guest is to run at the destination before its memory is there."""
+    PACKAGE_LOADED = "package loaded"
+    """The destination runs the guest."""
+    PAUSE = "pause"
+    """The connection was lost in postcopy: neither side can go on, neither loses anything."""
+    RECOVER_SETUP = "recover setup"
+    """``migrate`` with ``resume`` accepted: connecting."""
+    RECOVER = "recover"
+    """A new connection: the two sides agree on who has which page."""
+    RECOVERED = "recovered"
     COMPLETE = "complete"
     FAIL = "fail"
     CANCEL = "cancel"
@@ -52,6 +63,23 @@ _OUTGOING: dict[tuple[str, Cause], str] = {
     # Differs from QEMU: a cancel that crosses the destination's SHUT 0 comes too late. The
     # destination owns the guest, and to call it cancelled would make two owners.
     ("cancelling", Cause.COMPLETE): "completed",
+    ("device", Cause.POSTCOPY): "postcopy-device",
+    ("postcopy-device", Cause.PACKAGE_LOADED): "postcopy-active",
+    # Up to here the destination may refuse, and the guest stays. Differs from QEMU: where
+    # nothing but silence came behind the package the guest may run there, so it is paused.
+    ("postcopy-device", Cause.FAIL): "failing",
+    ("postcopy-device", Cause.PAUSE): "postcopy-paused",
+    ("postcopy-active", Cause.PAUSE): "postcopy-paused",
+    ("postcopy-active", Cause.COMPLETE): "completed",
+    # A daemon that begins with a guest whose destination runs it.
+    ("none", Cause.PAUSE): "postcopy-paused",
+    ("postcopy-paused", Cause.RECOVER_SETUP): "postcopy-recover-setup",
+    ("postcopy-recover-setup", Cause.PAUSE): "postcopy-paused",
+    ("postcopy-recover-setup", Cause.RECOVER): "postcopy-recover",
+    ("postcopy-recover", Cause.PAUSE): "postcopy-paused",
+    ("postcopy-recover", Cause.RECOVERED): "postcopy-active",
+    # Somebody who knows that the destination never loaded the package takes the guest back.
+    ("postcopy-paused", Cause.FAIL): "failing",
     ("failing", Cause.CLEANED_UP): "failed",
     ("cancelling", Cause.CLEANED_UP): "cancelled",
 }

@@ -37,7 +37,14 @@ def free_section_id(devices: Sequence[DeviceState]) -> int:
     return next(number for number in range(len(used) + 1) if number not in used)
 
 
-def stream_head(guest: Guest, dialect: Dialect, *, return_path: bool, uuid: bytes | None) -> bytes:
+def stream_head(
+    guest: Guest,
+    dialect: Dialect,
+    *,
+    return_path: bool,
+    uuid: bytes | None,
+    advise: bytes = b"",
+) -> bytes:
     """File header, configuration, first commands and early device sections.
 
     Args:
@@ -45,6 +52,7 @@ def stream_head(guest: Guest, dialect: Dialect, *, return_path: bool, uuid: byte
         dialect: Its wire dialect.
         return_path: Whether to open the return path.
         uuid: UUID to send for ``validate-uuid``, 16 bytes, or None.
+        advise: Command that announces postcopy, if any.
     """
     encode_record = StreamEncoder().encode
     identity = guest.identity
@@ -63,8 +71,9 @@ def stream_head(guest: Guest, dialect: Dialect, *, return_path: bool, uuid: byte
     if return_path:
         parts.append(encode_record(Command(MIG_CMD_OPEN_RETURN_PATH, b"")))
         parts.append(encode_record(Command(MIG_CMD_PING, (1).to_bytes(4, "big"))))
+    parts.append(advise)
     parts += [
-        _section(device, dialect)
+        encode_device(device, dialect)
         for device in guest.devices
         if device.is_early or device.kind == QEMU_VM_SECTION_START
     ]
@@ -78,16 +87,17 @@ def stream_tail(guest: Guest, dialect: Dialect, ram_end: bytes) -> bytes:
     if dialect.send_switchover_start:
         parts.append(encode_record(Command(MIG_CMD_SWITCHOVER_START, b"")))
     late = [d for d in guest.devices if not d.is_early and d.kind != QEMU_VM_SECTION_START]
-    parts += [_section(d, dialect) for d in late if d.kind != QEMU_VM_SECTION_FULL]
+    parts += [encode_device(d, dialect) for d in late if d.kind != QEMU_VM_SECTION_FULL]
     parts.append(ram_end)
-    parts += [_section(d, dialect) for d in late if d.kind == QEMU_VM_SECTION_FULL]
+    parts += [encode_device(d, dialect) for d in late if d.kind == QEMU_VM_SECTION_FULL]
     parts.append(encode_record(EndOfStream()))
     if dialect.send_vmdescription:
         parts.append(encode_record(VmDescription(guest.vmdescription or EMPTY_VMDESCRIPTION)))
     return b"".join(parts)
 
 
-def _section(device: DeviceState, dialect: Dialect) -> bytes:
+def encode_device(device: DeviceState, dialect: Dialect) -> bytes:
+    """A device section as it came."""
     return encode_opaque_section(
         OpaqueSection(
             kind=device.kind,

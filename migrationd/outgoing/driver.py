@@ -6,6 +6,11 @@
     device          device state goes out, then the destination's SHUT 0 is awaited
     completed       the destination holds the guest
 
+    postcopy-device         instead: the destination loads the devices, to run the guest
+    postcopy-active         it runs the guest, and memory follows
+    postcopy-paused         the connection was lost; ``resume`` gives another one
+    postcopy-recover-setup  connecting; postcopy-recover: agreeing on who has which page
+
 The coroutine here keeps the order; what moves bytes runs in an executor thread of
 this migration, and the return path is a coroutine beside it. A blocked thread ends
 because its channel is shut down.
@@ -25,9 +30,11 @@ from migrationd.clock import Clock
 from migrationd.errors import (
     ChannelError,
     GuestError,
+    InvalidState,
     MigrationCancelled,
     MigrationdError,
     MigrationError,
+    PeerFailed,
 )
 from migrationd.guest.base import Guest, Live
 from migrationd.migration.convergence import Convergence, ThrottleSettings
@@ -37,6 +44,12 @@ from migrationd.migration.stats import OutgoingStats
 from migrationd.migration.status import Cause, Role, StatusMachine
 from migrationd.outgoing.device_save import free_section_id, stream_head, stream_tail
 from migrationd.outgoing.live_save import LiveSaver
+from migrationd.outgoing.postcopy import (
+    OpenChannel,
+    PostcopyLink,
+    PostcopySettings,
+    PostcopySource,
+)
 from migrationd.outgoing.ram_save import RamSaver
 from migrationd.outgoing.return_path import ReturnPath
 from migrationd.transport.channel import Channel
@@ -47,7 +60,18 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
-_STATUSES_WITH_RAM = frozenset(("active", "cancelling", "pre-switchover", "device", "completed"))
+_POSTCOPY = frozenset(
+    (
+        "postcopy-device",
+        "postcopy-active",
+        "postcopy-paused",
+        "postcopy-recover-setup",
+        "postcopy-recover",
+    )
+)
+_STATUSES_WITH_RAM = _POSTCOPY | {"active", "cancelling", "pre-switchover", "device", "completed"}
+PAUSABLE = ("postcopy-active", "postcopy-recover")
+"""Statuses in which ``migrate-pause`` is possible."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +84,7 @@ class OutgoingSettings:
     max_bandwidth_bytes_per_s: int = 0
     downtime_limit_ms: int = 300
     throttle: ThrottleSettings | None = None
+    postcopy: PostcopySettings | None = None
 
 
 class Observer(Protocol):
@@ -80,6 +105,9 @@ class Observer(Protocol):
         Raises:
             StoreError: It cannot be put on record; the migration fails.
         """
+
+    def running_there(self) -> None:
+        """The destination runs the guest, whose memory is still here."""
 
     async def handed_over(self) -> None:
         """The destination holds the guest (before status ``completed``)."""
@@ -126,13 +154,19 @@ class OutgoingMigration:
         self._continue = asyncio.Event()
         self._stop = threading.Event()
         self._tail_started = threading.Event()
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="outgoing")
+        self._executor = ThreadPoolExecutor(2, thread_name_prefix="outgoing")
         self._channel: Channel | None = None
+        self._postcopy: PostcopySource | None = None
+        if settings.postcopy is not None and guest.live is None:
+            self._postcopy = PostcopySource(guest, dialect, settings.postcopy, self._stats, clock)
+        self._link: PostcopyLink | None = None
+        self._resumed: asyncio.Future[OpenChannel] | None = None
         self._work: asyncio.Task[None] | None = None
         self._error: MigrationdError | None = None
         self._start_s = clock.monotonic_s()
         self._setup_s: float | None = None
         self._switchover_s: float | None = None
+        self._running_there_s: float | None = None
         self._end_s: float | None = None
 
     @property
@@ -154,20 +188,25 @@ class OutgoingMigration:
         """Enter ``setup``."""
         self._status.advance(Cause.START)
 
-    async def run(self, open_channel: Callable[[], Awaitable[Channel]]) -> None:
+    async def run(self, open_channel: OpenChannel) -> None:
         """Carry the migration to its end; never raises for a failed migration.
 
         Args:
-            open_channel: Connects to the destination.
+            open_channel: Connects to the destination; called again for further channels.
         """
         self._work = asyncio.create_task(self._migrate(open_channel), name="outgoing")
         try:
             await asyncio.wait((self._work,))
         except asyncio.CancelledError:
             self.cancel()
+            if self.is_in_postcopy:
+                self._work.cancel()
             await asyncio.wait((self._work,))
         if self._work.cancelled():
-            await self._settle_cancel()
+            if self.is_in_postcopy:
+                log.warning("the guest's memory is not all at its destination, which runs it")
+            else:
+                await self._settle_cancel()
             return
         error = self._work.exception()
         if error is None:
@@ -190,6 +229,45 @@ class OutgoingMigration:
         self._status.advance(Cause.CANCEL)
         self._interrupt()
 
+    @property
+    def is_in_postcopy(self) -> bool:
+        """Whether the destination runs the guest, or may run it, without all of its memory."""
+        return self._status.status in _POSTCOPY
+
+    def start_postcopy(self) -> None:
+        """Switch to postcopy as soon as possible; nothing without the capability."""
+        if self._postcopy is not None:
+            self._postcopy.request()
+
+    def pause(self) -> None:
+        """Break the connection of a postcopy, to be resumed over another one.
+
+        Raises:
+            InvalidState: There is none.
+        """
+        if self.status not in PAUSABLE:
+            raise InvalidState(
+                "migrate-pause is currently only supported during postcopy-active or "
+                "postcopy-recover state"
+            )
+        for channel in (self._channel, self._link):
+            if channel is not None:
+                channel.shutdown()
+
+    def resume(self, open_channel: OpenChannel) -> None:
+        """Go on from ``postcopy-paused`` over a new connection.
+
+        Args:
+            open_channel: Connects to the destination; called again for further channels.
+
+        Raises:
+            InvalidState: Nothing is paused.
+        """
+        if self.status != "postcopy-paused" or self._resumed is None or self._resumed.done():
+            raise InvalidState("Cannot resume if there is no paused migration")
+        self._status.advance(Cause.RECOVER_SETUP)
+        self._resumed.set_result(open_channel)
+
     def continue_switchover(self) -> None:
         """Go on from ``pre-switchover``."""
         self._continue.set()
@@ -197,6 +275,11 @@ class OutgoingMigration:
     def set_max_bandwidth(self, bytes_per_s: int) -> None:
         """Change the limit at once; 0 is unlimited."""
         self._limiter.set_rate(bytes_per_s)
+
+    def set_max_postcopy_bandwidth(self, bytes_per_s: int) -> None:
+        """Change the limit of the background push at once; 0 is unlimited."""
+        if self._postcopy is not None:
+            self._postcopy.pacer.set_rate(bytes_per_s)
 
     def set_downtime_limit(self, limit_ms: int) -> None:
         """Change the limit that the expected downtime starts from."""
@@ -215,36 +298,103 @@ class OutgoingMigration:
         completed = status == "completed"
         now_s = self._end_s if self._end_s is not None else self._clock.monotonic_s()
         ram = self._stats.snapshot(completed=completed)
+        downtime_s = None
+        if completed or self.is_in_postcopy:
+            downtime_s = (self._running_there_s or now_s) - (self._switchover_s or now_s)
         return MigrationInfo(
             status=status,
             error_desc=error_desc,
             total_time_ms=_ms(now_s - self._start_s),
             setup_time_ms=_ms((self._setup_s or self._start_s) - self._start_s),
-            downtime_ms=_ms(now_s - (self._switchover_s or now_s)) if completed else None,
+            downtime_ms=None if downtime_s is None else _ms(downtime_s),
             cpu_throttle_percentage=self._stats.throttle_percentage,
             expected_downtime_ms=None
-            if completed
+            if completed or self.is_in_postcopy
             else self._stats.expected_downtime_ms(self._downtime_limit_ms),
             remaining_bytes=ram.remaining,
             ram=ram,
         )
 
-    async def _migrate(self, open_channel: Callable[[], Awaitable[Channel]]) -> None:
+    async def _migrate(self, open_channel: OpenChannel) -> None:
+        failure = await self._attempt(open_channel, self._send)
+        while failure is not None:
+            opener = await self._paused(failure)
+            self._stop = threading.Event()
+            self._executor = ThreadPoolExecutor(2, thread_name_prefix="outgoing")
+            failure = await self._attempt(opener, self._recover)
+
+    async def _paused(self, failure: MigrationdError) -> OpenChannel:
+        """Wait in ``postcopy-paused`` for another connection."""
+        self._error = failure
+        log.error("the migration is paused: %s", failure)
+        self._resumed = asyncio.get_running_loop().create_future()
+        self._status.advance(Cause.PAUSE)
+        return await self._resumed
+
+    async def _attempt(
+        self, open_channel: OpenChannel, send: Callable[[Channel], Awaitable[None]]
+    ) -> MigrationdError | None:
+        """Try one connection.
+
+        Returns:
+            None when the migration is complete; what broke a postcopy that can be resumed.
+
+        Raises:
+            Exception: What broke a migration whose guest stays here.
+        """
         try:
-            self._channel = await open_channel()
-            if self._settings.return_path and not self._channel.is_duplex:
+            await self._connection(open_channel, send)
+        except Exception as error:
+            if not self._may_run_there(error):
+                raise
+            if isinstance(error, MigrationdError):
+                return error
+            log.error("internal error in the outgoing migration", exc_info=error)
+            return MigrationError(f"internal error: {error!r}")
+        return None
+
+    def _may_run_there(self, error: Exception) -> bool:
+        """Whether the destination may run the guest after a connection ended with an error."""
+        if self._postcopy is None or self.status == "cancelling":
+            return False
+        if self._postcopy.is_loaded or self.status != "postcopy-device":
+            return self.is_in_postcopy
+        has_refused = isinstance(error, PeerFailed)
+        return self._link is not None and self._link.may_run_there and not has_refused
+
+    async def _connection(
+        self, open_channel: OpenChannel, send: Callable[[Channel], Awaitable[None]]
+    ) -> None:
+        channel: Channel | None = None
+        self._link = None
+        try:
+            channel = self._channel = await open_channel()
+            if self._has_return_path and not channel.is_duplex:
+                name = "return-path" if self._postcopy is None else "postcopy-ram"
                 raise ChannelError(
-                    "this transport has no way back for the return-path capability; turn it off"
+                    f"this transport has no way back for the {name} capability; turn it off"
                 )
-            await self._stream(self._channel)
+            if self._postcopy is not None:
+                self._link = PostcopyLink(
+                    self._postcopy,
+                    channel,
+                    open_channel,
+                    self._executor,
+                    self._package_loaded,
+                    is_recovery=self.is_in_postcopy,
+                )
+            await self._stream(channel, send)
         finally:
             self._stop.set()
-            if self._channel is not None:
-                self._channel.shutdown()
+            for end in (channel, self._link):
+                if end is not None:
+                    end.shutdown()
             await self._unthrottle()
             self._executor.shutdown(wait=True)
-            if self._channel is not None:
-                self._channel.close()
+            for end in (channel, self._link):
+                if end is not None:
+                    end.close()
+            self._channel = None
 
     async def _unthrottle(self) -> None:
         """Let a guest that was slowed down have its time again, however it ended."""
@@ -255,15 +405,19 @@ class OutgoingMigration:
         except GuestError as error:
             log.warning("the guest stays throttled: %s", error)
 
-    async def _stream(self, channel: Channel) -> None:
-        if not self._settings.return_path:
-            await self._send(channel)
+    @property
+    def _has_return_path(self) -> bool:
+        return self._settings.return_path or self._postcopy is not None
+
+    async def _stream(self, channel: Channel, send: Callable[[Channel], Awaitable[None]]) -> None:
+        if not self._has_return_path:
+            await send(channel)
             await self._on_thread(channel.finish)
             await self._complete()
             return
-        return_path = ReturnPath(channel, self._tail_started.is_set)
-        reader = asyncio.create_task(return_path.run(), name="return path")
-        sender = asyncio.create_task(self._send(channel), name="outgoing stream")
+        read = self._link.read if self._link else ReturnPath(channel, self._tail_started.is_set).run
+        reader = asyncio.create_task(read(), name="return path")
+        sender = asyncio.ensure_future(send(channel))
         try:
             await asyncio.wait((reader, sender), return_when=asyncio.FIRST_COMPLETED)
             if reader.done() and reader.exception() is not None:
@@ -280,7 +434,9 @@ class OutgoingMigration:
             await self._complete()
         finally:
             self._stop.set()
-            channel.shutdown()
+            for end in (channel, self._link):
+                if end is not None:
+                    end.shutdown()
             for task in (reader, sender):
                 task.cancel()
             await asyncio.gather(reader, sender, return_exceptions=True)
@@ -291,7 +447,36 @@ class OutgoingMigration:
         await self._set_up(channel, saver)
         await self._save_ram(saver)
         await self._pause_before_switchover()
-        await self._switch_over(channel, saver)
+        await self._begin_switchover()
+        if self._postcopy is not None and self._postcopy.is_requested:
+            assert self._link is not None
+            self._status.advance(Cause.POSTCOPY)
+            await self._link.switch()
+            await self._link.push()
+        else:
+            await self._switch_over(channel, saver)
+
+    async def _recover(self, channel: Channel) -> None:
+        """The stream of a new connection in postcopy."""
+        assert self._link is not None
+        self._status.advance(Cause.RECOVER)
+        await self._link.recover()
+        self._status.advance(Cause.RECOVERED)
+        self._mark_running_there()
+        await self._link.push()
+
+    def _package_loaded(self) -> None:
+        if self._status.can(Cause.PACKAGE_LOADED):
+            self._status.advance(Cause.PACKAGE_LOADED)
+            self._mark_running_there()
+
+    def _mark_running_there(self) -> None:
+        assert self._postcopy is not None
+        self._postcopy.is_loaded = True
+        if self._running_there_s is None:
+            self._running_there_s = self._clock.monotonic_s()
+        self._error = None
+        self._observer.running_there()
 
     def _ram_saver(self, channel: Channel) -> RamSaver:
         return RamSaver(
@@ -304,18 +489,28 @@ class OutgoingMigration:
             limiter=self._limiter,
             clock=self._clock,
             wait=self._wait,
+            should_stop=self._is_postcopy_requested,
+            sent={block.idstr: block.sent for block in self._postcopy.schedule.blocks}
+            if self._postcopy is not None
+            else None,
         )
+
+    def _is_postcopy_requested(self) -> bool:
+        return self._postcopy is not None and self._postcopy.is_requested
 
     async def _set_up(self, channel: Channel, saver: RamSaver) -> None:
         """Phase 1: what the destination must know before the first page."""
         head = stream_head(
             self._guest,
             self._dialect,
-            return_path=self._settings.return_path,
+            return_path=self._has_return_path,
             uuid=self._settings.uuid,
+            advise=self._postcopy.advise_bytes() if self._postcopy is not None else b"",
         )
         self._stats.dirty_sync_count = 1
         await self._on_thread(self._write, channel, head + saver.setup_bytes())
+        if self._link is not None:
+            await self._link.set_up()
         self._setup_s = self._clock.monotonic_s()
         self._advance(Cause.STREAM)
 
@@ -353,14 +548,17 @@ class OutgoingMigration:
             wait=self._wait,
         )
 
-    async def _switch_over(self, channel: Channel, saver: RamSaver) -> None:
-        """Phase 3: the guest leaves with its devices."""
+    async def _begin_switchover(self) -> None:
+        """Put the hand-over on record; the next byte may be the one that moves the guest."""
         self._stats.dirty_sync_count += 1
         self._observer.on_pass(self._stats.dirty_sync_count)
         self._switchover_s = self._switchover_s or self._clock.monotonic_s()
         self._stats.in_switchover = True
         await self._observer.before_switchover()
         self._advance(Cause.SWITCHOVER)
+
+    async def _switch_over(self, channel: Channel, saver: RamSaver) -> None:
+        """Phase 3: the guest leaves with its devices."""
         if self._live_saver is not None and self._guest.live is not None:
             await self._on_thread(self._live_saver.finish)
             await self._on_thread(self._save_devices, self._guest.live)
@@ -392,6 +590,8 @@ class OutgoingMigration:
 
     def _write_tail(self, channel: Channel, data: bytes) -> None:
         self._tail_started.set()
+        if self._link is not None:
+            self._link.set_ending()
         self._write(channel, data)
 
     def _wait(self, delay_s: float) -> None:
@@ -402,6 +602,7 @@ class OutgoingMigration:
     async def _complete(self) -> None:
         self._end_s = self._clock.monotonic_s()
         self._stats.finish(self._end_s - self._start_s)
+        self._package_loaded()
         await self._observer.handed_over()
         self._status.advance(Cause.COMPLETE)
 

@@ -12,7 +12,7 @@ Reference: the host page rule, stream format 2.3; requests, 5.3.
 """
 
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -62,11 +62,13 @@ class Batch:
         block: Index of the block.
         pages: Target page numbers, shape ``(n,)``; whole host pages.
         is_zero: Whether all of them are zero pages.
+        is_first: Whether it goes before everything else; a restart does not break it off.
     """
 
     block: int
     pages: Pages
     is_zero: bool = False
+    is_first: bool = False
 
 
 class PageSchedule:
@@ -91,16 +93,20 @@ class PageSchedule:
         """Pages that must still be sent."""
         return sum(block.remaining for block in self.blocks)
 
+    @property
+    def has_restart(self) -> bool:
+        """Whether the next batch begins elsewhere."""
+        return self._restart is not None
+
     def push_first(self, batches: Iterable[Batch]) -> None:
         """Put batches before everything else, in this order."""
         self._first = list(batches)[::-1]
 
-    def mark_sent(self, block: int, pages: Pages) -> None:
-        """The destination has these pages: they went out before postcopy began."""
-        state = self.blocks[block]
+    def recount(self) -> None:
+        """Count again what remains, after ``sent`` was filled in before postcopy began."""
         with self._lock:
-            state.sent[pages] = True
-            state.remaining = int(np.count_nonzero(state.wanted & ~state.sent))
+            for state in self.blocks:
+                state.remaining = int(np.count_nonzero(state.wanted & ~state.sent))
 
     def discards(self, block: int) -> Pages:
         """What the destination must forget before it listens, as runs.
@@ -114,18 +120,23 @@ class PageSchedule:
         """
         state = self.blocks[block]
         count = len(state.sent)
-        kept = np.flatnonzero(state.sent & state.wanted)
+        if not state.sent.any():
+            return np.array([[0, count]], np.int64) if count else np.empty((0, 2), np.int64)
+        kept = state.sent & state.wanted
         if state.host_pages > 1:
             # A host page of which a part was not sent goes as a whole.
-            done: Bools = state.sent | ~state.wanted
-            whole = np.all(done.reshape(-1, state.host_pages), axis=1)
-            kept = kept[whole[kept // state.host_pages]]
-        bounds = np.concatenate(([-1], kept, [count]))
-        gaps = np.flatnonzero(np.diff(bounds) > 1)
-        runs = np.stack((bounds[gaps] + 1, bounds[gaps + 1] - bounds[gaps] - 1), axis=1)
+            rows = kept.reshape(-1, state.host_pages)
+            kept = np.repeat(np.all(rows, axis=1), state.host_pages)
+        bounds = np.concatenate(([-1], np.flatnonzero(kept), [count]))
+        missing = np.concatenate(([0], np.cumsum(state.wanted & ~kept)))
+        firsts, ends = bounds[:-1] + 1, bounds[1:]
+        is_needed = missing[ends] > missing[firsts]
+        runs = np.stack((firsts[is_needed], (ends - firsts)[is_needed]), axis=1)
+        edges = np.zeros(count + 1, np.int8)
+        edges[runs[:, 0]] = 1
+        edges[runs.sum(axis=1)] -= 1
         with self._lock:
-            for first, length in runs.tolist():
-                state.sent[first : first + length] = False
+            state.sent[np.cumsum(edges[:-1], dtype=np.int8).view(np.bool_)] = False
             state.remaining = int(np.count_nonzero(state.wanted & ~state.sent))
         return runs
 
@@ -185,7 +196,7 @@ class PageSchedule:
                 self._first.append(Batch(batch.block, pages[limit:], batch.is_zero))
                 pages = pages[:limit]
             if len(pages):
-                return Batch(batch.block, pages, batch.is_zero)
+                return Batch(batch.block, pages, batch.is_zero, is_first=True)
         restart, self._restart = self._restart, None
         if restart is not None:
             self._block, self._page = restart
@@ -197,6 +208,14 @@ class PageSchedule:
             self._block = (self._block + 1) % len(self.blocks)
             self._page = 0
         return None
+
+    def zero_batches(self, limit: int) -> Iterator[Batch]:
+        """Zero pages that nobody has claimed, for when all others are."""
+        for index, state in enumerate(self.blocks):
+            for begin in range(0, len(state.sent), _SCAN_PAGES_MAX):
+                found = np.flatnonzero(~state.sent[begin : begin + _SCAN_PAGES_MAX]) + begin
+                for start in range(0, len(found), limit):
+                    yield Batch(index, found[start : start + limit], is_zero=True, is_first=True)
 
     def _scan(self, state: BlockPages, limit: int) -> Pages | None:
         """Wanted pages from the cursor on; None if there are none up to the block's end."""

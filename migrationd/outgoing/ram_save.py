@@ -7,7 +7,7 @@ Reference: RAM records, stream format 2.1-2.3. A held guest knows which of its
 pages are zero, so nothing is scanned on the way out.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -52,6 +52,8 @@ class RamSaver:
         batch_pages: Pages of one gather write.
         limiter: Bandwidth limit; shared with the monitor, which may change its rate.
         wait: Called with seconds to wait for the limit; raises when the migration ends.
+        should_stop: Asked before each batch: postcopy is to send the rest.
+        sent: By block name one bool per page, set for pages that went out; or None.
     """
 
     def __init__(
@@ -67,6 +69,8 @@ class RamSaver:
         clock: Clock,
         wait: Callable[[float], None],
         batch_pages: int = 512,
+        should_stop: Callable[[], bool] = lambda: False,
+        sent: Mapping[str, npt.NDArray[np.bool_]] | None = None,
     ) -> None:
         self._channel = channel
         self._blocks = blocks
@@ -78,6 +82,8 @@ class RamSaver:
         self._clock = clock
         self._wait = wait
         self._batch_pages = batch_pages
+        self._should_stop = should_stop
+        self._sent = sent
         self._named_block: RamBlock | None = None
         self._part_bytes = 0
         self._prefix = b""
@@ -102,13 +108,15 @@ class RamSaver:
         )
 
     def save_all(self) -> None:
-        """Send every page of every block once, in PARTs.
+        """Send every page of every block once, in PARTs, until it is told to stop.
 
         Raises:
             ChannelClosed: The peer went away, or the channel was shut down.
         """
         self.begin_parts()
         for block in self._blocks:
+            if self._should_stop():
+                break
             self.send(block, np.flatnonzero(~block.present), is_zero=True)
             self.send(block, np.flatnonzero(block.present), is_zero=False)
         self.end_parts()
@@ -127,7 +135,7 @@ class RamSaver:
         self._send(prefix + self._part_end())
 
     def send(self, block: RamBlock, pages: Pages, *, is_zero: bool) -> None:
-        """Send pages of a block inside PARTs, in batches.
+        """Send pages of a block inside PARTs, in batches, until it is told to stop.
 
         Args:
             block: Block.
@@ -138,12 +146,15 @@ class RamSaver:
             ChannelClosed: As :meth:`save_all`.
         """
         start = 0
-        while start < len(pages):
+        while start < len(pages) and not self._should_stop():
             count = ZERO_BATCH_PAGES if is_zero else self._allowed_pages()
             if self._part_bytes >= PART_BYTES:
                 self._prefix += self._part_end() + self._part_header()
             prefix, self._prefix = self._prefix, b""
-            self._send_batch(block, pages[start : start + count], is_zero, prefix)
+            batch = pages[start : start + count]
+            if self._sent is not None:
+                self._sent[block.idstr][batch] = True
+            self._send_batch(block, batch, is_zero, prefix)
             start += count
 
     def _part_header(self) -> bytes:

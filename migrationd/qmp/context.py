@@ -59,6 +59,12 @@ class Control(Protocol):
     def migrate_continue(self, state: str) -> None:
         """Go on from ``pre-switchover``."""
 
+    def migrate_start_postcopy(self) -> None:
+        """Let the guest run at its destination before its memory is there."""
+
+    def migrate_pause(self) -> None:
+        """Break the connection of a postcopy."""
+
     def check_capabilities_may_change(self) -> None:
         """Raise if a running migration forbids it."""
 

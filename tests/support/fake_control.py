@@ -56,6 +56,21 @@ class FakeControl:
         if state != "none":
             raise QMPError("Migration not in expected state: none")
 
+    def migrate_start_postcopy(self) -> None:
+        """Nothing runs."""
+        if not self.options.capabilities["postcopy-ram"]:
+            raise QMPError(
+                "Enable postcopy with migrate_set_capability before the start of migration"
+            )
+        raise QMPError("Postcopy must be started after migration has been started")
+
+    def migrate_pause(self) -> None:
+        """Nothing runs."""
+        raise QMPError(
+            "migrate-pause is currently only supported during postcopy-active or "
+            "postcopy-recover state"
+        )
+
     def check_capabilities_may_change(self) -> None:
         """They may."""
 

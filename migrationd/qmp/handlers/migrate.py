@@ -53,6 +53,16 @@ def migrate_continue(call: Invocation, arguments: MigrateContinue) -> None:
     call.control.migrate_continue(arguments.state)
 
 
+def migrate_start_postcopy(call: Invocation, _: object) -> None:
+    """``migrate-start-postcopy``."""
+    call.control.migrate_start_postcopy()
+
+
+def migrate_pause(call: Invocation, _: object) -> None:
+    """``migrate-pause``."""
+    call.control.migrate_pause()
+
+
 def query_migrate(call: Invocation, _: object) -> MigrationInfoModel:
     """``query-migrate``: the destination's part first, the source's over it."""
     members: dict[str, object] = {}

@@ -34,6 +34,8 @@ COMMANDS: dict[str, CommandSpec] = {
         command("migrate-incoming", migrate.migrate_incoming, migration_models.MigrateIncoming),
         command("migrate_cancel", migrate.migrate_cancel),
         command("migrate-continue", migrate.migrate_continue, migration_models.MigrateContinue),
+        command("migrate-start-postcopy", migrate.migrate_start_postcopy),
+        command("migrate-pause", migrate.migrate_pause, allows_oob=True),
         command(
             "query-migrate", migrate.query_migrate, returns=migration_models.MigrationInfoModel
         ),

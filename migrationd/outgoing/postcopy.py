@@ -1,0 +1,402 @@
+"""Postcopy out of a held guest: the switch, the push, and a new connection after a lost one.
+
+    [preempt channel]  SWITCHOVER_START  END of other handlers  RAM_DISCARD...  PING 2
+    PACKAGED { LISTEN  devices  PING 3  PING 0x42  RUN }  PING 4
+    SECTION_PART ram { pages }  SECTION_END ram  EOF              preempt: pages
+
+After the package the destination runs the guest, and nobody else may. Whether it was loaded
+is known with the answer to PING 0x42. What is lost between the two leaves a guest that is
+*paused*: the destination can go on with it, or a person who knows that the destination does
+not run it can take it back.
+
+Reference: stream format 6.4-6.6.
+"""
+
+import asyncio
+import threading
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from migrationd.clock import Clock
+from migrationd.codec.constants import (
+    MIG_CMD_SWITCHOVER_START,
+    QEMU_VM_EOF,
+    QEMU_VM_SECTION_END,
+    QEMU_VM_SECTION_FULL,
+    QEMU_VM_SECTION_PART,
+    QEMU_VM_SECTION_START,
+)
+from migrationd.codec.encode import StreamEncoder
+from migrationd.codec.postcopy import (
+    PING_PACKAGE_LOADED,
+    bitmap_bytes,
+    encode_advise,
+    encode_discards,
+    encode_listen,
+    encode_packaged,
+    encode_ping,
+    encode_recv_bitmap,
+    encode_resume,
+    encode_run,
+    unpack_received,
+)
+from migrationd.codec.ram_encode import encode_eos
+from migrationd.codec.records import Command
+from migrationd.codec.return_path import Pong, RecvBitmap, ResumeAck, ReturnPathMessage
+from migrationd.codec.section import encode_section_footer, encode_section_header
+from migrationd.errors import ChannelError, StreamCorrupt
+from migrationd.guest.base import Guest
+from migrationd.guest.device import DeviceState
+from migrationd.migration.dialect import Dialect
+from migrationd.migration.latency import LatencyStats
+from migrationd.migration.stats import OutgoingStats
+from migrationd.outgoing.device_save import encode_device, free_section_id
+from migrationd.outgoing.postcopy_pacer import Pacer
+from migrationd.outgoing.postcopy_schedule import BlockPages, PageSchedule
+from migrationd.outgoing.postcopy_server import Push, RequestLog, RequestServer
+from migrationd.outgoing.postcopy_writer import PageWriter
+from migrationd.transport.channel import Channel
+
+SEND_QUEUE_BYTES = 128 << 10
+"""What may lie in the kernel before a requested page on the same channel."""
+
+OpenChannel = Callable[[], Awaitable[Channel]]
+
+
+@dataclass(frozen=True, slots=True)
+class PostcopySettings:
+    """What the monitor and the command line chose.
+
+    Attributes:
+        preempt: ``postcopy-preempt``.
+        at_once: Switch before any RAM is sent.
+        max_bandwidth_bytes_per_s: ``max-postcopy-bandwidth``; 0 is unlimited.
+    """
+
+    preempt: bool = False
+    at_once: bool = False
+    max_bandwidth_bytes_per_s: int = 0
+
+
+class PostcopySource:
+    """What outlives a connection: who has which page, requests and their latency.
+
+    Args:
+        guest: The guest; only read.
+        dialect: Its wire dialect.
+        settings: Capabilities and parameters.
+        stats: Counters of the migration.
+        clock: Time.
+
+    Attributes:
+        schedule: Who sends which page.
+        latency: From the arrival of a request to its last byte.
+        requests: Pages in the order in which they were asked for.
+        pacer: ``max-postcopy-bandwidth``.
+        is_loaded: The destination said that it has loaded the package: it runs the guest.
+    """
+
+    def __init__(
+        self,
+        guest: Guest,
+        dialect: Dialect,
+        settings: PostcopySettings,
+        stats: OutgoingStats,
+        clock: Clock,
+    ) -> None:
+        self.guest = guest
+        self.dialect = dialect
+        self.settings = settings
+        self.stats = stats
+        self.clock = clock
+        self.section_id = free_section_id(list(guest.devices))
+        self.schedule = PageSchedule([BlockPages(b.idstr, b.present) for b in guest.ram])
+        self.latency = LatencyStats()
+        self.requests = RequestLog()
+        self.pacer = Pacer(settings.max_bandwidth_bytes_per_s)
+        self.is_loaded = False
+        self._requested = threading.Event()
+        if settings.at_once:
+            self._requested.set()
+
+    @property
+    def is_requested(self) -> bool:
+        """Whether to switch as soon as possible; asked on any thread."""
+        return self._requested.is_set()
+
+    def request(self) -> None:
+        """``migrate-start-postcopy``."""
+        self._requested.set()
+
+    @property
+    def footer(self) -> bytes:
+        """Footer of RAM sections."""
+        return encode_section_footer(self.section_id) if self.dialect.send_section_footers else b""
+
+    def advise_bytes(self) -> bytes:
+        """ADVISE: what the destination must agree with before the first section."""
+        page_size = self.guest.page_size
+        sizes = [page_size * block.host_pages for block in self.schedule.blocks]
+        return encode_advise(sizes or [page_size], page_size)
+
+    def switch_bytes(self) -> tuple[bytes, bytes]:
+        """From the switchover to the package's end, and what leads to the first page."""
+        parts = []
+        if self.dialect.send_switchover_start:
+            parts.append(StreamEncoder().encode(Command(MIG_CMD_SWITCHOVER_START, b"")))
+        parts += [self._device(d) for d in self._late() if not _waits_for_postcopy(d)]
+        for index, block in enumerate(self.guest.ram):
+            ranges = self.schedule.discards(index)
+            parts.append(encode_discards(block.idstr, ranges, block.page_size))
+        devices = [
+            self._device(device)
+            for device in self.guest.devices
+            if device.kind == QEMU_VM_SECTION_FULL and not device.is_early
+        ]
+        package = b"".join(
+            (
+                encode_listen(),
+                *devices,
+                encode_ping(3),
+                encode_ping(PING_PACKAGE_LOADED),
+                encode_run(),
+            )
+        )
+        parts += [encode_ping(2), encode_packaged(package)]
+        return b"".join(parts), encode_ping(4) + self.part_bytes()
+
+    def part_bytes(self) -> bytes:
+        """Header of the PART that holds the pages."""
+        return encode_section_header(QEMU_VM_SECTION_PART, self.section_id)
+
+    def end_bytes(self) -> bytes:
+        """From the end of the last PART to EOF; no VMDESCRIPTION follows in postcopy."""
+        return b"".join(
+            (
+                encode_eos() + self.footer,
+                encode_section_header(QEMU_VM_SECTION_END, self.section_id),
+                encode_eos() + self.footer,
+                *(self._device(d) for d in self._late() if _waits_for_postcopy(d)),
+                bytes([QEMU_VM_EOF]),
+            )
+        )
+
+    def _late(self) -> list[DeviceState]:
+        """Sections of live handlers other than RAM, behind their START."""
+        return [
+            device
+            for device in self.guest.devices
+            if device.kind not in (QEMU_VM_SECTION_START, QEMU_VM_SECTION_FULL)
+        ]
+
+    def _device(self, device: DeviceState) -> bytes:
+        return encode_device(device, self.dialect)
+
+
+class PostcopyLink:
+    """One connection of a postcopy migration: its channels and threads.
+
+    Lives on the event loop. The return path is read by a thread from the first byte on.
+
+    Args:
+        source: What outlives the connection.
+        channel: Main channel; not owned.
+        open_channel: Opens another connection to the same destination.
+        executor: Runs what blocks; has room for two.
+        on_loaded: Called on the loop when the destination has loaded the package.
+        is_recovery: Whether the connection is a new one for a paused guest.
+    """
+
+    def __init__(
+        self,
+        source: PostcopySource,
+        channel: Channel,
+        open_channel: OpenChannel,
+        executor: ThreadPoolExecutor,
+        on_loaded: Callable[[], None],
+        *,
+        is_recovery: bool,
+    ) -> None:
+        self._source = source
+        self._channel = channel
+        self._open_channel = open_channel
+        self._executor = executor
+        self._on_loaded = on_loaded
+        self._loop = asyncio.get_running_loop()
+        self._stop = threading.Event()
+        self._ending = threading.Event()
+        self._preempt: Channel | None = None
+        self._package_end: int | None = None
+        self._first_pong = asyncio.Event()
+        self._answers: asyncio.Queue[RecvBitmap | ResumeAck] = asyncio.Queue()
+        blocks = source.guest.ram
+        self._main = PageWriter(channel, blocks, source.schedule, source.guest.page_size)
+        self._urgent = self._main
+        largest = max((block.page_count for block in blocks), default=0)
+        self._server = RequestServer(
+            channel,
+            blocks,
+            source.schedule,
+            source.stats,
+            source.latency,
+            source.requests,
+            bitmap_limit_bytes=bitmap_bytes(largest) if is_recovery else 0,
+            on_message=self._on_message,
+            may_end=self._ending.is_set,
+        )
+
+    @property
+    def may_run_there(self) -> bool:
+        """Whether the destination has all that it needs to run the guest."""
+        return self._package_end is not None and self._channel.bytes_sent >= self._package_end
+
+    def set_ending(self) -> None:
+        """The last byte of the stream is on its way: SHUT 0 may come."""
+        self._ending.set()
+
+    async def read(self) -> None:
+        """Read the return path to SHUT 0; raises as :meth:`RequestServer.run`."""
+        await self._loop.run_in_executor(self._executor, self._server.run)
+
+    def shutdown(self) -> None:
+        """End every blocked call; any number of times."""
+        self._stop.set()
+        if self._preempt is not None:
+            self._preempt.shutdown()
+
+    def close(self) -> None:
+        """Close what was opened here, after the threads have ended."""
+        self.shutdown()
+        if self._preempt is not None:
+            self._preempt.close()
+
+    async def set_up(self) -> None:
+        """Open the preempt channel where the destination reads nothing before it exists.
+
+        Raises:
+            ChannelError: It cannot be opened.
+        """
+        if self._source.settings.preempt and self._source.dialect.preempt_at_setup:
+            await self._open_preempt()
+
+    async def switch(self) -> None:
+        """Send what makes the destination run the guest; requests are answered from here on.
+
+        Raises:
+            ChannelError: A channel broke. :attr:`may_run_there` says what that means.
+        """
+        if self._source.settings.preempt and self._preempt is None:
+            await self._first_pong.wait()  # or this connection might be taken for the main one
+            await self._open_preempt()
+        await self._run(self._send_switch)
+
+    def _send_switch(self) -> None:
+        package, lead = self._source.switch_bytes()
+        self._channel.limit_send_queue(SEND_QUEUE_BYTES)
+        self._package_end = self._channel.bytes_sent + len(package)
+        self._source.stats.sent(len(package) + len(lead))
+        self._server.writer = self._urgent
+        self._main.open(package + lead)
+        self._source.stats.in_postcopy = True
+        schedule = self._source.schedule
+        self._source.stats.remaining_pages = lambda: schedule.remaining_pages
+
+    async def recover(self) -> None:
+        """Ask the destination what it has, and tell it to go on.
+
+        Raises:
+            ChannelError: A channel broke or cannot be opened.
+            StreamCorrupt: The destination's answers do not fit the guest.
+        """
+        source = self._source
+        await self.set_up()
+        question = b"".join(encode_recv_bitmap(block.idstr) for block in source.guest.ram)
+        await self._run(self._channel.send, question)
+        for index, block in enumerate(source.guest.ram):
+            answer = await self._answers.get()
+            if not isinstance(answer, RecvBitmap) or answer.idstr != block.idstr:
+                raise StreamCorrupt(
+                    f"expected the received pages of '{block.idstr}', found "
+                    f"{type(answer).__name__} {getattr(answer, 'idstr', '')}".rstrip(),
+                    section="return path",
+                )
+            received = unpack_received(block.idstr, answer.bitmap, block.page_count)
+            source.schedule.adopt_received(index, received)
+        if source.settings.preempt and self._preempt is None:
+            await self._open_preempt()
+        self._package_end = 0
+        await self._run(self._send_resume)
+        await self._answers.get()
+
+    def _send_resume(self) -> None:
+        self._channel.limit_send_queue(SEND_QUEUE_BYTES)
+        self._channel.send(encode_resume())
+
+    async def push(self) -> None:
+        """Send all that is left, and the end of the stream.
+
+        Raises:
+            ChannelError: A channel broke.
+        """
+        source = self._source
+        push = Push(
+            self._main,
+            source.schedule,
+            source.stats,
+            source.pacer,
+            source.clock,
+            self._stop,
+            # A destination of this dialect reads the preempt channel up to its EOS only, and
+            # newer programs wait for every page that was asked for before.
+            with_zeros=self._preempt is not None and source.dialect.preempt_eos,
+        )
+        await self._run(push.run)
+        self.set_ending()
+        await self._run(self._main.finish, source.end_bytes())
+        if self._preempt is not None and source.dialect.preempt_eos:
+            await self._run(self._urgent.finish, encode_eos())
+
+    async def _open_preempt(self) -> None:
+        channel = await self._open_channel()
+        self._preempt = channel
+        if not channel.is_socket:
+            raise ChannelError("Migration requires multi-channel URIs (e.g. tcp)")
+        source = self._source
+        self._urgent = PageWriter(
+            channel, source.guest.ram, source.schedule, source.guest.page_size
+        )
+        self._urgent.open(b"")
+
+    async def _run(self, call: Callable[..., object], *arguments: object) -> None:
+        await self._loop.run_in_executor(self._executor, call, *arguments)
+
+    def _on_message(self, message: ReturnPathMessage) -> None:
+        """On the server's thread; what the next request depends on is done before it is read."""
+        if isinstance(message, ResumeAck):
+            if message.value != 1:
+                raise StreamCorrupt(
+                    f"RESUME_ACK {message.value}, expected 1", section="return path"
+                )
+            if self._package_end != 0 or self._server.writer is not None:
+                raise StreamCorrupt("RESUME_ACK without RESUME", section="return path")
+            self._main.open(self._source.part_bytes())
+            self._server.writer = self._urgent
+        self._loop.call_soon_threadsafe(self._take, message)
+
+    def _take(self, message: ReturnPathMessage) -> None:
+        match message:
+            case Pong(value=value):
+                self._first_pong.set()
+                if value == PING_PACKAGE_LOADED and self.may_run_there:
+                    self._source.is_loaded = True
+                    self._on_loaded()
+            case RecvBitmap() | ResumeAck():
+                self._answers.put_nowait(message)
+            case _:
+                pass
+
+
+def _waits_for_postcopy(device: DeviceState) -> bool:
+    """Whether a live handler's END comes after the switch."""
+    return device.idstr == "dirty-bitmap"

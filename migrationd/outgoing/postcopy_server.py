@@ -1,0 +1,285 @@
+"""The threads of the postcopy phase: requests are answered, the rest is pushed.
+
+The request server blocks in ``recv`` on the return path and writes the page itself: handing
+the request to another thread costs more than the page.
+
+Reference: stream format 5 and 6.4-6.6. A destination asks for pages that are under way; such
+a request is dropped, for a second copy is fatal to it.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from migrationd.clock import Clock
+from migrationd.codec.return_path import (
+    Pong,
+    RecvBitmap,
+    RequestPages,
+    ResumeAck,
+    ReturnPathDecoder,
+    ReturnPathMessage,
+    Shut,
+    SwitchoverAck,
+)
+from migrationd.errors import ChannelClosed, PeerFailed, StreamCorrupt
+from migrationd.guest.ram_block import RamBlock
+from migrationd.migration.latency import LatencyStats
+from migrationd.migration.stats import OutgoingStats
+from migrationd.outgoing.postcopy_pacer import Pacer
+from migrationd.outgoing.postcopy_schedule import Batch, PageSchedule
+from migrationd.outgoing.postcopy_writer import WINDOW_PAGES, ZERO_WINDOW_PAGES, PageWriter
+from migrationd.transport.channel import Channel
+
+RECEIVE_BYTES = 16 << 10
+
+BATCH_PAGES = 512
+"""Pages whose gather vector is made at once."""
+
+RESTART_PAGES = 64
+"""The same behind a request: it is soon broken off by the next one."""
+
+REQUESTS_KEPT = 1 << 20
+"""Requests of which the order is remembered."""
+
+MESSAGES_MAX = 4096
+"""Messages other than requests that a destination may send on one connection; real ones send
+one PONG per PING and one bitmap per block."""
+
+_REQUEST_LIMIT_BYTES = 1 << 30
+"""Longest request: the largest huge page that there is."""
+
+
+class RequestLog:
+    """Pages in the order in which they were asked for; one thread adds.
+
+    Attributes:
+        pages: Block index and page of each, packed; at most ``REQUESTS_KEPT``.
+    """
+
+    def __init__(self) -> None:
+        self.pages: list[int] = []
+
+    def add(self, block: int, page: int) -> None:
+        """Remember a request."""
+        if len(self.pages) < REQUESTS_KEPT:
+            self.pages.append(block << 40 | page)
+
+    def take(self) -> npt.NDArray[np.int64]:
+        """Block index and page of each, shape ``(n, 2)``."""
+        packed = np.array(self.pages, np.int64)
+        return np.stack((packed >> 40, packed & ((1 << 40) - 1)), axis=1)
+
+
+class RequestServer:
+    """Reads one return path and answers page requests; :meth:`run` is a thread.
+
+    Args:
+        channel: Main channel.
+        blocks: RAM blocks.
+        schedule: Who sends which page.
+        stats: Counters; those of requests are written here only.
+        latency: From the arrival of a request to its last byte.
+        requests: Takes the order of requests.
+        bitmap_limit_bytes: Largest received-page bitmap; 0 outside a recovery.
+        on_message: Called on this thread with every other message.
+        may_end: Tells whether the last byte of the stream is on its way.
+    """
+
+    def __init__(
+        self,
+        channel: Channel,
+        blocks: Sequence[RamBlock],
+        schedule: PageSchedule,
+        stats: OutgoingStats,
+        latency: LatencyStats,
+        requests: RequestLog,
+        *,
+        bitmap_limit_bytes: int,
+        on_message: Callable[[ReturnPathMessage], None],
+        may_end: Callable[[], bool],
+    ) -> None:
+        self._channel = channel
+        self._blocks = tuple(blocks)
+        self._indexes = {block.idstr: index for index, block in enumerate(blocks)}
+        self._schedule = schedule
+        self._stats = stats
+        self._latency = latency
+        self._requests = requests
+        self._decoder = ReturnPathDecoder(bitmap_limit_bytes)
+        self._on_message = on_message
+        self._may_end = may_end
+        self._messages = 0
+        self._last_block: int | None = None
+        self.writer: PageWriter | None = None
+        """Where requested pages go; None as long as none may be asked for."""
+
+    def run(self) -> None:
+        """Read until the destination confirms that it holds the guest (SHUT 0).
+
+        Raises:
+            PeerFailed: SHUT with another value.
+            ChannelClosed: The destination went away without a SHUT, or a channel broke.
+            StreamError: Bytes that are no message, or a request that nobody may make.
+        """
+        while True:
+            data = self._channel.recv_blocking(RECEIVE_BYTES)
+            arrived_ns = time.perf_counter_ns()
+            if not data:
+                raise ChannelClosed(
+                    "the destination closed the connection before it confirmed the migration"
+                )
+            for message in self._decoder.feed(data):
+                if type(message) is RequestPages:
+                    self._answer(message, arrived_ns)
+                elif self._obey(message):
+                    return
+
+    def _obey(self, message: ReturnPathMessage) -> bool:
+        """Take a message that is no request; True after the last one."""
+        match message:
+            case Shut(value=0):
+                if not self._may_end():
+                    raise StreamCorrupt(
+                        "SHUT 0 before the end of the stream", section="return path"
+                    )
+                return True
+            case Shut(value=value):
+                raise PeerFailed(f"Sibling indicated error {value}")
+            case Pong() | SwitchoverAck() | RecvBitmap() | ResumeAck():
+                self._messages += 1
+                if self._messages > MESSAGES_MAX + len(self._blocks):
+                    raise StreamCorrupt(f"more than {MESSAGES_MAX} messages", section="return path")
+                self._on_message(message)
+        return False
+
+    def _answer(self, request: RequestPages, arrived_ns: int) -> None:
+        writer = self.writer
+        if writer is None:
+            raise StreamCorrupt("a page request outside postcopy", section="return path")
+        block, first, count = self._locate(request)
+        self._stats.postcopy_requests += 1
+        self._requests.add(block, first)
+        try:
+            pages, size = writer.answer(block, first, count)
+        except ChannelClosed:
+            if self._may_end():
+                return  # the destination has all it needs, and closes what it needs no more
+            raise
+        if not pages:
+            return
+        self._latency.add(time.perf_counter_ns() - arrived_ns)
+        self._stats.answered(size, pages)
+        self._schedule.restart_at(block, first + count)
+
+    def _locate(self, request: RequestPages) -> tuple[int, int, int]:
+        """Block index, first target page and count of a request.
+
+        Raises:
+            StreamCorrupt: It names no pages of a block.
+        """
+        if request.idstr is not None:
+            index = self._indexes.get(request.idstr)
+            if index is None:
+                raise StreamCorrupt(
+                    f"a request for block {request.idstr!r}, which is not in the list",
+                    section="return path",
+                )
+            self._last_block = index
+        if self._last_block is None:
+            raise StreamCorrupt("a request before any block was named", section="return path")
+        index = self._last_block
+        block = self._blocks[index]
+        start, length = request.start, request.length
+        host_page = block.page_size * self._schedule.blocks[index].host_pages
+        if start % host_page or length % host_page or not 0 < length <= _REQUEST_LIMIT_BYTES:
+            raise StreamCorrupt(
+                f"a request for {length} bytes at {start:#x}, pages have {host_page} bytes",
+                section="return path",
+                block=block.idstr,
+            )
+        if start + length > block.used_length:
+            raise StreamCorrupt(
+                f"a request for {length} bytes at {start:#x}, outside the block of "
+                f"{block.used_length:#x} bytes",
+                section="return path",
+                block=block.idstr,
+            )
+        return index, start // block.page_size, length // block.page_size
+
+
+class Push:
+    """Everything that nobody asks for, in the background; :meth:`run` is a thread.
+
+    Args:
+        writer: Main channel.
+        schedule: What goes next.
+        stats: Counters of this thread.
+        pacer: ``max-postcopy-bandwidth``.
+        clock: Time.
+        stop: Set when the connection is given up.
+        with_zeros: Push zero pages as well, after all others: nothing can be asked for then.
+    """
+
+    def __init__(
+        self,
+        writer: PageWriter,
+        schedule: PageSchedule,
+        stats: OutgoingStats,
+        pacer: Pacer,
+        clock: Clock,
+        stop: threading.Event,
+        *,
+        with_zeros: bool,
+    ) -> None:
+        self._writer = writer
+        self._schedule = schedule
+        self._stats = stats
+        self._pacer = pacer
+        self._clock = clock
+        self._stop = stop
+        self._with_zeros = with_zeros
+
+    def run(self) -> None:
+        """Push until every page is claimed.
+
+        Raises:
+            ChannelClosed: The channel ended, or the connection was given up.
+        """
+        limit = BATCH_PAGES
+        while (batch := self._schedule.next_batch(limit)) is not None:
+            is_done = self._push(batch)
+            limit = min(limit * 2, BATCH_PAGES) if is_done else RESTART_PAGES
+        if self._with_zeros:
+            for batch in self._schedule.zero_batches(ZERO_WINDOW_PAGES):
+                self._push(batch)
+
+    def _push(self, batch: Batch) -> bool:
+        """Push a batch; False when it was broken off for what follows a request."""
+        window = ZERO_WINDOW_PAGES if batch.is_zero else WINDOW_PAGES
+        done = 0
+        while done < len(batch.pages):
+            self._wait()
+            pages, sent, size = self._writer.push(batch, window)
+            done += pages
+            self._account(size, sent, batch.is_zero)
+            if self._schedule.has_restart and not batch.is_first:
+                return False
+        return True
+
+    def _wait(self) -> None:
+        while (delay_s := self._pacer.delay_s(self._clock.monotonic_s())) > 0:
+            if self._stop.wait(delay_s):
+                raise ChannelClosed("the channel was shut down")
+
+    def _account(self, size: int, pages: int, is_zero: bool) -> None:
+        if not size:
+            return
+        now_s = self._clock.monotonic_s()
+        self._pacer.charge(size, now_s)
+        normal = 0 if is_zero else min(pages, size // (self._stats.page_size + 8))
+        self._stats.sent(size, normal=normal, duplicate=pages - normal)
+        self._stats.measure(now_s)

@@ -1,0 +1,130 @@
+"""A parked guest runs on another QEMU at once, and its memory follows."""
+
+from pathlib import Path
+
+import pytest
+
+from migrationd.ctl.boot_guest import BootGuest
+from migrationd.ctl.daemon_process import DaemonProcess
+from migrationd.ctl.qemu_process import find_qemu, installed_versions
+from tests.support.moves import Host, check_runs_on, incoming_uri, memory_digest, park, source_uri
+from tests.support.postcopy import send_lazily, start_target, statuses
+from tests.support.results import TABLES, add_row
+
+pytestmark = pytest.mark.interop
+
+VERSIONS = ("7.2", "10.0", "11.1")
+TABLE = "postcopy out of migrationd"
+HEAD = ("QEMU", "machine", "channels", "transport", "guest in", "counts on", "requests", "pages")
+
+GUEST = BootGuest(counted_pages=2048, filled_pages=8192, pages_per_s=100000)
+
+
+def cases() -> list[object]:
+    """The default run uses the QEMU on the path, the rest is the full matrix."""
+    default = next(iter(installed_versions()), VERSIONS[0])
+    out: list[object] = []
+    for version in VERSIONS:
+        for machine in ("pc", "q35"):
+            for channels in ("plain", "preempt"):
+                for store in ("memory", "file"):
+                    is_default = version == default and (machine == "pc" or store == "memory")
+                    marks = [] if is_default else [pytest.mark.matrix]
+                    name = f"{version}-{machine}-{channels}-{store}"
+                    out.append(
+                        pytest.param(version, machine, channels, store, marks=marks, id=name)
+                    )
+    return out
+
+
+@pytest.mark.parametrize(("version", "machine", "channels", "store"), cases())
+async def test_a_parked_guest_runs_at_once(
+    version: str,
+    machine: str,
+    channels: str,
+    store: str,
+    tmp_path: Path,
+    closing: list[object],
+    request: pytest.FixtureRequest,
+) -> None:
+    binary = find_qemu(version)
+    if binary is None:
+        pytest.skip(f"QEMU {version} is not installed (tests/support/install-qemus brings it)")
+    host = Host(binary, machine, GUEST, memory_mib=128)
+    preempt = channels == "preempt"
+    transport = "tcp" if machine == "q35" else "unix"
+    source = await host.start("QEMU A")
+    closing.append(source)
+    arguments = ["-ram-dir", str(tmp_path / "ram"), "-name", "g"] if store == "file" else []
+    daemon = await DaemonProcess.start(incoming=f"unix:{tmp_path}/in", arguments=arguments)
+    closing.append(daemon)
+    await source.wait_serial(3)
+    await park(source, daemon, f"unix:{tmp_path}/in", return_path=True)
+    before = source.serial
+
+    uri = incoming_uri(transport, tmp_path, "out")
+    target = await start_target(host, uri, preempt=preempt)
+    closing.append(target)
+    uri = await source_uri(target, uri)
+    # Slow enough that the guest needs pages before they come by themselves.
+    await send_lazily(daemon, uri, preempt=preempt, parameters={"max-postcopy-bandwidth": 32 << 20})
+    await target.wait_event("RESUME")
+    await daemon.wait_migration("postcopy-active")
+    await target.wait_serial(2)
+    await daemon.set_parameters({"max-postcopy-bandwidth": 0})
+    info = await daemon.wait_migration("completed")
+    await target.wait_migration("completed")
+    assert statuses(daemon) == [
+        "setup", "active", "device", "postcopy-device", "postcopy-active", "completed"
+    ]  # fmt: skip
+    assert await daemon.run_state() == "postmigrate"
+    passes = await check_runs_on(before, target, host, passes=5)
+    ram = info["ram"]
+    assert isinstance(ram, dict)
+    assert ram["postcopy-requests"] > 0
+    assert ram["precopy-bytes"] < 1 << 20
+    assert ram["postcopy-bytes"] > GUEST.filled_pages * 4096
+    config = request.config
+    if TABLE not in config.stash.get(TABLES, {}):
+        add_row(config, TABLE, HEAD)
+    row = (f"yes, {passes} passes", str(ram["postcopy-requests"]), str(ram["normal"]))
+    add_row(config, TABLE, (version, machine, channels, transport, store, *row))
+
+
+@pytest.mark.parametrize("preempt", [False, True], ids=["plain", "preempt"])
+async def test_postcopy_in_the_middle_of_precopy(
+    preempt: bool, qemu_host: Host, tmp_path: Path, closing: list[object]
+) -> None:
+    host = Host(qemu_host.binary, "pc", GUEST, memory_mib=128)
+    source = await host.start("QEMU A")
+    closing.append(source)
+    daemon = await DaemonProcess.start(incoming=f"unix:{tmp_path}/in")
+    closing.append(daemon)
+    await source.wait_serial(3)
+    await park(source, daemon, f"unix:{tmp_path}/in", return_path=True)
+    before = source.serial
+    digest = await memory_digest(source, host)
+
+    target = await start_target(host, f"unix:{tmp_path}/out", preempt=preempt, paused=True)
+    closing.append(target)
+    from tests.support.postcopy import capabilities
+
+    await daemon.set_capabilities(capabilities(preempt=preempt))
+    await daemon.set_parameters({"max-bandwidth": 40 << 20})
+    await daemon.execute("migrate", {"uri": f"unix:{tmp_path}/out"})
+    while True:
+        info = await daemon.query_migrate()
+        ram = info.get("ram")
+        if isinstance(ram, dict) and ram["precopy-bytes"] > 12 << 20:
+            break
+    await daemon.execute("migrate-start-postcopy")
+    info = await daemon.wait_migration("completed")
+    await target.wait_migration("completed")
+    ram = info["ram"]
+    assert isinstance(ram, dict)
+    assert ram["precopy-bytes"] > 12 << 20
+    assert 1 << 20 < ram["postcopy-bytes"] < 30 << 20
+    # A page that was sent twice would have ended the destination.
+    assert await memory_digest(target, host) == digest
+    await target.execute("cont")
+    await check_runs_on(before, target, host)

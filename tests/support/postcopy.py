@@ -1,0 +1,45 @@
+"""Postcopy out of the daemon into a real QEMU."""
+
+import asyncio
+from collections.abc import Mapping
+
+from migrationd.ctl.daemon_process import DaemonProcess
+from migrationd.ctl.peer_process import PeerProcess
+from migrationd.ctl.qemu_process import QemuProcess
+from tests.support.moves import Host
+
+
+def capabilities(*, preempt: bool) -> dict[str, bool]:
+    """What both sides need."""
+    return {"events": True, "postcopy-ram": True, "postcopy-preempt": preempt}
+
+
+async def start_target(
+    host: Host, uri: str, *, preempt: bool, name: str = "QEMU B", paused: bool = False
+) -> QemuProcess:
+    """A QEMU that waits for a postcopy."""
+    qemu = await host.start(name, incoming="defer", paused=paused)
+    try:
+        await qemu.set_capabilities(capabilities(preempt=preempt))
+        await qemu.execute("migrate-incoming", {"uri": uri})
+    except BaseException:
+        await qemu.close()
+        raise
+    return qemu
+
+
+async def send_lazily(
+    daemon: DaemonProcess, uri: str, *, preempt: bool, parameters: Mapping[str, object] = {}
+) -> None:
+    """Begin a migration that goes to postcopy before any RAM is sent."""
+    await daemon.set_capabilities(capabilities(preempt=preempt))
+    await daemon.set_parameters({"max-bandwidth": 0, **parameters})
+    await asyncio.gather(
+        daemon.execute("migrate", {"uri": uri}), daemon.execute("migrate-start-postcopy")
+    )
+
+
+def statuses(peer: PeerProcess) -> list[str]:
+    """Statuses of MIGRATION events."""
+    return [str(event["data"]["status"]) for event in peer.events  # type: ignore[index]
+            if event["event"] == "MIGRATION"]  # fmt: skip
