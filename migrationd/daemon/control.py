@@ -88,6 +88,11 @@ class GuestControl:
         return UUID(bytes=raw) if raw is not None else None
 
     @property
+    def only_migratable(self) -> bool:
+        """``-only-migratable``."""
+        return self._config.only_migratable
+
+    @property
     def run_state(self) -> str:
         """QMP RunState. A held guest is paused: it never executes here."""
         if self._guest is None:

@@ -1,13 +1,13 @@
 """What a command is: its models, its flags and its handler."""
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 from migrationd.qmp.context import Control
 from migrationd.qmp.fds import RequestFds
 from migrationd.qmp.message import Json
-from migrationd.qmp.models.base import QapiModel
+from migrationd.qmp.models.base import QapiModel, parse_arguments
 from migrationd.qmp.models.control import Empty
 from migrationd.qmp.session import Session
 
@@ -23,13 +23,28 @@ class Invocation:
         control: The guest.
         session: The client's session.
         fds: Descriptors that came with the request, and those of its monitor.
-        command_names: Names of all commands.
+        commands: All commands, by name.
     """
 
     control: Control
     session: Session
     fds: RequestFds
-    command_names: tuple[str, ...]
+    commands: "Mapping[str, CommandSpec]"
+
+    @property
+    def command_names(self) -> tuple[str, ...]:
+        """Names of all commands."""
+        return tuple(self.commands)
+
+    async def perform(self, name: str, arguments: Mapping[str, object]) -> object:
+        """Perform another command on behalf of this one; what it returns as a JSON value.
+
+        Raises:
+            MigrationdError: It failed.
+        """
+        spec = self.commands[name]
+        returned = spec.handler(self, parse_arguments(spec.arguments, arguments))
+        return to_wire(await returned if isinstance(returned, Awaitable) else returned)
 
 
 Handler = Callable[[Invocation, QapiModel], Returned | Awaitable[Returned]]
@@ -55,6 +70,22 @@ class CommandSpec:
     returns: Any
     allows_oob: bool = False
     features: tuple[str, ...] = ()
+
+
+def to_wire(returned: Returned) -> object:
+    """A returned model, or a list of them, as a JSON value; absent members are left out."""
+    if returned is None:
+        return {}
+    if isinstance(returned, QapiModel):
+        return returned.__pydantic_serializer__.to_python(
+            returned, by_alias=True, exclude_none=True
+        )
+    if isinstance(returned, str | int | Json):
+        return returned
+    return [
+        item if isinstance(item, str) else item.model_dump(by_alias=True, exclude_none=True)
+        for item in returned
+    ]
 
 
 def command(

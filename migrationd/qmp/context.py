@@ -35,6 +35,10 @@ class Control(Protocol):
         """UUID of the guest."""
 
     @property
+    def only_migratable(self) -> bool:
+        """``-only-migratable``."""
+
+    @property
     def run_state(self) -> str:
         """QMP RunState."""
 

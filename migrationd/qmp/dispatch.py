@@ -4,18 +4,15 @@ import logging
 from collections.abc import Awaitable
 
 from migrationd.errors import MigrationdError, QMPError
-from migrationd.qmp.command import Invocation, Returned
+from migrationd.qmp.command import Invocation, Returned, to_wire
 from migrationd.qmp.context import Control
 from migrationd.qmp.errors import to_qmp
 from migrationd.qmp.fds import RequestFds
 from migrationd.qmp.handlers.table import COMMANDS
-from migrationd.qmp.message import Json
-from migrationd.qmp.models.base import QapiModel, parse_arguments
+from migrationd.qmp.models.base import parse_arguments
 from migrationd.qmp.session import Request, RequestError, Session, failure, success
 
 log = logging.getLogger(__name__)
-
-_NAMES = tuple(COMMANDS)
 
 Reply = dict[str, object]
 
@@ -62,22 +59,6 @@ def _failed(request: Request, error: Exception) -> Reply:
     return failure(request.id, QMPError(f"internal error: {error!r}"))
 
 
-def to_wire(returned: Returned) -> object:
-    """A returned model, or a list of them, as a JSON value; absent members are left out."""
-    if returned is None:
-        return {}
-    if isinstance(returned, QapiModel):
-        return returned.__pydantic_serializer__.to_python(
-            returned, by_alias=True, exclude_none=True
-        )
-    if isinstance(returned, str | int | Json):
-        return returned
-    return [
-        item if isinstance(item, str) else item.model_dump(by_alias=True, exclude_none=True)
-        for item in returned
-    ]
-
-
 def _perform(
     request: Request, control: Control, session: Session, fds: RequestFds
 ) -> Returned | Awaitable[Returned]:
@@ -87,4 +68,4 @@ def _perform(
     if request.is_oob and not spec.allows_oob:
         raise QMPError(f"The command {request.command} does not support OOB")
     arguments = parse_arguments(spec.arguments, request.arguments)
-    return spec.handler(Invocation(control, session, fds, _NAMES), arguments)
+    return spec.handler(Invocation(control, session, fds, COMMANDS), arguments)

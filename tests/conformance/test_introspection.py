@@ -61,10 +61,6 @@ ABSENT = {
     "system_reset",
     "yank",
     "query-yank",
-    "human-monitor-command",
-    "add-fd",
-    "remove-fd",
-    "query-fdsets",
 }
 """Commands and events that are not built."""
 

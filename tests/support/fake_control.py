@@ -24,6 +24,7 @@ class FakeControl:
     guest_uuid: UUID | None = None
     run_state: str = "prelaunch"
     running: bool = False
+    only_migratable: bool = False
     outgoing: MigrationInfo | None = None
     incoming: MigrationInfo | None = None
     incoming_refusal: str | None = "'-incoming' was not specified on the command line"

@@ -1,7 +1,7 @@
 """The table of commands and of events."""
 
 from migrationd.qmp.command import CommandSpec, command
-from migrationd.qmp.handlers import control, fds, introspection, migrate, options
+from migrationd.qmp.handlers import control, fds, human, introspection, migrate, options
 from migrationd.qmp.models import control as control_models
 from migrationd.qmp.models import fds as fds_models
 from migrationd.qmp.models import migration as migration_models
@@ -25,6 +25,13 @@ COMMANDS: dict[str, CommandSpec] = {
         command("stop", control.stop),
         command("cont", control.cont),
         command("quit", control.quit_),
+        command(
+            "human-monitor-command",
+            human.human_monitor_command,
+            control_models.HumanMonitorCommand,
+            str,
+            features=("savevm-monitor-nodes",),
+        ),
         command("getfd", fds.getfd, control_models.FdName),
         command("closefd", fds.closefd, control_models.FdName),
         command("add-fd", fds.add_fd, fds_models.AddFd, fds_models.AddfdInfo),

@@ -109,3 +109,10 @@ class ShutdownEvent(QapiModel):
 
     guest: bool
     reason: ShutdownCause
+
+
+class HumanMonitorCommand(QapiModel):
+    """Arguments of ``human-monitor-command``."""
+
+    command_line: str
+    cpu_index: int = optional()
