@@ -98,13 +98,10 @@ def _write_mapped_ram(guest: ParkedGuest, fd: int, path: str) -> None:
         uuid=guest.identity.uuid,
         writers=2,
     )
-    try:
-        saver.begin()
-        saver.save_pages()
-        saver.finish()
-        saver.read_back(path)
-    finally:
-        saver.close()
+    saver.begin()
+    saver.save_pages()
+    saver.finish()
+    saver.read_back(path)
 
 
 def _write_plain(guest: ParkedGuest, fd: int) -> None:

@@ -23,6 +23,7 @@ from migrationd.migration.dialect import dialect_of
 from migrationd.migration.info import MigrationInfo
 from migrationd.migration.options import MigrationOptions
 from migrationd.outgoing.driver import PAUSABLE, OutgoingMigration, OutgoingSettings
+from migrationd.outgoing.file_save import FileSettings
 from migrationd.outgoing.postcopy import PostcopySettings
 from migrationd.qmp.context import FdLookup, MigrationChannel
 from migrationd.qmp.event_bus import EventBus
@@ -390,6 +391,16 @@ class GuestControl:
             )
             if capabilities["postcopy-ram"]
             else None,
+            file=self._file_settings(),
+        )
+
+    def _file_settings(self) -> FileSettings | None:
+        capabilities, parameters = self.options.capabilities, self.options.parameters
+        if not capabilities["mapped-ram"]:
+            return None
+        return FileSettings(
+            writers=_number(parameters["multifd-channels"]) if capabilities["multifd"] else 1,
+            direct_io=bool(parameters["direct-io"]),
         )
 
     def _incoming_settings(self) -> IncomingSettings:
@@ -399,6 +410,7 @@ class GuestControl:
             ram_limit_bytes=self._config.ram_limit_bytes,
             switchover_ack=capabilities["switchover-ack"],
             guest_uuid=uuid.bytes if uuid is not None else None,
+            mapped_ram=capabilities["mapped-ram"],
         )
 
     def _on_migration_status(self, status: str) -> None:

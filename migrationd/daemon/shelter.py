@@ -18,7 +18,8 @@ from migrationd.guest.parked import ParkedGuest
 from migrationd.guest.ram_block import RamBlockSpec
 from migrationd.guest.run_state import Owner
 from migrationd.incoming.driver import Berth
-from migrationd.incoming.mapped_ram import map_guest
+from migrationd.incoming.mapped_ram import complete_guest, copy_pages, map_guest, specs_of
+from migrationd.store.mapped_ram_reader import Contents
 from migrationd.store.parked_directory import NewGuest, ParkedDirectory, SavedGuest
 
 EMPTY_DESCRIPTION = b"{}"
@@ -37,6 +38,10 @@ class MemoryBerth:
         return ParkedGuest.create(
             identity, blocks, lambda _, spec: AnonymousMemory(spec.used_length, spec.page_size)
         )
+
+    def adopt(self, fd: int, contents: Contents) -> ParkedGuest:
+        """Map the guest where it is: the file must stay as it is while the guest is held."""
+        return map_guest(fd, contents)
 
     def settle(self, guest: ParkedGuest) -> None:
         """Nothing: no durability was asked for."""
@@ -83,6 +88,26 @@ class FileBerth:
                 spec.page_size,
             ),
         )
+
+    def adopt(self, fd: int, contents: Contents) -> ParkedGuest:
+        """Give the guest a file of its own, which shares its pages where that is possible."""
+        source = map_guest(fd, contents)
+        try:
+            early = [device for device in source.devices if device.is_early]
+            guest = self.allocate(source.identity, early, specs_of(contents))
+            assert self._new is not None
+            try:
+                copy_pages(source, self._new.fd, self._new.layout.blocks)
+                source.check_unchanged()
+                for block, origin in zip(guest.ram, source.ram, strict=True):
+                    block.present = origin.present
+                complete_guest(guest, contents)
+            except BaseException:
+                guest.close()
+                raise
+        finally:
+            source.close()
+        return guest
 
     def settle(self, guest: ParkedGuest) -> None:
         """Write bitmaps and devices, sync, rename; the file is closed for writing then."""

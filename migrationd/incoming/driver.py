@@ -37,9 +37,11 @@ from migrationd.guest.parked import ParkedGuest
 from migrationd.guest.ram_block import RamBlock, RamBlockSpec
 from migrationd.incoming.channels import IncomingChannels
 from migrationd.incoming.loader import Arrival, Barrier, Pause, StreamLoader
+from migrationd.incoming.mapped_ram import load_mapped_ram
 from migrationd.migration.dialect import dialect_of
 from migrationd.migration.info import MigrationInfo
 from migrationd.migration.status import Cause, Role, StatusMachine
+from migrationd.store.mapped_ram_reader import Contents
 from migrationd.transport.channel import Channel
 from migrationd.transport.listen import Listener
 
@@ -70,6 +72,18 @@ class Berth(Protocol):
             StoreError: The file cannot be made.
         """
 
+    def adopt(self, fd: int, contents: Contents) -> ParkedGuest:
+        """Take the guest of a mapped-ram file; called on the loading thread.
+
+        Args:
+            fd: File, open for reading; stays the caller's.
+            contents: What it holds.
+
+        Raises:
+            GuestError: It cannot be mapped.
+            StoreError: The file does not hold what it says, or no other can be made.
+        """
+
     def settle(self, guest: ParkedGuest) -> None:
         """Make the complete guest durable; called on the loading thread.
 
@@ -89,6 +103,7 @@ class IncomingSettings:
     switchover_ack: bool = False
     validate_uuid: bool = False
     guest_uuid: bytes | None = None
+    mapped_ram: bool = False
 
 
 class IncomingMigration:
@@ -195,6 +210,10 @@ class IncomingMigration:
 
     async def _load(self, channel: Channel) -> ParkedGuest:
         """Phase 2: the stream, until the guest is whole."""
+        if self._settings.mapped_ram:
+            self._stream_began()
+            self._guest = await self._on_thread(self._load_file, channel)
+            return self._guest
         loop = asyncio.get_running_loop()
         decoder = StreamDecoder(StreamLimits(ram_bytes=self._settings.ram_limit_bytes))
         loader = StreamLoader(
@@ -212,6 +231,14 @@ class IncomingMigration:
     async def _on_thread(self, call: Callable[[*Ts], T], *args: *Ts) -> T:
         """Run a step on the loading thread."""
         return await asyncio.get_running_loop().run_in_executor(self._executor, call, *args)
+
+    def _load_file(self, channel: Channel) -> ParkedGuest:
+        return load_mapped_ram(
+            channel,
+            self._berth.adopt,
+            ram_limit_bytes=self._settings.ram_limit_bytes,
+            check=lambda configuration: self._check_uuid(configuration, 0),
+        )
 
     def _stream_began(self) -> None:
         if self._status.can(Cause.STREAM):
@@ -235,6 +262,9 @@ class IncomingMigration:
                 position=position,
                 section="configuration",
             )
+        self._check_uuid(configuration, position)
+
+    def _check_uuid(self, configuration: Configuration, position: int) -> None:
         own = self._settings.guest_uuid
         if configuration.uuid is not None and own is not None and configuration.uuid != own:
             raise StreamCorrupt(

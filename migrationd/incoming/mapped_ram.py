@@ -5,17 +5,63 @@ Opening costs the same whatever the guest's size, bitmaps apart: a bit for each 
 Reference: stream format 8.3.
 """
 
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 
-from migrationd.errors import GuestError
+from migrationd.codec.records import Configuration
+from migrationd.errors import GuestError, StoreError, StreamUnsupported
 from migrationd.guest.base import GuestIdentity, SeenOnArrival
 from migrationd.guest.device import DeviceState
 from migrationd.guest.guest_file import GuestFile
 from migrationd.guest.memory import FileMemory
 from migrationd.guest.parked import ParkedGuest
 from migrationd.guest.ram_block import RamBlockSpec
-from migrationd.store.mapped_ram_reader import Contents, read_bitmap
+from migrationd.store.container import read_container
+from migrationd.store.mapped_ram import CAPABILITY, PlacedBlock
+from migrationd.store.mapped_ram_reader import Contents, read_bitmap, read_contents
+from migrationd.store.page_writer import PageSource, PageWriter
+from migrationd.transport.channel import Channel
+
+
+def load_mapped_ram(
+    channel: Channel,
+    adopt: Callable[[int, Contents], ParkedGuest],
+    *,
+    ram_limit_bytes: int | None,
+    check: Callable[[Configuration], None],
+) -> ParkedGuest:
+    """Open the guest of a file that an incoming migration reads.
+
+    Args:
+        channel: The file, at the position where its stream begins.
+        adopt: Makes a guest of the file and its contents.
+        ram_limit_bytes: Largest guest that is taken.
+        check: Refuses a configuration.
+
+    Raises:
+        StreamUnsupported: It is no file, or a plain stream.
+        StoreError: The file is damaged.
+        GuestError: It cannot be mapped.
+    """
+    if not channel.is_seekable:
+        raise StreamUnsupported("Migration requires seekable transport (e.g. file)")
+    with channel.descriptor() as fd:
+        position = os.lseek(fd, 0, os.SEEK_CUR)
+        container = read_container(fd, "the file", position=position)
+        if not container.is_mapped_ram:
+            raise StreamUnsupported(
+                f"Capability {CAPABILITY} is on, but received capability is off",
+                position=position,
+                section="configuration",
+                hint=f"the file holds a {container.form}",
+            )
+        # The head of libvirt's save image belongs to libvirt: its stream is what counts.
+        contents = read_contents(
+            fd, "the file", position=container.position, ram_limit_bytes=ram_limit_bytes
+        )
+        check(contents.configuration)
+        return adopt(fd, contents)
 
 
 def identity_of(contents: Contents) -> GuestIdentity:
@@ -75,7 +121,7 @@ def map_guest(fd: int, contents: Contents, seen: Mapping[str, bool] | None = Non
     try:
         guest.rest_in(GuestFile(fd))
         for block, place in zip(guest.ram, contents.blocks, strict=True):
-            block.present[:] = read_bitmap(fd, place)
+            block.present = read_bitmap(fd, place)
         complete_guest(guest, contents, seen)
     except OSError as error:
         guest.close()
@@ -84,3 +130,32 @@ def map_guest(fd: int, contents: Contents, seen: Mapping[str, bool] | None = Non
         guest.close()
         raise
     return guest
+
+
+def copy_pages(guest: ParkedGuest, fd: int, places: Sequence[PlacedBlock]) -> None:
+    """Put the pages of a mapped guest into another file.
+
+    Args:
+        guest: A guest whose pages are in a file.
+        fd: The other file, open for writing.
+        places: Where its blocks go, in the same order.
+
+    Raises:
+        StoreError: The file takes nothing more.
+    """
+    sources = []
+    for block in guest.ram:
+        memory = block.memory
+        assert isinstance(memory, FileMemory)
+        assert guest.file is not None
+        sources.append(
+            PageSource(memory.view, block.present, block.page_size, guest.file.fd, memory.position)
+        )
+    try:
+        writer = PageWriter(fd, sources, places)
+        try:
+            writer.write()
+        finally:
+            writer.close()
+    except OSError as error:
+        raise StoreError(f"the guest cannot be stored: {error.strerror}") from error

@@ -47,7 +47,6 @@ NOT_BUILT: frozenset[str] = frozenset(
         "background-snapshot",
         "zero-copy-send",
         "dirty-limit",
-        "mapped-ram",
     )
 )
 """Capabilities whose engine part is not there: they cannot be turned on."""

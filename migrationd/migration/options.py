@@ -29,7 +29,6 @@ __all__ = ("CAPABILITIES", "NOT_BUILT", "PARAMETERS", "MigrationOptions", "Value
 NOT_BUILT_VALUES: tuple[tuple[str, Value], ...] = (
     ("tls-creds", ""),
     ("mode", "normal"),
-    ("direct-io", False),
 )
 """Parameters that may only keep this value until their engine part is there."""
 

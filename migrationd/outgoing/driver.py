@@ -43,6 +43,7 @@ from migrationd.migration.info import MigrationInfo
 from migrationd.migration.stats import OutgoingStats
 from migrationd.migration.status import Cause, Role, StatusMachine
 from migrationd.outgoing.device_save import free_section_id, stream_head, stream_tail
+from migrationd.outgoing.file_save import FileSave, FileSettings
 from migrationd.outgoing.live_save import LiveSaver
 from migrationd.outgoing.postcopy import (
     OpenChannel,
@@ -85,6 +86,8 @@ class OutgoingSettings:
     downtime_limit_ms: int = 300
     throttle: ThrottleSettings | None = None
     postcopy: PostcopySettings | None = None
+    file: FileSettings | None = None
+    """How a mapped-ram file is written; None without the capability."""
 
 
 class Observer(Protocol):
@@ -443,6 +446,9 @@ class OutgoingMigration:
 
     async def _send(self, channel: Channel) -> None:
         """The stream from its first to its last byte, phase by phase."""
+        if self._settings.file is not None:
+            await self._save_file(channel, self._settings.file)
+            return
         saver = self._ram_saver(channel)
         await self._set_up(channel, saver)
         await self._save_ram(saver)
@@ -522,6 +528,9 @@ class OutgoingMigration:
             return
         self._live_saver = self._make_live_saver(live, saver)
         await self._on_thread(self._live_saver.converge)
+        await self._stop_guest(live)
+
+    async def _stop_guest(self, live: Live) -> None:
         self._advance(None)
         self._switchover_s = self._clock.monotonic_s()
         self._stats.in_switchover = True
@@ -564,6 +573,34 @@ class OutgoingMigration:
             await self._on_thread(self._save_devices, self._guest.live)
         tail = stream_tail(self._guest, self._dialect, saver.end_bytes())
         await self._on_thread(self._write_tail, channel, tail)
+
+    async def _save_file(self, channel: Channel, settings: FileSettings) -> None:
+        """The same phases into a mapped-ram file."""
+        save = FileSave(
+            channel,
+            self._guest,
+            self._dialect,
+            settings,
+            uuid=self._settings.uuid,
+            stats=self._stats,
+            limiter=self._limiter,
+            clock=self._clock,
+            wait=self._wait,
+        )
+        self._stats.dirty_sync_count = 1
+        await self._on_thread(save.set_up)
+        self._setup_s = self._clock.monotonic_s()
+        self._advance(Cause.STREAM)
+        if (live := self._guest.live) is not None:
+            # A page has one place: what stands still needs one pass.
+            await self._stop_guest(live)
+        await self._on_thread(save.save_ram)
+        await self._pause_before_switchover()
+        await self._begin_switchover()
+        if live is not None:
+            await self._on_thread(self._save_devices, live)
+        self._tail_started.set()
+        await self._on_thread(save.switch_over)
 
     def _save_devices(self, live: Live) -> None:
         live.save_devices(was_running=self._was_running)

@@ -23,7 +23,7 @@ import select
 import socket
 import stat
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -404,6 +404,16 @@ class Channel:
                     raise ChannelClosed(f"the command was ended by signal {-status}")
                 if status:
                     raise ChannelClosed(f"the command failed with status {status}")
+
+    @contextlib.contextmanager
+    def descriptor(self) -> Iterator[int]:
+        """The descriptor, for what only a file can do; it stays open inside the block.
+
+        Raises:
+            ChannelClosed: The channel was shut down.
+        """
+        with self._in_use:
+            yield self._fd
 
     def shutdown(self) -> None:
         """End every blocked and future data call; from any thread, any number of times."""
