@@ -4,7 +4,7 @@
     [cstr8 block idstr]              only without CONTINUE
     payload                          PAGE: one target page; ZERO: the fill byte; ...
 
-    MEM_SIZE:  { cstr8 idstr  be64 used_length  [be64 address]}*
+    MEM_SIZE:  { cstr8 idstr  be64 used_length  [be64 page_size]  [be64 address]}*
 
 Reference: stream format 2. The hot path is ``codec/ram_rows.py``.
 """
@@ -72,6 +72,8 @@ class RamDecoder:
         ram_limit_bytes: Largest sum of block lengths, or None.
         block_limit: Most blocks.
         has_addresses: Block entries carry a guest-physical address (``x-ignore-shared``).
+        page_sizes: Backing page sizes of all blocks, or-ed, as ADVISE tells them; a block with
+            another size than the normal one names it then. 0 without ADVISE.
     """
 
     def __init__(
@@ -81,12 +83,14 @@ class RamDecoder:
         ram_limit_bytes: int | None,
         block_limit: int,
         has_addresses: bool = False,
+        page_sizes: int = 0,
     ) -> None:
         self.page_size = page_size
         self.blocks: tuple[RamBlockEntry, ...] = ()
         self._ram_limit_bytes = ram_limit_bytes
         self._block_limit = block_limit
         self._has_addresses = has_addresses
+        self._page_sizes = page_sizes
         self._index: dict[str, int] = {}
         self._last_block: int | None = None
         self._rows = RowReader(page_size)
@@ -94,6 +98,16 @@ class RamDecoder:
         self._total_bytes: int | None = None
         self._unlisted_bytes = 0
         self._is_listing = False
+
+    def fork(self) -> "RamDecoder":
+        """A decoder of another channel with the same blocks: its CONTINUE state is its own."""
+        other = RamDecoder(
+            self.page_size, ram_limit_bytes=self._ram_limit_bytes, block_limit=self._block_limit
+        )
+        other.blocks = self.blocks
+        other._index = self._index
+        other._total_bytes = self._total_bytes
+        return other
 
     def decode(self, buffer: ReadBuffer) -> RamRecord:
         """Decode what is at the cursor: one record, or a row of page records.
@@ -230,6 +244,9 @@ class RamDecoder:
         at = 1 + length
         used_length = buffer.uint(8, at)
         at += 8
+        page_size = self._backing_page_size(buffer, at)
+        if page_size is not None:
+            at += 8
         address = None
         if self._has_addresses:
             address = buffer.uint(8, at)
@@ -245,9 +262,25 @@ class RamDecoder:
                 buffer, f"RAM blocks exceed the total of {self._total_bytes} at {idstr!r}"
             )
         self._index[idstr] = len(self._entries)
-        self._entries.append(RamBlockEntry(idstr, used_length, None, address))
+        if page_size is not None and used_length % page_size:
+            raise self._corrupt(
+                buffer, f"RAM block {idstr!r} of {used_length:#x} bytes in pages of {page_size:#x}"
+            )
+        self._entries.append(RamBlockEntry(idstr, used_length, page_size, address))
         self._unlisted_bytes -= used_length
         buffer.skip(at)
+
+    def _backing_page_size(self, buffer: ReadBuffer, at: int) -> int | None:
+        """The field that only a block of other than normal pages has; None if it is not there.
+
+        What else could be there begins with the length of a name, or is an end mark: neither
+        is the size of a page that ADVISE spoke of.
+        """
+        if self._page_sizes in (0, self.page_size):
+            return None
+        size = buffer.uint(8, at)
+        is_one = size > self.page_size and size & (size - 1) == 0 and size & self._page_sizes
+        return size if is_one else None
 
     def _outside(self, buffer: ReadBuffer, block: int, address: int) -> StreamCorrupt:
         length = self.blocks[block].used_length

@@ -44,6 +44,7 @@ from migrationd.codec.records import (
 )
 from migrationd.codec.section import SectionTable
 from migrationd.errors import (
+    InvalidState,
     StreamCorrupt,
     StreamError,
     StreamLimit,
@@ -118,11 +119,42 @@ class StreamDecoder:
         self._ready: deque[Record] = deque()
         self._section: SectionHeader | None = None
         self._has_footers: bool | None = None
+        self._page_sizes = 0
         self._package_bytes = 0
         self._is_postcopy = False
         self._quiet = False
         self._error: StreamError | None = None
         self._end_position: int | None = None
+
+    def resumed(self) -> "StreamDecoder":
+        """A decoder of the connection that goes on with this stream after its loss.
+
+        It begins between two elements, and knows the sections and blocks of the lost one. What
+        had arrived in part is forgotten, and so is the last block.
+
+        Raises:
+            InvalidState: The stream had not turned to postcopy.
+        """
+        if not self._is_postcopy or self._ram is None:
+            raise InvalidState("only a stream that turned to postcopy can be resumed")
+        other = StreamDecoder(self._limits, page_size=self._page_size)
+        other._table = self._table
+        other._opaque_reader = OpaqueReader(
+            other._buffer,
+            self._table,
+            section_limit=self._limits.section_bytes,
+            description_limit=self._limits.description_bytes,
+        )
+        other._ram = self._ram.fork()
+        other._configuration = self._configuration
+        other._has_footers = self._has_footers
+        other._is_postcopy = True
+        other._state = _State.ELEMENT
+        return other
+
+    def fork_ram(self) -> RamDecoder | None:
+        """A decoder for RAM records that come on another channel; None before the block list."""
+        return self._ram.fork() if self._ram is not None else None
 
     @property
     def position(self) -> int:
@@ -263,12 +295,8 @@ class StreamDecoder:
     def _command(self) -> Command:
         position = self.position
         command = decode_command(self._buffer)
-        if command.number == MIG_CMD_POSTCOPY_ADVISE and command.payload:
-            backing = int.from_bytes(command.payload[:8], "big")
-            if backing & (backing - 1):
-                raise StreamUnsupported(
-                    f"RAM blocks with different page sizes ({backing:#x})", position=position
-                )
+        if command.number == MIG_CMD_POSTCOPY_ADVISE:
+            self._page_sizes = int.from_bytes(command.payload[:8], "big")
         if command.number == MIG_CMD_PACKAGED:
             self._package_bytes = int.from_bytes(command.payload, "big")
             if self._package_bytes > self._limits.package_bytes:
@@ -320,6 +348,7 @@ class StreamDecoder:
             ram_limit_bytes=self._limits.ram_bytes,
             block_limit=self._limits.ram_blocks,
             has_addresses="x-ignore-shared" in capabilities,
+            page_sizes=self._page_sizes,
         )
 
     def _ram_body(self) -> Record:

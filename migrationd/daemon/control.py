@@ -18,7 +18,8 @@ from migrationd.daemon.shelter import Shelter
 from migrationd.errors import MigrationdError, QMPError
 from migrationd.guest.parked import ParkedGuest
 from migrationd.guest.run_state import PAUSED, RUNNING, Owner
-from migrationd.incoming.driver import IncomingMigration, IncomingSettings
+from migrationd.incoming.berth import IncomingSettings
+from migrationd.incoming.driver import IncomingMigration
 from migrationd.migration.dialect import dialect_of
 from migrationd.migration.info import MigrationInfo
 from migrationd.migration.options import MigrationOptions
@@ -97,6 +98,8 @@ class GuestControl:
     def run_state(self) -> str:
         """QMP RunState. A held guest is paused: it never executes here."""
         if self._guest is None:
+            if self._incoming is not None and self._incoming.owns_guest:
+                return PAUSED  # its memory is still on the way
             return "inmigrate" if self._expects_guest else "prelaunch"
         if self._in_switchover:
             return "finish-migrate"
@@ -198,6 +201,8 @@ class GuestControl:
         if self._outgoing is not None and self._outgoing.status in PAUSABLE:
             self._outgoing.pause()
             return
+        if self._incoming is not None and self._incoming.pause():
+            return
         raise QMPError(
             "migrate-pause is currently only supported during postcopy-active or "
             "postcopy-recover state"
@@ -253,6 +258,32 @@ class GuestControl:
                 self._incoming_started = False
 
         self._spawn(load())
+
+    def check_recovery_may_start(self) -> None:
+        """Only a postcopy that is paused can be recovered.
+
+        Raises:
+            QMPError: None is.
+        """
+        self._paused_incoming()
+
+    async def migrate_recover(self, address: Address, *, fds: FdLookup) -> None:
+        """Let the source of a paused postcopy in again.
+
+        Raises:
+            QMPError: None is paused here.
+            ChannelError: The address cannot be bound or opened.
+        """
+        incoming = self._paused_incoming()
+        listener = await listen(address, fds)
+        if incoming.status != "postcopy-paused":
+            listener.close()
+        self._paused_incoming().recover_on(listener)
+
+    def _paused_incoming(self) -> IncomingMigration:
+        if self._incoming is None or self._incoming.status != "postcopy-paused":
+            raise QMPError("Migrate recover can only be run when postcopy is paused.")
+        return self._incoming
 
     def migrate_cancel(self) -> None:
         """``migrate_cancel``: succeeds also when there is nothing to cancel.
@@ -411,6 +442,8 @@ class GuestControl:
             switchover_ack=capabilities["switchover-ack"],
             guest_uuid=uuid.bytes if uuid is not None else None,
             mapped_ram=capabilities["mapped-ram"],
+            postcopy_ram=capabilities["postcopy-ram"],
+            postcopy_preempt=capabilities["postcopy-preempt"],
         )
 
     def _on_migration_status(self, status: str) -> None:

@@ -17,7 +17,7 @@ from migrationd.guest.memory import AnonymousMemory, FileMemory
 from migrationd.guest.parked import ParkedGuest
 from migrationd.guest.ram_block import RamBlockSpec
 from migrationd.guest.run_state import Owner
-from migrationd.incoming.driver import Berth
+from migrationd.incoming.berth import Berth
 from migrationd.incoming.mapped_ram import complete_guest, copy_pages, map_guest, specs_of
 from migrationd.store.mapped_ram_reader import Contents
 from migrationd.store.parked_directory import NewGuest, ParkedDirectory, SavedGuest

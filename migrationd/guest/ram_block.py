@@ -30,10 +30,13 @@ class RamBlockSpec:
 class RamBlock:
     """A block and its memory.
 
-    One thread places pages; others may read once the guest is complete.
+    One thread places pages, or several different ones; others may read once the guest is
+    complete.
 
     Attributes:
         present: One bool per target page: it came with contents. Others are zero pages.
+        received: One bool per target page: it came, zero pages too. None until
+            :meth:`track_received`: nobody asks before a guest comes by postcopy.
     """
 
     def __init__(self, spec: RamBlockSpec, memory: Memory) -> None:
@@ -43,6 +46,7 @@ class RamBlock:
         self.address = spec.address
         self.memory = memory
         self.present: npt.NDArray[np.bool_] = np.zeros(self.page_count, np.bool_)
+        self.received: npt.NDArray[np.bool_] | None = None
 
     @property
     def page_count(self) -> int:
@@ -71,10 +75,10 @@ class RamBlock:
         if is_run:
             first = int(pages[0])
             self.memory.place_run(first, data)
-            self.present[first : first + len(pages)] = True
+            self.mark_placed(slice(first, first + len(pages)))
         else:
             self.memory.place_pages(pages, data)
-            self.present[pages] = True
+            self.mark_placed(pages)
 
     def place_mixed(
         self, pages: Sequence[int], content_at: Sequence[int], buffer: bytearray
@@ -97,7 +101,7 @@ class RamBlock:
                     self.zero_batch(np.array([page], np.int64))
                 else:
                     self.memory.place_scattered((page,), (at,), buffer)
-                    self.present[page] = True
+                    self.mark_placed([page])
             return
         full = [page for page, at in zip(pages, content_at, strict=True) if at >= 0]
         if full:
@@ -106,7 +110,13 @@ class RamBlock:
             zero = [page for page, at in zip(pages, content_at, strict=True) if at < 0]
             self.zero_batch(np.array(zero, np.int64))
         if full:
-            self.present[full] = True
+            self.mark_placed(full)
+
+    def mark_placed(self, pages: slice | Pages | list[int]) -> None:
+        """Say of pages that their contents were put into the memory."""
+        self.present[pages] = True
+        if self.received is not None:
+            self.received[pages] = True
 
     def zero_batch(self, pages: Pages) -> None:
         """Make pages zero; free for pages that never held anything.
@@ -121,6 +131,34 @@ class RamBlock:
         if len(held):
             self.memory.zero_pages(held)
             self.present[held] = False
+        if self.received is not None:
+            self.received[pages] = True
+
+    def track_received(self) -> None:
+        """Keep from now on which pages came; before the first one."""
+        if self.received is None:
+            self.received = np.zeros(self.page_count, np.bool_)
+
+    def discard(self, first: int, count: int) -> None:
+        """Forget a run of pages: they are zero, and did not come.
+
+        Raises:
+            GuestError: As :meth:`place_batch`.
+        """
+        if not count:
+            return
+        self._check(first, first + count - 1)
+        held = np.flatnonzero(self.present[first : first + count]) + first
+        if len(held):
+            self.memory.zero_pages(held)
+            self.present[held] = False
+        if self.received is not None:
+            self.received[first : first + count] = False
+
+    @property
+    def missing_count(self) -> int:
+        """Pages that did not come; 0 while nobody asks."""
+        return 0 if self.received is None else int(np.count_nonzero(~self.received))
 
     def page(self, number: int) -> memoryview:
         """Content of one page; of a zero page, whatever its place in a file still holds.

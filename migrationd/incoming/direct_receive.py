@@ -151,7 +151,7 @@ class DirectReceiver:
         good = int(wrong[0]) if len(wrong) else complete
         used = good * (_HEADER_BYTES + size)
         self._decoder.pass_over(used)
-        block.present[first_page : first_page + good] = True
+        block.mark_placed(slice(first_page, first_page + good))
         if total > used:
             content = target.reshape(count, size)[good:]
             self._decoder.feed(_gather(self._headers[good:], content, total - used))

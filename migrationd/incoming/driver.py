@@ -1,30 +1,47 @@
 """The destination side: listen, load, acknowledge. The only place with this order.
 
-    setup      a listener is open (or a file, pipe or descriptor)
-    active     the first bytes of the stream were read
-    completed  the guest is held (durably, if it rests in a file), then SHUT 0 is sent
-    failed     anything else; SHUT 1 is sent if the return path is open
+    setup             a listener is open (or a file, pipe or descriptor)
+    active            the first bytes of the stream were read
+    postcopy-device   the device state has come before the rest of the memory
+    postcopy-active   the source has given the guest up and sends the rest
+    postcopy-paused   it cannot: its channels are lost; migrate-recover lets it in again
+    postcopy-recover  it is back, and told what is missing
+    completed         the guest is held (durably, if it rests in a file), then SHUT 0 is sent
+    failed            anything else; SHUT 1 is sent if the return path is open
 
-Reference: QEMU's destination; sequences in stream format 6.1-6.3.
+Reference: QEMU's destination; sequences in stream format 6.1-6.6.
 """
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Protocol, TypeVar, TypeVarTuple
+from typing import TypeVar, TypeVarTuple
 
 from migrationd.codec.constants import (
     MIG_CMD_OPEN_RETURN_PATH,
+    MIG_CMD_PACKAGED,
     MIG_CMD_PING,
     MIG_CMD_POSTCOPY_ADVISE,
+    MIG_CMD_POSTCOPY_LISTEN,
+    MIG_CMD_POSTCOPY_RAM_DISCARD,
+    MIG_CMD_POSTCOPY_RESUME,
+    MIG_CMD_POSTCOPY_RUN,
+    MIG_CMD_RECV_BITMAP,
     MIG_CMD_SWITCHOVER_START,
+    QEMU_VM_SECTION_FULL,
 )
-from migrationd.codec.records import Command, Configuration, RamBlockList
-from migrationd.codec.return_path import Pong, Shut, SwitchoverAck, encode_return_path
+from migrationd.codec.records import Command, Configuration, Package, RamBlockList
+from migrationd.codec.return_path import (
+    Pong,
+    ReturnPathMessage,
+    Shut,
+    SwitchoverAck,
+    encode_return_path,
+)
 from migrationd.codec.stream import StreamDecoder, StreamLimits
 from migrationd.errors import (
+    ChannelClosed,
     ChannelError,
     MigrationdError,
     MigrationError,
@@ -35,75 +52,36 @@ from migrationd.guest.base import GuestIdentity, SeenOnArrival
 from migrationd.guest.device import DeviceState
 from migrationd.guest.parked import ParkedGuest
 from migrationd.guest.ram_block import RamBlock, RamBlockSpec
+from migrationd.incoming.berth import Berth, IncomingSettings
 from migrationd.incoming.channels import IncomingChannels
 from migrationd.incoming.loader import Arrival, Barrier, Pause, StreamLoader
 from migrationd.incoming.mapped_ram import load_mapped_ram
-from migrationd.migration.dialect import dialect_of
+from migrationd.incoming.postcopy import PostcopyArrival
+from migrationd.incoming.preempt import PreemptReceiver
+from migrationd.incoming.recovery import RecoveryDoor
+from migrationd.migration.dialect import describes_devices, dialect_of
 from migrationd.migration.info import MigrationInfo
 from migrationd.migration.status import Cause, Role, StatusMachine
-from migrationd.store.mapped_ram_reader import Contents
 from migrationd.transport.channel import Channel
 from migrationd.transport.listen import Listener
 
 log = logging.getLogger(__name__)
 
+_POSTCOPY_COMMANDS = frozenset(
+    (
+        MIG_CMD_POSTCOPY_ADVISE,
+        MIG_CMD_POSTCOPY_LISTEN,
+        MIG_CMD_POSTCOPY_RAM_DISCARD,
+        MIG_CMD_POSTCOPY_RESUME,
+        MIG_CMD_POSTCOPY_RUN,
+        MIG_CMD_RECV_BITMAP,
+    )
+)
+_AT_END = ("completed", "failed")
+_CAN_PAUSE = ("postcopy-active", "postcopy-recover")
+
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
-
-
-class Berth(Protocol):
-    """Where an arriving guest gets its memory, and is made durable."""
-
-    def allocate(
-        self,
-        identity: GuestIdentity,
-        early: Sequence[DeviceState],
-        blocks: Sequence[RamBlockSpec],
-    ) -> ParkedGuest:
-        """Make a guest of these blocks; called on the loading thread.
-
-        Args:
-            identity: From the configuration.
-            early: Device sections that came before RAM.
-            blocks: The block list.
-
-        Raises:
-            GuestError: There is not enough memory.
-            StoreError: The file cannot be made.
-        """
-
-    def adopt(self, fd: int, contents: Contents) -> ParkedGuest:
-        """Take the guest of a mapped-ram file; called on the loading thread.
-
-        Args:
-            fd: File, open for reading; stays the caller's.
-            contents: What it holds.
-
-        Raises:
-            GuestError: It cannot be mapped.
-            StoreError: The file does not hold what it says, or no other can be made.
-        """
-
-    def settle(self, guest: ParkedGuest) -> None:
-        """Make the complete guest durable; called on the loading thread.
-
-        Raises:
-            StoreError: The guest is not on stable storage.
-        """
-
-    def abandon(self) -> None:
-        """Throw away what :meth:`allocate` made; called after a failure."""
-
-
-@dataclass(frozen=True, slots=True)
-class IncomingSettings:
-    """What the monitor and the command line chose for this migration."""
-
-    ram_limit_bytes: int | None = None
-    switchover_ack: bool = False
-    validate_uuid: bool = False
-    guest_uuid: bytes | None = None
-    mapped_ram: bool = False
 
 
 class IncomingMigration:
@@ -133,6 +111,10 @@ class IncomingMigration:
         self._channels: IncomingChannels | None = None
         self._channel: Channel | None = None
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="incoming")
+        self._postcopy: PostcopyArrival | None = None
+        self._preempt: PreemptReceiver | None = None
+        self._door = RecoveryDoor()
+        self._is_pause_wanted = False
         self._return_path_open = False
         self._guest: ParkedGuest | None = None
 
@@ -143,21 +125,34 @@ class IncomingMigration:
 
     @property
     def error(self) -> MigrationdError | None:
-        """Why it failed."""
+        """Why it failed, or stands still."""
         return self._error
+
+    @property
+    def owns_guest(self) -> bool:
+        """Whether the source has given the guest up, which may still lack memory."""
+        return self._postcopy is not None and self._postcopy.owns_guest
 
     def info(self) -> MigrationInfo | None:
         """The destination's part of ``query-migrate``; None before anything happened."""
         if self.status == "none":
             return None
         addresses: tuple[dict[str, object], ...] = ()
-        if self._listener is not None and self.status in ("setup", "active"):
-            addresses = tuple(self._listener.qapi_addresses())
+        listener = self._door.listener or self._listener
+        if listener is not None and self.status not in _AT_END:
+            addresses = tuple(listener.qapi_addresses())
         return MigrationInfo(
             status=self.status,
-            error_desc=None if self._error is None else f"load of migration failed: {self._error}",
+            error_desc=self._error_text(),
             socket_address=addresses,
         )
+
+    def _error_text(self) -> str | None:
+        if self.status == "failed":
+            return f"load of migration failed: {self._error}"
+        # A lost connection is a pause, as at QEMU, and no more; anything else must be told.
+        is_told = self.status == "postcopy-paused" and not isinstance(self._error, ChannelError)
+        return str(self._error) if is_told and self._error is not None else None
 
     def begin(self) -> None:
         """Enter ``setup``.
@@ -179,17 +174,20 @@ class IncomingMigration:
         """
         listener = self._listener
         assert listener is not None
-        self._channels = channels = IncomingChannels(listener)
+        self._channels = IncomingChannels(listener)
         try:
-            main = await self._connect(channels)
-            guest = await self._load(main)
-            await self._acknowledge(main, guest)
+            loader = await self._connect(self._channels)
+            guest = await (
+                self._take_file() if self._settings.mapped_ram else self._receive(loader)
+            )
             self._status.advance(Cause.COMPLETE)
             return guest
         except MigrationdError as error:
             await self._fail(error)
             return None
         except asyncio.CancelledError:
+            if self.owns_guest:
+                log.error("a guest that its source has given up is abandoned before it was whole")
             await self._abandon()
             raise
         except Exception as error:  # a defect of ours must end as a failed migration
@@ -197,28 +195,79 @@ class IncomingMigration:
             await self._fail(MigrationError(f"internal error: {error!r}"))
             return None
         finally:
-            channels.shutdown()
+            self._door.close()
+            await self._close_channels()
             self._executor.shutdown(wait=True)
-            channels.close()
 
-    async def _connect(self, channels: IncomingChannels) -> Channel:
+    def recover_on(self, listener: Listener) -> None:
+        """``migrate-recover``: let the source in here, and nowhere else any more."""
+        self._door.open(listener)
+
+    def pause(self) -> bool:
+        """``migrate-pause``: end the channels of a postcopy.
+
+        Returns:
+            False if there is none, or none that is connected.
+        """
+        if self.status not in _CAN_PAUSE or self._channels is None:
+            return False
+        self._is_pause_wanted = True
+        self._channels.shutdown()
+        return True
+
+    async def _connect(self, channels: IncomingChannels) -> StreamLoader:
         """Phase 1: every connection that the source makes before it sends pages."""
         await channels.accept_first()
-        self._settings = self._settings_now()
-        self._channel = await channels.gather()
-        return self._channel
-
-    async def _load(self, channel: Channel) -> ParkedGuest:
-        """Phase 2: the stream, until the guest is whole."""
-        if self._settings.mapped_ram:
-            self._stream_began()
-            self._guest = await self._on_thread(self._load_file, channel)
-            return self._guest
+        settings = self._settings = self._settings_now()
         loop = asyncio.get_running_loop()
-        decoder = StreamDecoder(StreamLimits(ram_bytes=self._settings.ram_limit_bytes))
-        loader = StreamLoader(
-            channel, decoder, lambda: loop.call_soon_threadsafe(self._stream_began)
+        self._postcopy = PostcopyArrival(
+            takes_ram=settings.postcopy_ram,
+            answer=self._answer,
+            report=lambda cause: loop.call_soon_threadsafe(self._status.advance, cause),
         )
+        self._channel = await channels.gather(expects_preempt=settings.postcopy_preempt)
+        loader = StreamLoader(
+            self._channel,
+            StreamDecoder(StreamLimits(ram_bytes=settings.ram_limit_bytes)),
+            lambda: loop.call_soon_threadsafe(self._stream_began),
+        )
+        self._await_preempt(channels, loader)
+        return loader
+
+    async def _take_file(self) -> ParkedGuest:
+        """Phases 2 and 3 of a mapped-ram file."""
+        self._stream_began()
+        self._guest = await self._on_thread(self._load_file, self._main())
+        await self._acknowledge(self._guest)
+        return self._guest
+
+    async def _receive(self, loader: StreamLoader) -> ParkedGuest:
+        """Phases 2 and 3, again after each loss of a postcopy's channels."""
+        postcopy = self._postcopy
+        assert postcopy is not None
+        failure: MigrationdError | None = None
+        while True:
+            try:
+                if failure is not None:
+                    await self._let_in_again(loader, postcopy)
+                await self._load(loader)
+                return await self._settle(loader)
+            except Exception as error:
+                if not postcopy.owns_guest:
+                    raise
+                if isinstance(error, MigrationdError):
+                    failure = error
+                else:
+                    log.error("internal error in postcopy", exc_info=error)
+                    failure = MigrationError(f"internal error: {error!r}")
+            if not postcopy.has_ram:
+                # Nothing but dirty bitmaps came by postcopy: the guest is whole.
+                log.warning("dirty bitmaps are lost with their connection: %s", failure)
+                return await self._settle(loader)
+            await self._stand_still(failure)
+
+    async def _load(self, loader: StreamLoader) -> None:
+        """Phase 2: the stream, until the guest is whole."""
         while True:
             result = await self._on_thread(loader.step)
             if isinstance(result, Pause):
@@ -226,7 +275,62 @@ class IncomingMigration:
                     break
                 continue
             await self._on_thread(self._pass_barrier, loader, result)
-        return self._complete(loader)
+        if self._preempt is not None:
+            machine = _identity(loader.arrival).machine
+            await self._preempt.finish(sends_eos=dialect_of(machine).preempt_eos)
+
+    async def _settle(self, loader: StreamLoader) -> ParkedGuest:
+        """Phase 3: the guest is safe here; the source may forget it."""
+        guest = self._complete(loader)
+        await self._acknowledge(guest)
+        return guest
+
+    def _await_preempt(self, channels: IncomingChannels, loader: StreamLoader) -> None:
+        if self._settings.postcopy_preempt:
+            self._preempt = PreemptReceiver(
+                channels.accept_preempt,
+                lambda: (loader.fork_ram(), tuple(loader.blocks)),
+                channels.shutdown,
+            )
+
+    async def _stand_still(self, error: MigrationdError) -> None:
+        """Give the channels of a postcopy up, and nothing else."""
+        if self._is_pause_wanted:
+            error = ChannelClosed("Postcopy migration is paused by the user")
+        elif self._preempt is not None and self._preempt.error is not None:
+            error = self._preempt.error
+        self._is_pause_wanted = False
+        await self._close_channels()
+        self._error = error
+        guest = self._guest
+        assert guest is not None
+        log.warning(
+            "postcopy is paused: %s; %d pages are missing; migrate-recover lets the source in",
+            error,
+            sum(block.missing_count for block in guest.ram),
+        )
+        self._status.advance(Cause.PAUSE)
+
+    async def _let_in_again(self, loader: StreamLoader, postcopy: PostcopyArrival) -> None:
+        channels = self._channels = await self._door.enter()
+        self._status.advance(Cause.RECOVER)
+        postcopy.recover()
+        main = self._channel = await channels.gather(
+            expects_preempt=self._settings.postcopy_preempt
+        )
+        if not main.is_duplex:
+            raise StreamUnsupported("a recovery needs a way back", hint="use tcp: or unix:")
+        loader.resume(main)
+        self._await_preempt(channels, loader)
+
+    async def _close_channels(self) -> None:
+        preempt, self._preempt = self._preempt, None
+        if self._channels is not None:
+            self._channels.shutdown()
+        if preempt is not None:
+            await preempt.stop()
+        if self._channels is not None:
+            self._channels.close()
 
     async def _on_thread(self, call: Callable[[*Ts], T], *args: *Ts) -> T:
         """Run a step on the loading thread."""
@@ -254,6 +358,9 @@ class IncomingMigration:
                 loader.use_blocks(self._allocate(loader, record))
             case Command():
                 self._obey(record, loader)
+            case Package():
+                assert self._postcopy is not None
+                self._postcopy.unpack(record, loader)
 
     def _check_configuration(self, configuration: Configuration, position: int) -> None:
         for name in configuration.capabilities or ():
@@ -286,14 +393,22 @@ class IncomingMigration:
         )
         arrival = loader.arrival
         self._guest = self._berth.allocate(_identity(arrival), tuple(arrival.devices), specs)
+        assert self._postcopy is not None
+        self._postcopy.prepare(self._guest.ram)
         return self._guest.ram
 
+    def _main(self) -> Channel:
+        assert self._channel is not None
+        return self._channel
+
+    def _answer(self, message: ReturnPathMessage) -> None:
+        self._main().send(encode_return_path(message))
+
     def _obey(self, command: Command, loader: StreamLoader) -> None:
-        channel = self._channel
-        assert channel is not None
+        assert self._postcopy is not None
         match command.number:
             case n if n == MIG_CMD_OPEN_RETURN_PATH:
-                if not channel.is_duplex:
+                if not self._main().is_duplex:
                     raise StreamUnsupported(
                         "the source opens a return path, but this transport has none",
                         position=loader.position,
@@ -303,53 +418,57 @@ class IncomingMigration:
                 configuration = loader.arrival.configuration
                 dialect = dialect_of(configuration.machine if configuration else None)
                 if self._settings.switchover_ack and dialect.switchover_ack_at_once:
-                    channel.send(encode_return_path(SwitchoverAck()))
+                    self._answer(SwitchoverAck())
             case n if n == MIG_CMD_PING:
                 if not self._return_path_open:
                     raise StreamCorrupt("PING without a return path", position=loader.position)
-                channel.send(encode_return_path(Pong(int.from_bytes(command.payload, "big"))))
+                self._answer(Pong(int.from_bytes(command.payload, "big")))
             case n if n == MIG_CMD_SWITCHOVER_START:
                 loader.arrival.has_switchover_start = True
-            case n if n == MIG_CMD_POSTCOPY_ADVISE:
-                # Without payload it announces dirty bitmaps only. With one the source may turn
-                # to postcopy at any time: refused while its guest still runs there.
-                if command.payload:
-                    raise StreamUnsupported(
-                        "RAM postcopy is not taken",
-                        position=loader.position,
-                        hint="turn the source's postcopy-ram capability off",
-                    )
+            case n if n in _POSTCOPY_COMMANDS:
+                if not self._return_path_open:
+                    raise StreamCorrupt("postcopy without a return path", position=loader.position)
+                self._postcopy.obey(command, loader)
+            case n if n == MIG_CMD_PACKAGED:
+                pass  # what it holds comes next
             case _:
                 raise StreamUnsupported(
                     f"command {command.number} is not taken",
                     position=loader.position,
-                    hint="turn postcopy and COLO off at the source",
+                    hint="turn COLO off at the source",
                 )
 
     def _complete(self, loader: StreamLoader) -> ParkedGuest:
         arrival = loader.arrival
         if self._guest is None:
             raise StreamCorrupt("the stream has no RAM section", position=loader.position)
+        devices = arrival.devices
+        if self.owns_guest:
+            # What came behind the package leaves before it: a stored guest leaves by precopy.
+            devices = sorted(devices, key=_is_late)
         self._guest.complete(
-            arrival.devices,
+            devices,
             arrival.vmdescription,
             SeenOnArrival(
                 configuration=arrival.configuration is not None,
                 section_footers=arrival.has_footers,
-                vmdescription=arrival.vmdescription is not None,
+                vmdescription=arrival.vmdescription is not None
+                or (self.owns_guest and describes_devices(_identity(arrival).machine)),
                 switchover_start=arrival.has_switchover_start,
             ),
         )
         return self._guest
 
-    async def _acknowledge(self, channel: Channel, guest: ParkedGuest) -> None:
-        """Phase 3: the guest is safe here; the source may forget it."""
+    async def _acknowledge(self, guest: ParkedGuest) -> None:
         await self._on_thread(self._berth.settle, guest)
         if not self._return_path_open:
             return
         try:
-            await self._on_thread(channel.send, encode_return_path(Shut(0)))
+            await self._on_thread(self._answer, Shut(0))
         except ChannelError as error:
+            if self.owns_guest:
+                log.warning("the source left before it heard that the guest is whole: %s", error)
+                return
             # The guest is whole, as it would be at a QEMU that already runs it: keep it.
             log.warning(
                 "the source left before it heard that the guest arrived (%s): "
@@ -360,12 +479,9 @@ class IncomingMigration:
     async def _fail(self, error: MigrationdError) -> None:
         self._error = error
         log.error("load of migration failed: %s", error)
-        channel = self._channel
-        if self._return_path_open and channel is not None:
+        if self._return_path_open:
             try:
-                await asyncio.wait_for(
-                    self._on_thread(channel.send, encode_return_path(Shut(1))), 1.0
-                )
+                await asyncio.wait_for(self._on_thread(self._answer, Shut(1)), 1.0)
             except (ChannelError, TimeoutError) as failure:
                 log.debug("SHUT 1 was not sent: %s", failure)
         await self._abandon()
@@ -378,6 +494,10 @@ class IncomingMigration:
         await asyncio.shield(self._on_thread(self._berth.abandon))
         if guest is not None:
             guest.close()
+
+
+def _is_late(device: DeviceState) -> bool:
+    return device.kind == QEMU_VM_SECTION_FULL and not device.is_early
 
 
 def _identity(arrival: Arrival) -> GuestIdentity:

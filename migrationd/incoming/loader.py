@@ -17,6 +17,7 @@ from migrationd.codec.constants import (
     QEMU_VM_SECTION_FULL,
     QEMU_VM_SECTION_START,
 )
+from migrationd.codec.ram import RamDecoder
 from migrationd.codec.records import (
     Command,
     CompressedPage,
@@ -42,6 +43,7 @@ from migrationd.errors import StreamCorrupt, StreamLimit, StreamTruncated, Strea
 from migrationd.guest.device import DeviceState
 from migrationd.guest.ram_block import RamBlock
 from migrationd.incoming.direct_receive import DirectReceiver, RunGuess
+from migrationd.incoming.pages import place_record
 from migrationd.pageops.xbzrle import decode_page
 from migrationd.transport.channel import Channel
 
@@ -74,7 +76,7 @@ class Pause(Enum):
     FINISHED = "finished"
 
 
-Barrier = Configuration | Command | RamBlockList
+Barrier = Configuration | Command | RamBlockList | Package
 """Records that the driver handles before the stream goes on."""
 
 
@@ -117,7 +119,53 @@ class StreamLoader:
         self._quiet_s = 0.0
         self._run = RunGuess()
         self._direct = DirectReceiver(channel, decoder, QUIET_S)
+        self._is_postcopy = False
+        self._awaits_resume = False
         self.arrival = Arrival()
+
+    @property
+    def blocks(self) -> Sequence[RamBlock]:
+        """RAM blocks, in the order of the block list; none before it."""
+        return self._blocks or ()
+
+    def listen(self) -> None:
+        """From now on pages come by postcopy.
+
+        None is received straight into memory any more: what a break leaves half received
+        there would have to be undone, and another channel may bring pages, too.
+        """
+        self._is_postcopy = True
+        self._run.ended()
+
+    def resume(self, channel: Channel) -> None:
+        """Go on with the stream on another connection, after :meth:`listen`.
+
+        It brings commands only, until :meth:`pages_may_come`.
+
+        Raises:
+            InvalidState: The stream did not turn to postcopy.
+        """
+        self._decoder = self._decoder.resumed()
+        self._channel = channel
+        self._direct = DirectReceiver(channel, self._decoder, QUIET_S)
+        self._ended_handlers.clear()
+        self._section = None
+        self._input_ended = False
+        self._quiet_s = 0.0
+        self._awaits_resume = True
+
+    def pages_may_come(self) -> None:
+        """Both sides know which pages are missing."""
+        self._awaits_resume = False
+
+    @property
+    def has_sections(self) -> bool:
+        """Whether any section has come."""
+        return self._blocks is not None or bool(self._device_keys)
+
+    def fork_ram(self) -> RamDecoder | None:
+        """A decoder for RAM records of another channel; None before the block list."""
+        return self._decoder.fork_ram()
 
     @property
     def position(self) -> int:
@@ -234,19 +282,16 @@ class StreamLoader:
         match record:
             case PageBatch():
                 block = self._block(record.block)
-                block.place_batch(record.pages, record.data, record.is_run)
-                if record.is_run:
+                place_record(block, record, self.position)
+                if record.is_run and not self._is_postcopy:
                     self._run.saw(block, int(record.pages[0]), len(record.pages))
                 else:
                     self._run.ended()
-            case MixedBatch():
-                block = self._block(record.block)
-                block.place_mixed(record.pages, record.content_at, record.buffer)
-            case ZeroBatch():
-                if record.fill:
-                    raise self._unsupported(f"a page filled with byte {record.fill:#04x}")
-                self._block(record.block).zero_batch(record.pages)
+            case MixedBatch() | ZeroBatch():
+                place_record(self._block(record.block), record, self.position)
             case XbzrlePage():
+                if self._is_postcopy:
+                    raise StreamCorrupt("an XBZRLE page in postcopy", position=self.position)
                 self._apply_xbzrle(record)
             case CompressedPage():
                 self._apply_compressed(record)
@@ -255,16 +300,14 @@ class StreamLoader:
             case SectionFooter():
                 self._section = None
             case OpaqueSection():
-                self._keep_section(record)
+                self.keep_section(record)
             case VmDescription():
                 self.arrival.vmdescription = record.json
             case FileHeader() | RamEos() | EndOfStream():
                 pass
             case MultifdFlush():
                 raise self._unsupported("a multifd stream", "turn the source's multifd off")
-            case Package():
-                raise self._unsupported("postcopy", "let the source finish by precopy")
-            case Configuration() | Command() | RamBlockList():
+            case Configuration() | Command() | RamBlockList() | Package():
                 return record
         return None
 
@@ -309,13 +352,20 @@ class StreamLoader:
             header.kind == QEMU_VM_SECTION_START and self._blocks is not None
         ):
             raise StreamCorrupt("duplicate section", position=self.position, section=header.idstr)
+        if self._awaits_resume:
+            raise StreamCorrupt("pages before POSTCOPY_RESUME", position=self.position)
         if header.kind != QEMU_VM_SECTION_START:
             self._in_setup = False
         if header.kind == QEMU_VM_SECTION_END:
             self._ended_handlers.add(key)
         self._section = header.idstr
 
-    def _keep_section(self, section: OpaqueSection) -> None:
+    def keep_section(self, section: OpaqueSection) -> None:
+        """Keep a section as bytes.
+
+        Raises:
+            StreamError: It came twice, never started, or there is too much.
+        """
         key = (section.idstr, section.instance_id)
         if section.kind in (QEMU_VM_SECTION_FULL, QEMU_VM_SECTION_START):
             if key in self._device_keys:

@@ -43,6 +43,12 @@ def machine_version(machine: str) -> tuple[int, int] | None:
     return (int(match[1]), int(match[2])) if match else None
 
 
+def describes_devices(machine: str | None) -> bool:
+    """Whether a machine type sends a VMDESCRIPTION, where the stream could not show it."""
+    version = machine_version(machine) if machine else None
+    return version is None or version > (2, 2)
+
+
 def dialect_of(machine: str | None, seen: SeenOnArrival | None = None) -> Dialect:
     """Compute the dialect of a guest.
 

@@ -90,6 +90,14 @@ _INCOMING: dict[tuple[str, Cause], str] = {
     ("active", Cause.COMPLETE): "completed",
     ("setup", Cause.FAIL): "failed",
     ("active", Cause.FAIL): "failed",
+    ("active", Cause.POSTCOPY): "postcopy-device",
+    ("postcopy-device", Cause.PACKAGE_LOADED): "postcopy-active",
+    ("postcopy-device", Cause.FAIL): "failed",
+    ("postcopy-active", Cause.PAUSE): "postcopy-paused",
+    ("postcopy-paused", Cause.RECOVER): "postcopy-recover",
+    ("postcopy-recover", Cause.RECOVERED): "postcopy-active",
+    ("postcopy-recover", Cause.PAUSE): "postcopy-paused",
+    ("postcopy-active", Cause.COMPLETE): "completed",
 }
 
 TRANSITIONS: dict[Role, dict[tuple[str, Cause], str]] = {

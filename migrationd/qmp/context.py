@@ -69,6 +69,12 @@ class Control(Protocol):
     def migrate_pause(self) -> None:
         """Break the connection of a postcopy."""
 
+    def check_recovery_may_start(self) -> None:
+        """Raise if no paused postcopy waits here; asked before the address is parsed."""
+
+    async def migrate_recover(self, address: Address, *, fds: FdLookup) -> None:
+        """Let the source of a paused postcopy in again."""
+
     def check_capabilities_may_change(self) -> None:
         """Raise if a running migration forbids it."""
 

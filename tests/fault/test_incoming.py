@@ -69,7 +69,7 @@ STREAMS: dict[str, tuple[bytes, str]] = {
         "duplicate",
     ),
     "4 GiB VMDESCRIPTION": (ONE_BLOCK + bytes.fromhex("00 06 ffffffff"), "VMDESCRIPTION"),
-    "postcopy": (HEADER + bytes.fromhex("08 0004 0000"), "command"),
+    "LISTEN without a return path": (HEADER + bytes.fromhex("08 0004 0000"), "return path"),
     "machine name of 4 GiB": (HEADER + bytes.fromhex("07 ffffffff"), "machine"),
     "PING without a return path": (HEADER + bytes.fromhex("08 0002 0004 00000001"), "PING"),
 }

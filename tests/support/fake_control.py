@@ -8,6 +8,7 @@ from migrationd.errors import QMPError
 from migrationd.migration.info import MigrationInfo
 from migrationd.migration.options import MigrationOptions
 from migrationd.qmp.context import FdLookup, MigrationChannel
+from migrationd.transport.address import Address
 
 
 @dataclass
@@ -71,6 +72,14 @@ class FakeControl:
             "migrate-pause is currently only supported during postcopy-active or "
             "postcopy-recover state"
         )
+
+    def check_recovery_may_start(self) -> None:
+        """Nothing is paused."""
+        raise QMPError("Migrate recover can only be run when postcopy is paused.")
+
+    async def migrate_recover(self, address: Address, *, fds: FdLookup) -> None:
+        """Only remember it."""
+        self.calls.append(("migrate_recover", address))
 
     def check_capabilities_may_change(self) -> None:
         """They may."""

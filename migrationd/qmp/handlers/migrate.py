@@ -11,6 +11,7 @@ from migrationd.qmp.models.migration import (
     Migrate,
     MigrateContinue,
     MigrateIncoming,
+    MigrateRecover,
     MigrationChannelModel,
     MigrationInfoModel,
     MigrationStats,
@@ -61,6 +62,12 @@ def migrate_start_postcopy(call: Invocation, _: object) -> None:
 def migrate_pause(call: Invocation, _: object) -> None:
     """``migrate-pause``."""
     call.control.migrate_pause()
+
+
+async def migrate_recover(call: Invocation, arguments: MigrateRecover) -> None:
+    """``migrate-recover``."""
+    call.control.check_recovery_may_start()
+    await call.control.migrate_recover(parse_uri(arguments.uri), fds=call.fds.take)
 
 
 def query_migrate(call: Invocation, _: object) -> MigrationInfoModel:

@@ -44,6 +44,12 @@ COMMANDS: dict[str, CommandSpec] = {
         command("migrate-start-postcopy", migrate.migrate_start_postcopy),
         command("migrate-pause", migrate.migrate_pause, allows_oob=True),
         command(
+            "migrate-recover",
+            migrate.migrate_recover,
+            migration_models.MigrateRecover,
+            allows_oob=True,
+        ),
+        command(
             "query-migrate", migrate.query_migrate, returns=migration_models.MigrationInfoModel
         ),
         command(

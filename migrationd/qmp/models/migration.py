@@ -84,6 +84,12 @@ class MigrateIncoming(QapiModel):
     exit_on_error: bool = Field(default=True, json_schema_extra=Facts({"since": "9.1"}))
 
 
+class MigrateRecover(QapiModel):
+    """Arguments of ``migrate-recover``."""
+
+    uri: str
+
+
 class MigrateContinue(QapiModel):
     """Arguments of ``migrate-continue``."""
 

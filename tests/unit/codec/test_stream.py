@@ -12,11 +12,15 @@ from migrationd.codec.records import (
     FileHeader,
     OpaqueSection,
     Package,
+    PageBatch,
+    RamBlockEntry,
+    RamBlockList,
     SectionHeader,
 )
 from migrationd.codec.stream import StreamDecoder, StreamLimits
 from migrationd.codec.vmdescription import DeviceSize, device_sizes
 from migrationd.errors import (
+    InvalidState,
     StreamCorrupt,
     StreamError,
     StreamLimit,
@@ -27,6 +31,7 @@ from tests.unit.codec.support import (
     END,
     FOOTER,
     HEAD,
+    PAGE,
     PART,
     be,
     cstr8,
@@ -129,9 +134,78 @@ def test_commands() -> None:
     assert decode(stream, piece=1, eof=False)[2:] == commands
 
 
-def test_backing_of_other_page_sizes_is_unsupported() -> None:
-    with pytest.raises(StreamUnsupported, match="0x201000"):
-        decode(HEAD + encode_command(Command(3, be(0x201000) + be(4096))), eof=False)
+HUGE = 2 << 20
+
+
+def advised(summary: int, *entries: bytes, total: int) -> bytes:
+    """A head with ADVISE, and a START of ``ram`` of these block entries."""
+    advise = encode_command(Command(3, be(summary) + be(4096)))
+    start = b"\x01\0\0\0\x01\x03ram\0\0\0\0\0\0\0\x04"
+    return HEAD + advise + start + be(total | 4) + b"".join(entries) + be(0x10) + FOOTER
+
+
+@pytest.mark.parametrize("piece", [1, 1 << 20])
+@pytest.mark.parametrize("huge_first", [True, False])
+def test_blocks_name_their_page_size_where_it_is_not_the_normal_one(
+    huge_first: bool, piece: int
+) -> None:
+    huge = cstr8("ram0") + be(HUGE) + be(HUGE)
+    plain = cstr8("rom") + be(PAGE)
+    entries = (huge, plain) if huge_first else (plain, huge)
+    stream = advised(0x201000, *entries, total=HUGE + PAGE)
+    blocks = next(
+        record
+        for record in decode(stream, piece=piece, eof=False)
+        if isinstance(record, RamBlockList)
+    ).blocks
+    found = {block.idstr: (block.used_length, block.page_size) for block in blocks}
+    assert found == {"ram0": (HUGE, HUGE), "rom": (PAGE, None)}
+
+
+def test_no_block_names_a_page_size_where_all_are_normal() -> None:
+    stream = advised(0x1000, cstr8("ram0") + be(HUGE), total=HUGE)
+    (blocks,) = [r for r in decode(stream, eof=False) if isinstance(r, RamBlockList)]
+    assert blocks.blocks == (RamBlockEntry("ram0", HUGE),)
+
+
+def test_a_block_of_a_part_of_a_huge_page() -> None:
+    with pytest.raises(StreamCorrupt, match="pages of 0x200000"):
+        decode(advised(0x201000, cstr8("r") + be(PAGE) + be(HUGE), total=PAGE), eof=False)
+
+
+def test_a_resumed_stream_knows_sections_and_blocks_and_forgets_the_last_block() -> None:
+    turned = (
+        HEAD + ram_start({"a": 4, "b": 4}) + packaged(encode_command(LISTEN), encode_command(RUN))
+    )
+    first = StreamDecoder()
+    first.feed(turned + PART + be(0x8) + cstr8("a") + b"x" * 100)
+    while first.next_record() is not None:
+        pass
+    again = first.resumed()
+    page = be(0x1008) + cstr8("b") + bytes(PAGE)
+    again.feed(encode_command(Command(9, b"")) + PART + page + be(0x10) + FOOTER)
+    records = []
+    while (record := again.next_record()) is not None:
+        records.append(record)
+    assert records[0] == Command(9, b"")
+    assert isinstance(records[1], SectionHeader)
+    assert records[1].idstr == "ram"
+    assert isinstance(records[2], PageBatch)
+    assert records[2].block == 1
+    other = first.resumed()
+    other.feed(PART + be(0x1028) + bytes(PAGE))
+    other.next_record()
+    with pytest.raises(StreamCorrupt, match="CONTINUE before any block"):
+        other.next_record()
+
+
+def test_only_postcopy_is_resumed() -> None:
+    decoder = StreamDecoder()
+    decoder.feed(HEAD + ram_start({"a": 1}))
+    while decoder.next_record() is not None:
+        pass
+    with pytest.raises(InvalidState):
+        decoder.resumed()
 
 
 LISTEN, RUN = Command(4, b""), Command(5, b"")

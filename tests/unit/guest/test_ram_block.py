@@ -96,3 +96,34 @@ def test_giving_zeros_back_changes_nothing_that_can_be_read() -> None:
     before = block.memory.view.copy()
     block.give_back_zeros()
     assert (block.memory.view == before).all()
+
+
+def test_which_pages_came_is_kept_once_somebody_asks() -> None:
+    block = make_block(16)
+    assert block.missing_count == 0
+    block.track_received()
+    assert block.missing_count == 16
+    block.place_batch(np.arange(3, 6), contents(3), True)
+    block.place_batch(np.array([9, 1]), contents(2), False)
+    block.zero_batch(np.array([7, 3]))
+    buffer = bytearray(b"m" * PAGE)
+    block.place_mixed([12, 13], [0, -1], buffer)
+    assert block.received is not None
+    assert np.flatnonzero(block.received).tolist() == [1, 3, 4, 5, 7, 9, 12, 13]
+    assert np.flatnonzero(block.present).tolist() == [1, 4, 5, 9, 12]
+    assert block.missing_count == 8
+
+
+def test_discarded_pages_are_zero_and_did_not_come() -> None:
+    block = make_block(16)
+    block.track_received()
+    block.place_batch(np.arange(16), contents(16), True)
+    block.discard(4, 8)
+    block.discard(0, 0)
+    assert np.flatnonzero(block.present).tolist() == [0, 1, 2, 3, 12, 13, 14, 15]
+    assert block.missing_count == 8
+    assert not block.memory.view[4 * PAGE : 12 * PAGE].any()
+    assert block.page(12)[0] == 13
+    for first, count in ((16, 1), (15, 2), (-1, 1)):
+        with pytest.raises(GuestError, match="outside RAM block"):
+            block.discard(first, count)

@@ -1,0 +1,87 @@
+"""QEMU -> migrationd by postcopy, then on to a QEMU: nothing is lost, with and without preempt."""
+
+from pathlib import Path
+
+import pytest
+
+from migrationd.ctl.daemon_process import DaemonProcess
+from migrationd.ctl.qemu_process import find_qemu, installed_versions
+from tests.support import postcopy_in
+from tests.support.moves import Host, check_runs_on, memory_digest, move_on
+from tests.support.results import TABLES, add_row
+
+pytestmark = pytest.mark.interop
+
+VERSIONS = ("7.2", "10.0", "11.1")
+TABLE = "QEMU -> migrationd by postcopy"
+HEAD = ("QEMU", "preempt", "rests in", "statuses here", "RAM equal", "goes on")
+
+DESTINATION_STATUSES = [
+    "setup", "active", "postcopy-device", "postcopy-active", "completed",
+]  # fmt: skip
+
+
+def cases() -> list[object]:
+    """The default run uses the QEMU on the path; the rest is the full matrix."""
+    default = next(iter(installed_versions()), VERSIONS[0])
+    out: list[object] = []
+    for version in VERSIONS:
+        for preempt in (False, True):
+            for rests in ("memory", "a file"):
+                is_default = version == default and preempt == (rests == "a file")
+                marks = [] if is_default else [pytest.mark.matrix]
+                name = f"{version}-{'preempt' if preempt else 'plain'}-{rests.split()[-1]}"
+                out.append(pytest.param(version, preempt, rests, marks=marks, id=name))
+    return out
+
+
+def statuses(daemon: DaemonProcess) -> list[str]:
+    """What MIGRATION events said."""
+    return [
+        str(event["data"]["status"]) for event in daemon.events if event["event"] == "MIGRATION"
+    ]  # fmt: skip
+
+
+def host_of(version: str) -> Host:
+    """A small guest on that QEMU."""
+    binary = find_qemu(version)
+    if binary is None:
+        pytest.skip(f"QEMU {version} is not installed (tests/support/install-qemus brings it)")
+    return Host(binary)
+
+
+@pytest.mark.parametrize(("version", "preempt", "rests"), cases())
+async def test_a_guest_arrives_by_postcopy(
+    version: str, preempt: bool, rests: str, tmp_path: Path, closing: list[object],
+    request: pytest.FixtureRequest,
+) -> None:  # fmt: skip
+    host = host_of(version)
+    source = await host.start("QEMU A")
+    closing.append(source)
+    arguments = ["-ram-dir", str(tmp_path), "-name", "g"] if rests == "a file" else []
+    daemon = await DaemonProcess.start(incoming="defer", arguments=arguments)
+    closing.append(daemon)
+    await source.wait_serial(3)
+    if version == "11.1":
+        # Under TCG its source loses dirty pages with postcopy-ram on, between two QEMUs too.
+        await source.execute("stop")
+    await postcopy_in.begin(source, daemon, f"unix:{tmp_path}/in.sock", preempt=preempt)
+    await daemon.wait_migration("completed")
+    await source.wait_migration("completed")
+    seen = statuses(daemon)
+    assert seen == DESTINATION_STATUSES
+    assert await daemon.run_state() == "paused"
+    before = source.serial
+    digest = await memory_digest(source, host)
+    arrived, target = await move_on(daemon, host, tmp_path)
+    closing.append(target)
+    await target.execute("cont")
+    passes = await check_runs_on(before, target, host)
+    assert arrived == digest
+    if TABLE not in request.config.stash.get(TABLES, {}):
+        add_row(request.config, TABLE, HEAD)
+    add_row(
+        request.config, TABLE,
+        (version, "yes" if preempt else "no", rests, " ".join(seen), "yes",
+         f"yes, {passes} passes"),
+    )  # fmt: skip

@@ -1,0 +1,61 @@
+"""A guest that turns to postcopy on its way from a real QEMU into the daemon."""
+
+from migrationd.ctl.daemon_process import DaemonProcess
+from migrationd.ctl.qemu_process import QemuProcess
+
+SLOW_BYTES_PER_S = 4 << 20
+"""A precopy of this rate does not converge before it is told to turn."""
+
+
+def capabilities(*, preempt: bool) -> dict[str, bool]:
+    """What both ends switch on."""
+    return {"events": True, "postcopy-ram": True, "postcopy-preempt": preempt}
+
+
+async def begin(
+    source: QemuProcess,
+    daemon: DaemonProcess,
+    uri: str,
+    *,
+    preempt: bool,
+    postcopy_bytes_per_s: int = 0,
+    listens: str | None = None,
+) -> None:
+    """Start a migration and let it turn to postcopy; returns once it has.
+
+    Args:
+        source: QEMU with a running guest.
+        daemon: Started with ``-incoming defer``.
+        uri: Where the source goes.
+        preempt: Whether there is a channel of urgent pages.
+        postcopy_bytes_per_s: Rate of the background pages; 0 for no limit.
+        listens: Where the daemon listens, if there is a network between them.
+    """
+    await daemon.set_capabilities(capabilities(preempt=preempt))
+    await daemon.execute("migrate-incoming", {"uri": listens or uri, "exit-on-error": False})
+    await source.set_capabilities(capabilities(preempt=preempt))
+    await source.set_parameters(
+        {"max-bandwidth": SLOW_BYTES_PER_S, "max-postcopy-bandwidth": postcopy_bytes_per_s}
+    )
+    await source.execute("migrate", {"uri": uri})
+    await source.wait_migration("active")
+    await source.execute("migrate-start-postcopy")
+
+
+async def paused(*peers: QemuProcess | DaemonProcess) -> None:
+    """Wait until every peer stands still."""
+    for peer in peers:
+        await peer.wait_migration("postcopy-paused")
+
+
+async def resume(source: QemuProcess, daemon: DaemonProcess, uri: str, listens: str) -> None:
+    """Let the source come back; both are in ``postcopy-active`` or beyond afterwards.
+
+    Args:
+        source: Paused.
+        daemon: Paused.
+        uri: Where the source goes.
+        listens: Where the daemon waits.
+    """
+    await daemon.execute("migrate-recover", {"uri": listens})
+    await source.execute("migrate", {"uri": uri, "resume": True})

@@ -1,0 +1,122 @@
+"""A network of our own between two ends: it can be cut, as a whole, at any time."""
+
+import asyncio
+import contextlib
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+CHUNK_BYTES = 16 << 10
+
+
+class Relay:
+    """Passes unix-socket connections on; all of them break together.
+
+    Args:
+        listen_path: Where the source connects to.
+        connect_path: Where the destination listens.
+        cut_after_bytes: Break everything once so many stream bytes have passed; None: never.
+
+    Attributes:
+        connections: How many came.
+        passed_bytes: Stream bytes that went to the destination, all connections together.
+        is_cut: Whether it broke; it takes no further connections then.
+    """
+
+    def __init__(
+        self, listen_path: Path, connect_path: Path, *, cut_after_bytes: int | None = None
+    ) -> None:
+        self._listen_path = listen_path
+        self._connect_path = connect_path
+        self._cut_after_bytes = cut_after_bytes
+        self._server: asyncio.Server | None = None
+        self._writers: list[asyncio.StreamWriter] = []
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._flowing = asyncio.Event()
+        self._flowing.set()
+        self.connections = 0
+        self.passed_bytes = 0
+        self.is_cut = False
+
+    @property
+    def uri(self) -> str:
+        """Where the source goes."""
+        return f"unix:{self._listen_path}"
+
+    async def start(self) -> Self:
+        """Begin to listen."""
+        self._server = await asyncio.start_unix_server(self._accept, self._listen_path)
+        return self
+
+    async def __aenter__(self) -> Self:
+        return await self.start()
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    def cut(self) -> None:
+        """Break every connection, both ways, and take no more."""
+        self.is_cut = True
+        self._flowing.set()
+        if self._server is not None:
+            self._server.close()
+        for writer in self._writers:
+            writer.transport.abort()
+        self._writers.clear()
+
+    def stall(self) -> None:
+        """Pass nothing on any more, as if packets were lost; connections stay."""
+        self._flowing.clear()
+
+    async def close(self) -> None:
+        """Cut, and end everything that runs."""
+        self.cut()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections += 1
+        task = asyncio.create_task(self._serve(reader, writer))
+        self._tasks.add(task)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._writers.append(writer)
+        try:
+            back_reader, back_writer = await asyncio.open_unix_connection(self._connect_path)
+        except OSError:
+            writer.transport.abort()
+            return
+        self._writers.append(back_writer)
+        if self.is_cut:
+            self.cut()
+        with contextlib.suppress(OSError):
+            await asyncio.gather(
+                self._pass(reader, back_writer, counts=True),
+                self._pass(back_reader, writer, counts=False),
+            )
+
+    async def _pass(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, counts: bool
+    ) -> None:
+        limit = self._cut_after_bytes if counts else None
+        while True:
+            want = CHUNK_BYTES if limit is None else min(CHUNK_BYTES, limit - self.passed_bytes)
+            data = await reader.read(want)
+            await self._flowing.wait()
+            if not data:
+                if writer.can_write_eof():
+                    writer.write_eof()
+                return
+            writer.write(data)
+            await writer.drain()
+            if counts:
+                self.passed_bytes += len(data)
+            if limit is not None and self.passed_bytes >= limit:
+                self.cut()
+                return
