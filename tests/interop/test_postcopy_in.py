@@ -73,6 +73,7 @@ async def test_a_guest_arrives_by_postcopy(
     assert await daemon.run_state() == "paused"
     before = source.serial
     digest = await memory_digest(source, host)
+    await daemon.set_capabilities(postcopy_in.OFF)
     arrived, target = await move_on(daemon, host, tmp_path)
     closing.append(target)
     await target.execute("cont")

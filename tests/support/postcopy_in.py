@@ -6,6 +6,9 @@ from migrationd.ctl.qemu_process import QemuProcess
 SLOW_BYTES_PER_S = 4 << 20
 """A precopy of this rate does not converge before it is told to turn."""
 
+OFF = {"postcopy-ram": False, "postcopy-preempt": False}
+"""Capabilities of a daemon that sends its guest on by precopy."""
+
 
 def capabilities(*, preempt: bool) -> dict[str, bool]:
     """What both ends switch on."""
