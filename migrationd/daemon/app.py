@@ -8,6 +8,7 @@ import asyncio
 import functools
 import importlib
 import signal
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from migrationd.clock import SystemClock
@@ -59,11 +60,11 @@ class Daemon:
         try:
             # As in QEMU, what -incoming names is open before a monitor accepts commands.
             if self._opens_before_monitors:
-                control = await self._assemble(bus, dispatch)
+                control = await self._assemble(bus, dispatch, servers)
             for server in servers:
                 await server.start()
             if control is None:
-                control = await self._assemble(bus, dispatch)
+                control = await self._assemble(bus, dispatch, servers)
             if self._config.metrics is not None:
                 metrics = await self._serve_metrics(*self._config.metrics, control)
             self._watch_signals(bus)
@@ -87,14 +88,23 @@ class Daemon:
         return config.ram_dir is not None or any(text != "defer" for text in config.incoming)
 
     async def _assemble(
-        self, bus: EventBus, dispatch: "asyncio.Future[Dispatch]"
+        self,
+        bus: EventBus,
+        dispatch: "asyncio.Future[Dispatch]",
+        servers: Sequence[MonitorServer],
     ) -> "GuestControl":
         await asyncio.to_thread(importlib.import_module, "migrationd.qmp.dispatch")
         await asyncio.to_thread(importlib.import_module, "migrationd.daemon.assembly")
         from migrationd.daemon.assembly import assemble
         from migrationd.qmp.dispatch import answer
 
-        control = await assemble(self._config, bus, on_quit=self._ended.set, on_fatal=self._die)
+        control = await assemble(
+            self._config,
+            bus,
+            on_quit=self._ended.set,
+            on_fatal=self._die,
+            chardevs={f"compat_monitor{n}": server for n, server in enumerate(servers)},
+        )
         dispatch.set_result(functools.partial(answer, control))
         return control
 

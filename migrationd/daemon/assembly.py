@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from migrationd.clock import SystemClock
 from migrationd.config import DaemonConfig
@@ -11,7 +11,7 @@ from migrationd.daemon.shelter import Shelter
 from migrationd.errors import ConfigError, MigrationdError, QMPError
 from migrationd.guest.run_state import Owner
 from migrationd.migration.options import MigrationOptions
-from migrationd.qmp.context import MigrationChannel
+from migrationd.qmp.context import Chardev, MigrationChannel
 from migrationd.qmp.event_bus import EventBus
 from migrationd.transport.address import address_from_qapi, parse_uri
 
@@ -24,6 +24,7 @@ async def assemble(
     *,
     on_quit: Callable[[], None],
     on_fatal: Callable[[MigrationdError], None],
+    chardevs: Mapping[str, Chardev] | None = None,
 ) -> GuestControl:
     """Build the control of the one guest; a guest at rest is offered, ``-incoming`` opened.
 
@@ -39,6 +40,7 @@ async def assemble(
         Shelter(config),
         on_quit=on_quit,
         on_fatal=on_fatal,
+        chardevs=chardevs,
     )
     try:
         if not _offer_saved_guest(config, control):

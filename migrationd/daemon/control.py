@@ -9,11 +9,12 @@ Reference: order of checks and texts of QEMU 11.1 (``migrate``, ``migrate-incomi
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from uuid import UUID
 
 from migrationd.clock import Clock
 from migrationd.config import DaemonConfig
+from migrationd.daemon.machine import Machine
 from migrationd.daemon.shelter import Shelter
 from migrationd.errors import MigrationdError, QMPError
 from migrationd.guest.parked import ParkedGuest
@@ -26,7 +27,7 @@ from migrationd.migration.options import MigrationOptions
 from migrationd.outgoing.driver import PAUSABLE, OutgoingMigration, OutgoingSettings
 from migrationd.outgoing.file_save import FileSettings
 from migrationd.outgoing.postcopy import PostcopySettings
-from migrationd.qmp.context import FdLookup, MigrationChannel
+from migrationd.qmp.context import Chardev, FdLookup, MigrationChannel
 from migrationd.qmp.event_bus import EventBus
 from migrationd.transport.address import Address, describe
 from migrationd.transport.channel import Channel
@@ -47,6 +48,7 @@ class GuestControl:
         shelter: Where guests rest.
         on_quit: Called when the process is to end.
         on_fatal: Called with the error that ends the process with status 1.
+        chardevs: Character devices of the monitors, by label.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class GuestControl:
         *,
         on_quit: Callable[[], None],
         on_fatal: Callable[[MigrationdError], None],
+        chardevs: Mapping[str, Chardev] | None = None,
     ) -> None:
         self.options = options
         self._config = config
@@ -75,6 +78,14 @@ class GuestControl:
         self._expects_guest = bool(config.incoming)
         self._in_switchover = False
         self._tasks: set[asyncio.Future[None]] = set()
+        self.machine = Machine(
+            bus,
+            clock,
+            chardevs or {},
+            guest=lambda: self._guest,
+            migrations=lambda: (self._outgoing, self._incoming),
+            spawn=self._spawn,
+        )
 
     @property
     def guest_name(self) -> str | None:

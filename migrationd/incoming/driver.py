@@ -166,6 +166,16 @@ class IncomingMigration:
         """Say where the source will come from; the listener is closed by :meth:`run`."""
         self._listener = listener
 
+    @property
+    def is_running(self) -> bool:
+        """Whether it waits for a guest or loads one."""
+        return self._status.is_running
+
+    def yank(self) -> None:
+        """Cut the connections off; without one there is nothing to cut."""
+        if self._channel is not None and self._channels is not None:
+            self._channels.shutdown()
+
     async def run(self) -> ParkedGuest | None:
         """Accept the source and load its guest.
 

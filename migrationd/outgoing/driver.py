@@ -166,6 +166,7 @@ class OutgoingMigration:
         self._resumed: asyncio.Future[OpenChannel] | None = None
         self._work: asyncio.Task[None] | None = None
         self._error: MigrationdError | None = None
+        self._is_yanked = False
         self._start_s = clock.monotonic_s()
         self._setup_s: float | None = None
         self._switchover_s: float | None = None
@@ -208,6 +209,8 @@ class OutgoingMigration:
         if self._work.cancelled():
             if self.is_in_postcopy:
                 log.warning("the guest's memory is not all at its destination, which runs it")
+            elif self._is_yanked and self._status.status != "cancelling":
+                await self._settle_failure(ChannelError("the connection was cut off by yank"))
             else:
                 await self._settle_cancel()
             return
@@ -253,6 +256,15 @@ class OutgoingMigration:
                 "migrate-pause is currently only supported during postcopy-active or "
                 "postcopy-recover state"
             )
+        for channel in (self._channel, self._link):
+            if channel is not None:
+                channel.shutdown()
+
+    def yank(self) -> None:
+        """Cut all connections off: the migration fails, a postcopy is paused."""
+        if self._channel is None and self._work is not None:
+            self._is_yanked = True
+            self._work.cancel()
         for channel in (self._channel, self._link):
             if channel is not None:
                 channel.shutdown()

@@ -83,6 +83,11 @@ class SocketConnection:
         """See ``Connection.watch_output``."""
         self._watch.output(on_room)
 
+    def shutdown(self) -> None:
+        """End the connection in both directions; who watches it reads its end."""
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
+
     def close(self) -> None:
         """Close the socket."""
         self._watch.end()

@@ -1,10 +1,11 @@
 """What handlers need of the daemon."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 from uuid import UUID
 
+from migrationd.migration.dirty_rate import DirtyRateRequest, DirtyRateState
 from migrationd.migration.info import MigrationInfo
 from migrationd.migration.options import MigrationOptions
 from migrationd.transport.address import Address
@@ -21,10 +22,78 @@ class MigrationChannel:
     address: Address
 
 
+class Chardev(Protocol):
+    """A monitor's character device."""
+
+    @property
+    def filename(self) -> str:
+        """Where it is."""
+
+    @property
+    def is_socket(self) -> bool:
+        """Whether its client can be cut off."""
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether it has a client."""
+
+    def disconnect(self) -> None:
+        """Cut the client off."""
+
+
+class DirtyRate(Protocol):
+    """Measures the dirty rate."""
+
+    state: DirtyRateState
+
+    def start(self, request: DirtyRateRequest) -> None:
+        """Begin a measurement."""
+
+
+class Machine(Protocol):
+    """What is around the guest; called on the event loop."""
+
+    @property
+    def dirty_rate(self) -> DirtyRate:
+        """Measures how fast memory changes."""
+
+    @property
+    def type_name(self) -> str | None:
+        """Versioned machine type of the guest."""
+
+    @property
+    def base_memory_bytes(self) -> int:
+        """Size of the guest's main memory; 0 without a guest."""
+
+    @property
+    def ram_bytes(self) -> int:
+        """Size of all RAM blocks of the guest; 0 without a guest."""
+
+    def reset(self) -> None:
+        """Reset the machine."""
+
+    def powerdown(self) -> None:
+        """Press the power button."""
+
+    def chardevs(self) -> Mapping[str, Chardev]:
+        """Character devices by label."""
+
+    @property
+    def is_migration_yankable(self) -> bool:
+        """Whether a migration has connections that can be cut off."""
+
+    def yank_migration(self) -> None:
+        """Cut the connections of the migration off."""
+
+
 class Control(Protocol):
     """Commands on the one guest of the process; called on the event loop."""
 
     options: MigrationOptions
+
+    @property
+    def machine(self) -> Machine:
+        """What is around the guest."""
 
     @property
     def guest_name(self) -> str | None:

@@ -43,12 +43,37 @@ class MonitorServer:
         self._dispatch = dispatch
         self._bus = bus
         self._spec = spec
+        self._client: SocketConnection | None = None
         self._listener = inherited
         self._is_inherited = inherited is not None
         self._fds = FdTable()
         self._running: set[asyncio.Future[None]] = set()
         self._task: asyncio.Task[None] | None = None
         self._first_client = asyncio.Event()
+
+    @property
+    def filename(self) -> str:
+        """What ``query-chardev`` calls the place."""
+        spec = self._spec
+        if spec.kind == "stdio":
+            return "stdio"
+        place = spec.path if spec.kind == "unix" else f"{spec.host}:{spec.port}"
+        return f"{spec.kind}:{place}" + (",server=on" if spec.is_server else "")
+
+    @property
+    def is_socket(self) -> bool:
+        """Whether its client can be cut off."""
+        return self._spec.kind != "stdio"
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether there is a client."""
+        return self._client is not None or not self.is_socket
+
+    def disconnect(self) -> None:
+        """Cut the client off."""
+        if self._client is not None:
+            self._client.shutdown()
 
     async def start(self) -> None:
         """Open the monitor; with ``wait=on`` return when the first client is there.
@@ -99,6 +124,7 @@ class MonitorServer:
 
     async def _serve(self, connection: Connection) -> None:
         self._first_client.set()
+        self._client = connection if isinstance(connection, SocketConnection) else None
         try:
             await MonitorClient(
                 connection,
@@ -110,6 +136,8 @@ class MonitorServer:
             ).serve()
         except OSError as error:
             log.debug("monitor client lost: %s", error)
+        finally:
+            self._client = None
 
 
 def _listen(spec: MonitorSpec) -> socket.socket:

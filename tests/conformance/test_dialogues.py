@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from migrationd.migration import capabilities, options
-from tests.support.fake_control import FakeControl
+from migrationd.qmp.handlers import legacy
+from tests.support.fake_control import FakeChardev, FakeControl
 from tests.support.monitor import Monitor
 from tests.support.results import TABLES, add_row
 
@@ -47,6 +48,8 @@ def is_expected(sent: bytes, golden: dict[str, Any], reply: dict[str, Any]) -> b
     if reply.get("error", {}).get("class") == "CommandNotFound":
         return "has not been found" not in golden.get("error", {}).get("desc", "")
     text = golden.get("error", {}).get("desc", "")
+    if any(spec.name.encode() in sent for spec in legacy.COMMANDS):
+        return "has not been found" in text  # here they are still taken, for older tools
     if b'"execute": "migrate"' in sent:
         # QEMU 11 has dropped "detach"; here it is still taken, for older tools.
         return "detach" in text or any(part in text for part in NEEDS_ENGINE)
@@ -61,6 +64,7 @@ async def test_replies_are_those_of_qemu(
     monkeypatch.setattr(capabilities, "NOT_BUILT", frozenset())
     monkeypatch.setattr(options, "NOT_BUILT_VALUES", ())
     control = FakeControl()
+    control.machine.devices["compat_monitor0"] = FakeChardev()
     if name.endswith("_incoming"):
         control.run_state = "inmigrate"
     monitor = Monitor(control)

@@ -1,14 +1,68 @@
 """A daemon without a guest, for tests of the monitor."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from uuid import UUID
 
 from migrationd.errors import QMPError
+from migrationd.migration.dirty_rate import DirtyRateRequest, DirtyRateState
 from migrationd.migration.info import MigrationInfo
 from migrationd.migration.options import MigrationOptions
-from migrationd.qmp.context import FdLookup, MigrationChannel
+from migrationd.qmp.context import Chardev, DirtyRate, FdLookup, MigrationChannel
 from migrationd.transport.address import Address
+
+
+@dataclass
+class FakeChardev:
+    """A monitor's socket."""
+
+    filename: str = "unix:/run/fake.sock,server=on"
+    is_socket: bool = True
+    is_connected: bool = True
+
+    def disconnect(self) -> None:
+        """Only remember it."""
+        self.is_connected = False
+
+
+@dataclass
+class FakeDirtyRate:
+    """Remembers what it is to measure."""
+
+    state: DirtyRateState = field(default_factory=DirtyRateState)
+
+    def start(self, request: DirtyRateRequest) -> None:
+        """It measures for ever."""
+        self.state = DirtyRateState("measuring", 1000, request)
+
+
+@dataclass
+class FakeMachine:
+    """Implements ``migrationd.qmp.context.Machine``; keeps what it was asked."""
+
+    type_name: str | None = None
+    base_memory_bytes: int = 0
+    ram_bytes: int = 0
+    is_migration_yankable: bool = False
+    dirty_rate: DirtyRate = field(default_factory=FakeDirtyRate)
+    devices: dict[str, FakeChardev] = field(default_factory=dict)
+    calls: list[str] = field(default_factory=list)
+
+    def reset(self) -> None:
+        """Only remember it."""
+        self.calls.append("reset")
+
+    def powerdown(self) -> None:
+        """Only remember it."""
+        self.calls.append("powerdown")
+
+    def chardevs(self) -> Mapping[str, Chardev]:
+        """Those of the test."""
+        return self.devices
+
+    def yank_migration(self) -> None:
+        """Only remember it."""
+        self.calls.append("yank_migration")
 
 
 @dataclass
@@ -30,6 +84,7 @@ class FakeControl:
     incoming: MigrationInfo | None = None
     incoming_refusal: str | None = "'-incoming' was not specified on the command line"
     calls: list[tuple[object, ...]] = field(default_factory=list)
+    machine: FakeMachine = field(default_factory=FakeMachine)
 
     def migrate(self, channels: Sequence[MigrationChannel], *, resume: bool, fds: FdLookup) -> None:
         """Only remember it."""

@@ -1,10 +1,23 @@
 """The table of commands and of events."""
 
 from migrationd.qmp.command import CommandSpec, command
-from migrationd.qmp.handlers import control, fds, human, introspection, migrate, options
+from migrationd.qmp.handlers import (
+    control,
+    dirty_rate,
+    fds,
+    human,
+    introspection,
+    legacy,
+    machine,
+    migrate,
+    options,
+    replication,
+    yank,
+)
 from migrationd.qmp.models import control as control_models
 from migrationd.qmp.models import fds as fds_models
 from migrationd.qmp.models import migration as migration_models
+from migrationd.qmp.models import replication as replication_models
 from migrationd.qmp.models.base import QapiModel
 from migrationd.qmp.models.control import Empty
 
@@ -21,7 +34,12 @@ COMMANDS: dict[str, CommandSpec] = {
         command("query-status", control.query_status, returns=control_models.StatusInfo),
         command("query-name", control.query_name, returns=control_models.NameInfo),
         command("query-uuid", control.query_uuid, returns=control_models.UuidInfo),
-        command("query-kvm", control.query_kvm, returns=control_models.KvmInfo),
+        command(
+            "query-kvm",
+            control.query_kvm,
+            returns=control_models.KvmInfo,
+            features=("deprecated",),
+        ),
         command("stop", control.stop),
         command("cont", control.cont),
         command("quit", control.quit_),
@@ -73,6 +91,11 @@ COMMANDS: dict[str, CommandSpec] = {
             migration_models.MigrateSetParameters,
         ),
         *introspection.COMMANDS,
+        *machine.COMMANDS,
+        *dirty_rate.COMMANDS,
+        *yank.COMMANDS,
+        *replication.COMMANDS,
+        *legacy.COMMANDS,
     )
 }
 
@@ -82,4 +105,10 @@ EVENTS: dict[str, type[QapiModel]] = {
     "STOP": Empty,
     "RESUME": Empty,
     "SHUTDOWN": control_models.ShutdownEvent,
+    "RESET": control_models.ShutdownEvent,
+    "POWERDOWN": Empty,
+    "SUSPEND": Empty,
+    "WAKEUP": Empty,
+    "COLO_EXIT": replication_models.COLOExitEvent,
+    "UNPLUG_PRIMARY": replication_models.UnplugPrimaryEvent,
 }
