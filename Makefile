@@ -48,8 +48,9 @@ coverage: $(STAMP) ## branch coverage of the unit and conformance tests
 	$(BIN)/coverage run -m pytest tests/unit tests/conformance
 	$(BIN)/coverage report
 
-bench: $(STAMP) qemu ## throughput and CPU seconds beside QEMU's, interleaved
+bench: $(STAMP) qemu ## throughput, monitor latency and CPU seconds beside QEMU's, interleaved
 	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks.monitor
 
 schemas: $(STAMP) ## write schemas/ anew from the models
 	$(BIN)/python -m migrationd.qmp.schema --write
