@@ -10,6 +10,7 @@ from migrationd.codec.constants import (
     RAM_SAVE_FLAG_CONTINUE,
     RAM_SAVE_FLAG_EOS,
     RAM_SAVE_FLAG_MEM_SIZE,
+    RAM_SAVE_FLAG_MULTIFD_FLUSH,
     RAM_SAVE_FLAG_PAGE,
     RAM_SAVE_FLAG_ZERO,
 )
@@ -73,3 +74,8 @@ def encode_block_list(blocks: tuple[RamBlockEntry, ...], total_bytes: int | None
 def encode_eos() -> bytes:
     """The record that ends a RAM body."""
     return RAM_SAVE_FLAG_EOS.to_bytes(8, "big")
+
+
+def encode_multifd_flush() -> bytes:
+    """The record that is a synchronisation point of the channels."""
+    return RAM_SAVE_FLAG_MULTIFD_FLUSH.to_bytes(8, "big")

@@ -24,8 +24,10 @@ from migrationd.incoming.driver import IncomingMigration
 from migrationd.migration.dialect import dialect_of
 from migrationd.migration.info import MigrationInfo
 from migrationd.migration.options import MigrationOptions
+from migrationd.migration.transports import check_transport
 from migrationd.outgoing.driver import PAUSABLE, OutgoingMigration, OutgoingSettings
 from migrationd.outgoing.file_save import FileSettings
+from migrationd.outgoing.multifd_send import MultifdSettings
 from migrationd.outgoing.postcopy import PostcopySettings
 from migrationd.qmp.context import Chardev, FdLookup, MigrationChannel
 from migrationd.qmp.event_bus import EventBus
@@ -147,6 +149,7 @@ class GuestControl:
             ChannelError: A file, command or descriptor cannot be opened.
         """
         address = channels[0].address
+        check_transport(address, self.options.capabilities, self.options.parameters)
         if resume:
             self._resume(address, fds)
             return
@@ -244,6 +247,8 @@ class GuestControl:
             ChannelError: The address cannot be bound or opened.
         """
         self.check_incoming_may_start()
+        address = channels[0].address
+        check_transport(address, self.options.capabilities, self.options.parameters)
         incoming = IncomingMigration(
             self._shelter.berth(), self._incoming_settings, self._on_migration_status
         )
@@ -251,15 +256,19 @@ class GuestControl:
         self._incoming_started = True
         incoming.begin()
         try:
-            incoming.listen_on(await listen(channels[0].address, fds))
+            incoming.listen_on(await listen(address, fds))
         except MigrationdError:
             # Differs from QEMU, which stays in setup for ever: another address may be tried.
             self._incoming = None
             self._incoming_started = False
             raise
+        self.options.is_listening = True
 
         async def load() -> None:
-            guest = await incoming.run()
+            try:
+                guest = await incoming.run()
+            finally:
+                self.options.is_listening = False
             if guest is not None:
                 self._arrived(guest)
             elif exit_on_error and incoming.error is not None:
@@ -434,6 +443,7 @@ class GuestControl:
             if capabilities["postcopy-ram"]
             else None,
             file=self._file_settings(),
+            multifd=self._multifd_settings(),
         )
 
     def _file_settings(self) -> FileSettings | None:
@@ -443,6 +453,22 @@ class GuestControl:
         return FileSettings(
             writers=_number(parameters["multifd-channels"]) if capabilities["multifd"] else 1,
             direct_io=bool(parameters["direct-io"]),
+        )
+
+    def _multifd_settings(self) -> MultifdSettings | None:
+        capabilities, parameters = self.options.capabilities, self.options.parameters
+        if not capabilities["multifd"] or capabilities["mapped-ram"]:
+            return None
+        compression = _text(parameters["multifd-compression"])
+        level = parameters.get(f"multifd-{compression}-level")
+        uuid = self.guest_uuid
+        return MultifdSettings(
+            channels=_number(parameters["multifd-channels"]),
+            compression=compression,
+            level=_number(level) if level is not None else 0,
+            zero_copy=capabilities["zero-copy-send"],
+            zero_page_detection=_text(parameters["zero-page-detection"]),
+            uuid=uuid.bytes if uuid is not None else bytes(16),
         )
 
     def _incoming_settings(self) -> IncomingSettings:
@@ -455,6 +481,12 @@ class GuestControl:
             mapped_ram=capabilities["mapped-ram"],
             postcopy_ram=capabilities["postcopy-ram"],
             postcopy_preempt=capabilities["postcopy-preempt"],
+            multifd_channels=(
+                _number(self.options.parameters["multifd-channels"])
+                if capabilities["multifd"] and not capabilities["mapped-ram"]
+                else 0
+            ),
+            multifd_compression=_text(self.options.parameters["multifd-compression"]),
         )
 
     def _on_migration_status(self, status: str) -> None:
@@ -531,4 +563,9 @@ async def _fail(error: MigrationdError) -> Channel:
 
 def _number(value: object) -> int:
     assert isinstance(value, int)
+    return value
+
+
+def _text(value: object) -> str:
+    assert isinstance(value, str)
     return value

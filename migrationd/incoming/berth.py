@@ -66,3 +66,5 @@ class IncomingSettings:
     mapped_ram: bool = False
     postcopy_ram: bool = False
     postcopy_preempt: bool = False
+    multifd_channels: int = 0
+    multifd_compression: str = "none"

@@ -56,6 +56,7 @@ from migrationd.incoming.berth import Berth, IncomingSettings
 from migrationd.incoming.channels import IncomingChannels
 from migrationd.incoming.loader import Arrival, Barrier, Pause, StreamLoader
 from migrationd.incoming.mapped_ram import load_mapped_ram
+from migrationd.incoming.multifd_receive import MultifdReceiver
 from migrationd.incoming.postcopy import PostcopyArrival
 from migrationd.incoming.preempt import PreemptReceiver
 from migrationd.incoming.recovery import RecoveryDoor
@@ -110,6 +111,7 @@ class IncomingMigration:
         self._listener: Listener | None = None
         self._channels: IncomingChannels | None = None
         self._channel: Channel | None = None
+        self._multifd: MultifdReceiver | None = None
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="incoming")
         self._postcopy: PostcopyArrival | None = None
         self._preempt: PreemptReceiver | None = None
@@ -235,11 +237,18 @@ class IncomingMigration:
             answer=self._answer,
             report=lambda cause: loop.call_soon_threadsafe(self._status.advance, cause),
         )
-        self._channel = await channels.gather(expects_preempt=settings.postcopy_preempt)
+        self._channel = await channels.gather(
+            multifd=settings.multifd_channels,
+            expects_preempt=settings.postcopy_preempt,
+            uuid=settings.guest_uuid,
+        )
+        if settings.multifd_channels:
+            self._multifd = MultifdReceiver(channels.multifd, settings.multifd_compression)
         loader = StreamLoader(
             self._channel,
             StreamDecoder(StreamLimits(ram_bytes=settings.ram_limit_bytes)),
             lambda: loop.call_soon_threadsafe(self._stream_began),
+            self._multifd,
         )
         self._await_preempt(channels, loader)
         return loader
@@ -285,8 +294,10 @@ class IncomingMigration:
                     break
                 continue
             await self._on_thread(self._pass_barrier, loader, result)
+        if self._multifd is not None:
+            await self._on_thread(self._multifd.finish)
         if self._preempt is not None:
-            machine = _identity(loader.arrival).machine
+            machine = _identity(loader.arrival, None).machine
             await self._preempt.finish(sends_eos=dialect_of(machine).preempt_eos)
 
     async def _settle(self, loader: StreamLoader) -> ParkedGuest:
@@ -335,8 +346,11 @@ class IncomingMigration:
 
     async def _close_channels(self) -> None:
         preempt, self._preempt = self._preempt, None
+        multifd, self._multifd = self._multifd, None
         if self._channels is not None:
             self._channels.shutdown()
+        if multifd is not None:
+            await asyncio.to_thread(multifd.stop)
         if preempt is not None:
             await preempt.stop()
         if self._channels is not None:
@@ -402,9 +416,12 @@ class IncomingMigration:
             for entry in blocks.blocks
         )
         arrival = loader.arrival
-        self._guest = self._berth.allocate(_identity(arrival), tuple(arrival.devices), specs)
+        identity = _identity(arrival, self._channels.source_uuid if self._channels else None)
+        self._guest = self._berth.allocate(identity, tuple(arrival.devices), specs)
         assert self._postcopy is not None
         self._postcopy.prepare(self._guest.ram)
+        if self._multifd is not None:
+            self._multifd.start(self._guest.ram, loader.page_size)
         return self._guest.ram
 
     def _main(self) -> Channel:
@@ -463,7 +480,7 @@ class IncomingMigration:
                 configuration=arrival.configuration is not None,
                 section_footers=arrival.has_footers,
                 vmdescription=arrival.vmdescription is not None
-                or (self.owns_guest and describes_devices(_identity(arrival).machine)),
+                or (self.owns_guest and describes_devices(_identity(arrival, None).machine)),
                 switchover_start=arrival.has_switchover_start,
             ),
         )
@@ -500,6 +517,8 @@ class IncomingMigration:
     async def _abandon(self) -> None:
         if self._channels is not None:
             self._channels.shutdown()
+        if self._multifd is not None:
+            await asyncio.shield(asyncio.to_thread(self._multifd.stop))
         guest, self._guest = self._guest, None
         await asyncio.shield(self._on_thread(self._berth.abandon))
         if guest is not None:
@@ -510,13 +529,15 @@ def _is_late(device: DeviceState) -> bool:
     return device.kind == QEMU_VM_SECTION_FULL and not device.is_early
 
 
-def _identity(arrival: Arrival) -> GuestIdentity:
+def _identity(arrival: Arrival, channel_uuid: bytes | None) -> GuestIdentity:
+    """Who the guest is; multifd tells a UUID also where the configuration has none."""
+    known_uuid = channel_uuid if channel_uuid != bytes(16) else None
     configuration = arrival.configuration
     if configuration is None:
-        return GuestIdentity()
+        return GuestIdentity(uuid=known_uuid)
     return GuestIdentity(
         machine=configuration.machine,
         target_page_bits=configuration.target_page_bits,
         capabilities=configuration.capabilities,
-        uuid=configuration.uuid,
+        uuid=configuration.uuid or known_uuid,
     )

@@ -43,6 +43,7 @@ from migrationd.errors import StreamCorrupt, StreamLimit, StreamTruncated, Strea
 from migrationd.guest.device import DeviceState
 from migrationd.guest.ram_block import RamBlock
 from migrationd.incoming.direct_receive import DirectReceiver, RunGuess
+from migrationd.incoming.multifd_receive import Multifd
 from migrationd.incoming.pages import place_record
 from migrationd.pageops.xbzrle import decode_page
 from migrationd.transport.channel import Channel
@@ -99,14 +100,20 @@ class StreamLoader:
         channel: Where the stream comes from.
         decoder: A fresh decoder with the limits of this daemon.
         on_first_bytes: Called once, on the stepping thread, when the stream begins.
+        multifd: Channels that carry pages besides this stream.
 
     One step runs at a time; between steps the event loop may read every attribute.
     """
 
     def __init__(
-        self, channel: Channel, decoder: StreamDecoder, on_first_bytes: Callable[[], object]
+        self,
+        channel: Channel,
+        decoder: StreamDecoder,
+        on_first_bytes: Callable[[], object],
+        multifd: Multifd | None = None,
     ) -> None:
         self._channel = channel
+        self._multifd = multifd
         self._decoder = decoder
         self._on_first_bytes = on_first_bytes
         self._blocks: Sequence[RamBlock] | None = None
@@ -147,6 +154,7 @@ class StreamLoader:
         """
         self._decoder = self._decoder.resumed()
         self._channel = channel
+        self._multifd = None
         self._direct = DirectReceiver(channel, self._decoder, QUIET_S)
         self._ended_handlers.clear()
         self._section = None
@@ -193,6 +201,8 @@ class StreamLoader:
         """
         received = 0
         while True:
+            if self._multifd is not None:
+                self._multifd.check()
             record = self._decoder.next_record()
             if record is not None:
                 barrier = self._apply(record)
@@ -303,10 +313,15 @@ class StreamLoader:
                 self.keep_section(record)
             case VmDescription():
                 self.arrival.vmdescription = record.json
-            case FileHeader() | RamEos() | EndOfStream():
+            case FileHeader() | EndOfStream():
                 pass
+            case RamEos():
+                if self._multifd is not None:
+                    self._multifd.end_of_body()
             case MultifdFlush():
-                raise self._unsupported("a multifd stream", "turn the source's multifd off")
+                if self._multifd is None:
+                    raise self._unsupported("a multifd stream", "turn the source's multifd off")
+                self._multifd.flush()
             case Configuration() | Command() | RamBlockList() | Package():
                 return record
         return None

@@ -20,6 +20,8 @@ Vector = npt.NDArray[np.uint64]
 _libc = ctypes.CDLL(None, use_errno=True)
 _MSG_NOSIGNAL = 0x4000
 _MSG_DONTWAIT = 0x40
+_MSG_WAITALL = 0x100
+_MSG_ZEROCOPY = 0x4000000
 
 
 class _Msghdr(ctypes.Structure):
@@ -88,6 +90,78 @@ def page_vector(
     return vector.reshape(2 * count, 2)
 
 
+def run_vector(
+    memory: npt.NDArray[np.uint8],
+    pages: npt.NDArray[np.int64],
+    page_size: int,
+    longest: int | None = None,
+) -> Vector:
+    """A vector of pages of a mapped memory, one entry for each run of consecutive ones.
+
+    Args:
+        memory: Whole mapped block, one dimension.
+        pages: Page numbers, shape ``(n,)``, n at least 1; must lie in ``memory``.
+        page_size: Bytes of a page.
+        longest: A new entry begins at each multiple of this index.
+
+    Returns:
+        Shape ``(runs, 2)``.
+
+    Raises:
+        ValueError: A page does not lie in the memory, or it is not contiguous.
+    """
+    if not memory.flags.c_contiguous:
+        raise ValueError("the memory must be contiguous")
+    if not (int(pages.min()) >= 0 and int(pages.max()) < len(memory) // page_size):
+        raise ValueError("a page does not lie in the memory")
+    is_cut = np.diff(pages) != 1
+    if longest is not None:
+        is_cut[longest - 1 :: longest] = True
+    cuts = np.flatnonzero(is_cut) + 1
+    bounds = np.concatenate(([0], cuts, [len(pages)]))
+    vector = np.empty((len(cuts) + 1, 2), np.uint64)
+    vector[:, 0] = (pages[bounds[:-1]] * page_size).astype(np.uint64)
+    vector[:, 0] += np.uint64(address_of(memory))
+    vector[:, 1] = np.diff(bounds) * page_size
+    return vector
+
+
+def packet_vector(
+    headers: npt.NDArray[np.uint8],
+    memory: npt.NDArray[np.uint8],
+    pages: npt.NDArray[np.int64],
+    page_size: int,
+    packet_pages: int,
+) -> Vector:
+    """A vector of packets: a header, then ``packet_pages`` pages, each run of them one entry.
+
+    Args:
+        headers: One header per packet, shape ``(k, h)``, contiguous.
+        memory: Whole mapped block, one dimension.
+        pages: Page numbers, shape ``(n,)``, n at least 1; must lie in ``memory``.
+        page_size: Bytes of a page.
+        packet_pages: Pages of each packet; the last one has the rest.
+
+    Returns:
+        Shape ``(k + runs, 2)``.
+
+    Raises:
+        ValueError: A page does not lie in the memory, or an array is not contiguous.
+    """
+    starts = np.arange(0, len(pages), packet_pages)
+    if not headers.flags.c_contiguous or len(headers) != len(starts):
+        raise ValueError("headers must be contiguous, with one for each packet")
+    data = run_vector(memory, pages, page_size, packet_pages)
+    heads = np.empty((len(headers), 2), np.uint64)
+    heads[:, 0] = np.arange(len(headers), dtype=np.uint64) * np.uint64(headers.shape[1])
+    heads[:, 0] += np.uint64(address_of(headers))
+    heads[:, 1] = headers.shape[1]
+    if len(data) == len(heads):
+        return np.stack((heads, data), axis=1).reshape(-1, 2)
+    before = np.concatenate(([0], np.cumsum(data[:, 1])[:-1])) // page_size
+    return np.insert(data, np.searchsorted(before, starts), heads, axis=0)
+
+
 def rest_of(vector: Vector, done: int) -> Vector:
     """What is left of a vector after ``done`` bytes.
 
@@ -121,8 +195,26 @@ def recv_vector(fd: int, vector: Vector) -> int:
     return _result(_recvmsg(fd, ctypes.byref(head), _MSG_DONTWAIT))
 
 
-def send_vector(fd: int, vector: Vector) -> int:
+def recv_vector_all(fd: int, vector: Vector) -> int:
+    """``recvmsg`` that waits until up to ``IOV_MAX`` entries are full.
+
+    Returns:
+        Bytes received; fewer than asked for at the end of the input or after a signal.
+
+    Raises:
+        OSError: As the call.
+    """
+    head = _Msghdr(iov=vector.__array_interface__["data"][0], iovlen=min(len(vector), IOV_MAX))
+    return _result(_recvmsg(fd, ctypes.byref(head), _MSG_WAITALL))
+
+
+def send_vector(fd: int, vector: Vector, *, zero_copy: bool = False) -> int:
     """``sendmsg`` of up to ``IOV_MAX`` entries.
+
+    Args:
+        fd: Socket.
+        vector: What is sent.
+        zero_copy: The kernel may go on reading the memory after the call.
 
     Returns:
         Bytes taken by the kernel.
@@ -131,7 +223,8 @@ def send_vector(fd: int, vector: Vector) -> int:
         OSError: As the call.
     """
     head = _Msghdr(iov=vector.__array_interface__["data"][0], iovlen=min(len(vector), IOV_MAX))
-    return _result(_sendmsg(fd, ctypes.byref(head), _MSG_NOSIGNAL))
+    flags = _MSG_NOSIGNAL | (_MSG_ZEROCOPY if zero_copy else 0)
+    return _result(_sendmsg(fd, ctypes.byref(head), flags))
 
 
 def write_vector(fd: int, vector: Vector) -> int:

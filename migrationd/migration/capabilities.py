@@ -40,12 +40,10 @@ NOT_BUILT: frozenset[str] = frozenset(
         "rdma-pin-all",
         "x-colo",
         "release-ram",
-        "multifd",
         "dirty-bitmaps",
         "postcopy-blocktime",
         "x-ignore-shared",
         "background-snapshot",
-        "zero-copy-send",
         "dirty-limit",
     )
 )

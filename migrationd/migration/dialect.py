@@ -27,6 +27,10 @@ class Dialect:
     """The preempt channel is opened behind the main one, not at the switch to postcopy."""
     preempt_eos: bool = False
     """The preempt channel ends with an EOS record behind the stream's end."""
+    multifd_flush_after_each_section: bool = False
+    """The channels are synchronised at the end of each RAM section, not of each round."""
+    zero_pages_on_main: bool = False
+    """Zero pages are never listed in multifd packets: the destination may not know that."""
     switchover_ack_at_once: bool = False
     """A destination acknowledges the switchover as soon as the return path opens."""
 
@@ -71,5 +75,9 @@ def dialect_of(machine: str | None, seen: SeenOnArrival | None = None) -> Dialec
         # Where the name says nothing the old way is right: every program takes it.
         preempt_at_setup=version is None or version <= (7, 2),
         preempt_eos=version is None or version <= (7, 2),
+        multifd_flush_after_each_section=(
+            not seen.switchover_start if version is None else version <= (8, 0)
+        ),
+        zero_pages_on_main=not seen.switchover_start if version is None else version <= (8, 2),
         switchover_ack_at_once=version is not None and version <= (11, 0),
     )

@@ -33,10 +33,22 @@ NOT_BUILT_VALUES: tuple[tuple[str, Value], ...] = (
 """Parameters that may only keep this value until their engine part is there."""
 
 
+_BEFORE_INCOMING = (
+    ("postcopy-preempt", "Postcopy preempt must be set before incoming starts"),
+    ("multifd", "Multifd must be set before incoming starts"),
+)
+
+
 class MigrationOptions:
-    """The settings of one process; both directions read them."""
+    """The settings of one process; both directions read them.
+
+    Attributes:
+        is_listening: Whether a listener is open: what decides about its connections can then
+            not be switched on any more.
+    """
 
     def __init__(self) -> None:
+        self.is_listening = False
         self._capabilities = dict.fromkeys(CAPABILITIES, False)
         self._parameters: dict[str, Value] = {item.name: item.default for item in PARAMETERS}
 
@@ -61,6 +73,10 @@ class MigrationOptions:
         """
         new = self._capabilities | dict(changes)
         check_capabilities(new, self._parameters)
+        if self.is_listening:
+            for name, text in _BEFORE_INCOMING:
+                if new[name] and not self._capabilities[name]:
+                    raise QMPError(text)
         self._capabilities = new
 
     def set_parameters(self, changes: Mapping[str, Value]) -> None:

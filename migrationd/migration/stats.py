@@ -30,6 +30,9 @@ class OutgoingStats:
         postcopy_bytes: Of these, while the guest ran at the destination.
         postcopy_requests: Page requests, those for pages under way included.
         remaining_pages: In postcopy, where zero pages are not sent, tells what must be.
+        multifd_bytes: Of the transferred bytes, those on multifd channels.
+        missed_zero_copy: Synchronisations of a channel behind which all pages were copied,
+            although ``zero-copy-send`` is on.
         dirty_sync_count: Passes over the dirty bitmap that began.
         dirty_bytes: What a guest that runs has written and is not sent; None for one that does
             not run: then it is what was never sent.
@@ -46,6 +49,8 @@ class OutgoingStats:
     transferred_bytes: int = 0
     precopy_bytes: int = 0
     downtime_bytes: int = 0
+    multifd_bytes: int = 0
+    missed_zero_copy: int = 0
     dirty_sync_count: int = 0
     dirty_bytes: int | None = None
     dirty_pages_rate: int = 0
@@ -83,6 +88,13 @@ class OutgoingStats:
         self._answered_bytes += byte_count
         self._answered_normal += normal
         self._answered_duplicate += pages - normal
+
+    def sent_on_channel(self, byte_count: int, *, normal: int = 0, duplicate: int = 0) -> None:
+        """Account for bytes written to a multifd channel; only one thread at a time."""
+        self.normal_pages += normal
+        self.duplicate_pages += duplicate
+        self.transferred_bytes += byte_count
+        self.multifd_bytes += byte_count
 
     def measure(self, now_s: float) -> None:
         """Close a measuring window if it is over."""
@@ -135,6 +147,8 @@ class OutgoingStats:
             downtime_bytes=self.downtime_bytes,
             postcopy_bytes=self.postcopy_bytes + self._answered_bytes,
             postcopy_requests=self.postcopy_requests,
+            multifd_bytes=self.multifd_bytes,
+            dirty_sync_missed_zero_copy=self.missed_zero_copy,
         )
 
     @property

@@ -26,7 +26,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol, TypeVar, TypeVarTuple
 
+import numpy as np
+import numpy.typing as npt
+
 from migrationd.clock import Clock
+from migrationd.codec.constants import FILE_HEADER_BYTES
 from migrationd.errors import (
     ChannelError,
     GuestError,
@@ -45,18 +49,25 @@ from migrationd.migration.status import Cause, Role, StatusMachine
 from migrationd.outgoing.device_save import free_section_id, stream_head, stream_tail
 from migrationd.outgoing.file_save import FileSave, FileSettings
 from migrationd.outgoing.live_save import LiveSaver
+from migrationd.outgoing.multifd_connect import OutgoingMultifd
+from migrationd.outgoing.multifd_save import MultifdSaver
+from migrationd.outgoing.multifd_send import MultifdSettings
 from migrationd.outgoing.postcopy import (
     OpenChannel,
     PostcopyLink,
     PostcopySettings,
     PostcopySource,
 )
-from migrationd.outgoing.ram_save import RamSaver
+from migrationd.outgoing.ram_save import PART_BYTES, RamSaver
 from migrationd.outgoing.return_path import ReturnPath
 from migrationd.transport.channel import Channel
 from migrationd.transport.rate_limit import RateLimiter
 
 log = logging.getLogger(__name__)
+
+Saver = RamSaver | MultifdSaver
+Sent = dict[str, npt.NDArray[np.bool_]]
+"""By block name one bool per page, set for pages that went out."""
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -88,6 +99,7 @@ class OutgoingSettings:
     postcopy: PostcopySettings | None = None
     file: FileSettings | None = None
     """How a mapped-ram file is written; None without the capability."""
+    multifd: MultifdSettings | None = None
 
 
 class Observer(Protocol):
@@ -164,6 +176,8 @@ class OutgoingMigration:
             self._postcopy = PostcopySource(guest, dialect, settings.postcopy, self._stats, clock)
         self._link: PostcopyLink | None = None
         self._resumed: asyncio.Future[OpenChannel] | None = None
+        self._open_channel: OpenChannel | None = None
+        self._multifd: OutgoingMultifd | None = None
         self._work: asyncio.Task[None] | None = None
         self._error: MigrationdError | None = None
         self._is_yanked = False
@@ -384,6 +398,7 @@ class OutgoingMigration:
         self._link = None
         try:
             channel = self._channel = await open_channel()
+            self._open_channel = open_channel
             if self._has_return_path and not channel.is_duplex:
                 name = "return-path" if self._postcopy is None else "postcopy-ram"
                 raise ChannelError(
@@ -401,15 +416,21 @@ class OutgoingMigration:
             await self._stream(channel, send)
         finally:
             self._stop.set()
-            for end in (channel, self._link):
+            for end in (channel, self._multifd, self._link):
                 if end is not None:
                     end.shutdown()
             await self._unthrottle()
-            self._executor.shutdown(wait=True)
-            for end in (channel, self._link):
+            # A multifd channel's thread ends with the packet that it compresses.
+            await asyncio.to_thread(self._end_threads)
+            for end in (channel, self._multifd, self._link):
                 if end is not None:
                     end.close()
             self._channel = None
+
+    def _end_threads(self) -> None:
+        if self._multifd is not None:
+            self._multifd.stop()
+        self._executor.shutdown(wait=True)
 
     async def _unthrottle(self) -> None:
         """Let a guest that was slowed down have its time again, however it ended."""
@@ -461,8 +482,7 @@ class OutgoingMigration:
         if self._settings.file is not None:
             await self._save_file(channel, self._settings.file)
             return
-        saver = self._ram_saver(channel)
-        await self._set_up(channel, saver)
+        saver = await self._set_up(channel)
         await self._save_ram(saver)
         await self._pause_before_switchover()
         await self._begin_switchover()
@@ -508,15 +528,19 @@ class OutgoingMigration:
             clock=self._clock,
             wait=self._wait,
             should_stop=self._is_postcopy_requested,
-            sent={block.idstr: block.sent for block in self._postcopy.schedule.blocks}
-            if self._postcopy is not None
-            else None,
+            sent=self._sent_pages(),
+            part_bytes=PART_BYTES if self._settings.multifd is None else None,
         )
 
     def _is_postcopy_requested(self) -> bool:
         return self._postcopy is not None and self._postcopy.is_requested
 
-    async def _set_up(self, channel: Channel, saver: RamSaver) -> None:
+    def _sent_pages(self) -> Sent | None:
+        if self._postcopy is None:
+            return None
+        return {block.idstr: block.sent for block in self._postcopy.schedule.blocks}
+
+    async def _set_up(self, channel: Channel) -> Saver:
         """Phase 1: what the destination must know before the first page."""
         head = stream_head(
             self._guest,
@@ -526,13 +550,36 @@ class OutgoingMigration:
             advise=self._postcopy.advise_bytes() if self._postcopy is not None else b"",
         )
         self._stats.dirty_sync_count = 1
-        await self._on_thread(self._write, channel, head + saver.setup_bytes())
+        ram = self._ram_saver(channel)
+        saver: Saver = ram
+        if self._settings.multifd is not None:
+            # A destination of 8.0 and later waits for the first bytes of each connection, in turn.
+            await self._on_thread(self._write, channel, head[:FILE_HEADER_BYTES])
+            head = head[FILE_HEADER_BYTES:]
+            self._multifd = self._make_multifd(self._settings.multifd)
+            saver = await self._multifd.connect(ram, self._guest, self._dialect)
+        start = await self._on_thread(saver.setup_bytes)
+        await self._on_thread(self._write, channel, head + start)
         if self._link is not None:
             await self._link.set_up()
         self._setup_s = self._clock.monotonic_s()
         self._advance(Cause.STREAM)
+        return saver
 
-    async def _save_ram(self, saver: RamSaver) -> None:
+    def _make_multifd(self, settings: MultifdSettings) -> OutgoingMultifd:
+        assert self._open_channel is not None
+        return OutgoingMultifd(
+            self._open_channel,
+            settings,
+            stats=self._stats,
+            limiter=self._limiter,
+            clock=self._clock,
+            wait=self._wait,
+            should_stop=self._is_postcopy_requested,
+            sent=self._sent_pages(),
+        )
+
+    async def _save_ram(self, saver: Saver) -> None:
         """Phase 2: every page once, for a held guest dirties none; or pass after pass."""
         live = self._guest.live
         if live is None:
@@ -551,7 +598,7 @@ class OutgoingMigration:
             await self._on_thread(live.stop)
             self._observer.on_stopped()
 
-    def _make_live_saver(self, live: Live, saver: RamSaver) -> LiveSaver:
+    def _make_live_saver(self, live: Live, saver: Saver) -> LiveSaver:
         loop = asyncio.get_running_loop()
 
         def on_pass() -> None:
@@ -578,12 +625,13 @@ class OutgoingMigration:
         await self._observer.before_switchover()
         self._advance(Cause.SWITCHOVER)
 
-    async def _switch_over(self, channel: Channel, saver: RamSaver) -> None:
+    async def _switch_over(self, channel: Channel, saver: Saver) -> None:
         """Phase 3: the guest leaves with its devices."""
         if self._live_saver is not None and self._guest.live is not None:
             await self._on_thread(self._live_saver.finish)
             await self._on_thread(self._save_devices, self._guest.live)
-        tail = stream_tail(self._guest, self._dialect, saver.end_bytes())
+        end = await self._on_thread(saver.end_bytes)
+        tail = stream_tail(self._guest, self._dialect, end)
         await self._on_thread(self._write_tail, channel, tail)
 
     async def _save_file(self, channel: Channel, settings: FileSettings) -> None:
@@ -658,9 +706,11 @@ class OutgoingMigration:
     def _interrupt(self) -> None:
         self._stop.set()
         self._continue.set()
-        if self._channel is not None:
-            self._channel.shutdown()
-        elif self._work is not None:
+        for end in (self._channel, self._multifd):
+            if end is not None:
+                end.shutdown()
+        is_connecting = self._multifd is not None and self._multifd.is_connecting
+        if self._work is not None and (self._channel is None or is_connecting):
             self._work.cancel()
 
     def _warn_of_two_owners(self) -> None:

@@ -16,6 +16,7 @@ from migrationd.guest.memory import Pages
 from migrationd.guest.ram_block import RamBlock
 from migrationd.migration.convergence import Convergence, Decision, Pass
 from migrationd.migration.stats import OutgoingStats
+from migrationd.outgoing.multifd_save import MultifdSaver
 from migrationd.outgoing.ram_save import RamSaver
 
 SCAN_PAGES = 4096
@@ -42,7 +43,7 @@ class LiveSaver:
 
     def __init__(
         self,
-        saver: RamSaver,
+        saver: RamSaver | MultifdSaver,
         live: Live,
         blocks: Sequence[RamBlock],
         convergence: Convergence,

@@ -50,6 +50,7 @@ class RamSaver:
         section_id: Id of the ``ram`` section.
         has_footers: Whether sections end with a footer.
         batch_pages: Pages of one gather write.
+        part_bytes: A PART is closed after about this much; None: only by :meth:`end_parts`.
         limiter: Bandwidth limit; shared with the monitor, which may change its rate.
         wait: Called with seconds to wait for the limit; raises when the migration ends.
         should_stop: Asked before each batch: postcopy is to send the rest.
@@ -71,6 +72,7 @@ class RamSaver:
         batch_pages: int = 512,
         should_stop: Callable[[], bool] = lambda: False,
         sent: Mapping[str, npt.NDArray[np.bool_]] | None = None,
+        part_bytes: int | None = PART_BYTES,
     ) -> None:
         self._channel = channel
         self._blocks = blocks
@@ -84,17 +86,19 @@ class RamSaver:
         self._batch_pages = batch_pages
         self._should_stop = should_stop
         self._sent = sent
+        self._part_limit = part_bytes
         self._named_block: RamBlock | None = None
         self._part_bytes = 0
         self._prefix = b""
 
-    def setup_bytes(self) -> bytes:
-        """START with the block list."""
+    def setup_bytes(self, mark: bytes = b"") -> bytes:
+        """START with the block list; ``mark`` stands before its end."""
         return (
             encode_section_header(QEMU_VM_SECTION_START, self._section_id, "ram", 0, 4)
             + encode_block_list(
                 tuple(RamBlockEntry(block.idstr, block.used_length) for block in self._blocks)
             )
+            + mark
             + encode_eos()
             + self._footer
         )
@@ -125,14 +129,14 @@ class RamSaver:
         """Begin PART sections; pages may be sent until :meth:`end_parts`."""
         self._prefix = self._part_header()
 
-    def end_parts(self) -> None:
-        """End the last PART.
+    def end_parts(self, mark: bytes = b"") -> None:
+        """End the last PART; ``mark`` stands before its end.
 
         Raises:
             ChannelClosed: As :meth:`save_all`.
         """
         prefix, self._prefix = self._prefix, b""
-        self._send(prefix + self._part_end())
+        self._send(prefix + mark + self._part_end())
 
     def send(self, block: RamBlock, pages: Pages, *, is_zero: bool) -> None:
         """Send pages of a block inside PARTs, in batches, until it is told to stop.
@@ -148,7 +152,7 @@ class RamSaver:
         start = 0
         while start < len(pages) and not self._should_stop():
             count = ZERO_BATCH_PAGES if is_zero else self._allowed_pages()
-            if self._part_bytes >= PART_BYTES:
+            if self._part_limit is not None and self._part_bytes >= self._part_limit:
                 self._prefix += self._part_end() + self._part_header()
             prefix, self._prefix = self._prefix, b""
             batch = pages[start : start + count]

@@ -23,7 +23,8 @@ import select
 import socket
 import stat
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -35,11 +36,14 @@ from migrationd.linux.iovec import (
     address_of,
     page_vector,
     recv_vector,
+    recv_vector_all,
     rest_of,
     send_vector,
     write_vector,
 )
 from migrationd.transport.command import Command
+
+T = TypeVar("T")
 
 _PIPE_BYTES = 1 << 20
 
@@ -171,6 +175,39 @@ class Channel:
             self.bytes_received += count
             return count
 
+    def recv_exactly(self, vector: Vector) -> int:
+        """Fill a scatter vector, for as long as it takes; sockets only.
+
+        Args:
+            vector: Where the bytes go, shape ``(n, 2)``; changed by the call. What it points
+                to must live until this returns.
+
+        Returns:
+            Bytes received; fewer than asked for at the end of the input.
+
+        Raises:
+            ChannelClosed: The channel was shut down, or the peer broke it.
+        """
+        total = 0
+        with self._in_use:
+            while len(vector):
+                try:
+                    count = recv_vector_all(self._fd, vector)
+                except BlockingIOError:
+                    self._wait(select.POLLIN, None)
+                    continue
+                except InterruptedError:
+                    continue
+                except OSError as error:
+                    raise self._broken("read from", error) from error
+                if not count:
+                    self._refuse_if_down()
+                    break
+                total += count
+                vector = rest_of(vector, count)
+            self.bytes_received += total
+        return total
+
     def recv_some(self, max_bytes: int) -> bytes:
         """Receive without waiting; for the event loop.
 
@@ -275,6 +312,9 @@ class Channel:
             finally:
                 for fd in fds:
                     loop.remove_reader(fd)
+                if self._socket is not None:
+                    # uvloop makes what it watches non-blocking.
+                    self._socket.setblocking(True)
             self._refuse_if_down()
             return True
 
@@ -376,6 +416,15 @@ class Channel:
             for start in range(0, len(vector), IOV_MAX):
                 self._send_window(vector[start : start + IOV_MAX])
             return self.bytes_sent - before
+
+    def on_fd(self, call: Callable[[int], T]) -> T:
+        """Make a system call of one's own as a data call: the descriptor stays open during it.
+
+        Raises:
+            ChannelClosed: The channel was shut down.
+        """
+        with self._in_use:
+            return call(self._fd)
 
     def finish(self) -> None:
         """End a stream that was sent whole: the command took everything, the file is stored.

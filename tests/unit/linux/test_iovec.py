@@ -9,7 +9,15 @@ import numpy.typing as npt
 import pytest
 
 from migrationd.linux import iovec
-from migrationd.linux.iovec import address_of, page_vector, pwrite_rows, rest_of, write_vector
+from migrationd.linux.iovec import (
+    address_of,
+    packet_vector,
+    page_vector,
+    pwrite_rows,
+    rest_of,
+    run_vector,
+    write_vector,
+)
 
 PAGE = 16
 
@@ -164,3 +172,33 @@ def test_rows_must_be_contiguous_and_ascend(file_fd: int) -> None:
     for wrong in (rows[:, ::2], rows[::-1]):
         with pytest.raises(ValueError, match="row"):
             pwrite_rows(file_fd, wrong, 0)
+
+
+def test_packets_hold_their_header_and_their_runs() -> None:
+    memory = np.arange(64 * 16, dtype=np.uint32).view(np.uint8)[: 64 * 16].copy()
+    pages = np.array([3, 4, 5, 6, 7, 9, 11, 12, 20], np.int64)
+    headers = np.frombuffer(b"aaabbbccc", np.uint8).reshape(3, 3)
+    vector = packet_vector(headers, memory, pages, 16, 4)
+    read = b"".join(
+        ctypes.string_at(int(address), int(length)) for address, length in vector.tolist()
+    )
+    content = memory.reshape(-1, 16)
+    expected = b""
+    for header, part in zip((b"aaa", b"bbb", b"ccc"), np.split(pages, [4, 8]), strict=True):
+        expected += header + content[part].tobytes()
+    assert read == expected
+    # 3..6 | 7, 9, 11..12 | 20
+    assert vector[:, 1].tolist() == [3, 64, 3, 16, 16, 32, 3, 16]
+
+
+def test_packets_of_consecutive_pages_are_two_entries_each() -> None:
+    memory = np.zeros(64 * 16, np.uint8)
+    headers = np.zeros((3, 5), np.uint8)
+    vector = packet_vector(headers, memory, np.arange(10, 20), 16, 4)
+    assert vector[:, 1].tolist() == [5, 64, 5, 64, 5, 32]
+
+
+def test_a_page_outside_the_memory_is_no_packet() -> None:
+    memory = np.zeros(64, np.uint8)
+    with pytest.raises(ValueError, match="does not lie"):
+        run_vector(memory, np.array([4]), 16)

@@ -39,9 +39,9 @@ def test_turning_off_a_needed_capability_is_refused() -> None:
 
 def test_what_is_not_built_says_so() -> None:
     options = MigrationOptions()
-    with pytest.raises(QMPError, match="'multifd' is not supported in this version"):
-        options.set_capabilities([("multifd", True)])
-    options.set_capabilities([("multifd", False)])
+    with pytest.raises(QMPError, match="'release-ram' is not supported in this version"):
+        options.set_capabilities([("release-ram", True)])
+    options.set_capabilities([("release-ram", False)])
     with pytest.raises(QMPError, match="'tls-creds' is not supported in this version"):
         options.set_parameters({"tls-creds": "tls0"})
 

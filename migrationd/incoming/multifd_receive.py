@@ -1,0 +1,262 @@
+"""multifd channels into guest memory: one thread each.
+
+Plain pages go by one scatter read from the socket to their final place; where memory
+cannot be written directly, and for compressed pages, they pass through a buffer of one
+packet. The headers are the only thing that is looked at.
+
+Reference: stream format 3.
+"""
+
+import logging
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from migrationd.codec.multifd import (
+    COMPRESSED_LIMIT_BYTES,
+    MULTIFD_PACKET_BYTES,
+    Packet,
+    PacketDecoder,
+    block_name,
+)
+from migrationd.errors import MigrationdError, MigrationError, StreamCorrupt, StreamTruncated
+from migrationd.guest.ram_block import RamBlock
+from migrationd.incoming.multifd_sync import SyncPoints
+from migrationd.linux.iovec import Vector, address_of, run_vector
+from migrationd.pageops.decompress import Decompressor, decompressor
+from migrationd.transport.channel import Channel
+
+log = logging.getLogger(__name__)
+
+
+class Multifd(Protocol):
+    """What the main stream's loader asks of the channels; all of it on the loading thread."""
+
+    def flush(self) -> None:
+        """A MULTIFD_FLUSH record came."""
+
+    def end_of_body(self) -> None:
+        """A body of the ``ram`` section ended."""
+
+    def check(self) -> None:
+        """Raise what a channel failed with."""
+
+
+class MultifdReceiver:
+    """All multifd channels of one incoming migration.
+
+    Args:
+        channels: By number; not owned.
+        method: ``multifd-compression``.
+    """
+
+    def __init__(self, channels: Sequence[Channel], method: str) -> None:
+        self._channels = channels
+        self._method = method
+        self._points = SyncPoints(len(channels))
+        self._workers: list[_Worker] = []
+        self._threads: list[threading.Thread] = []
+        self._is_per_section: bool | None = None
+        self._has_flush = False
+
+    def start(self, blocks: Sequence[RamBlock], page_size: int) -> None:
+        """Begin to receive; the main stream has listed its blocks.
+
+        Args:
+            blocks: RAM blocks of the guest.
+            page_size: Target page size in bytes.
+        """
+        by_name = {block.idstr: block for block in blocks}
+        for number, channel in enumerate(self._channels):
+            worker = _Worker(number, channel, by_name, page_size, self._method, self._points)
+            thread = threading.Thread(target=worker.run, name=f"multifd-{number}", daemon=True)
+            self._workers.append(worker)
+            self._threads.append(thread)
+            thread.start()
+
+    def flush(self) -> None:
+        """Pass the mark that a MULTIFD_FLUSH record is.
+
+        Raises:
+            MigrationdError: As :meth:`SyncPoints.pass_mark`.
+        """
+        self._has_flush = True
+        if self._is_per_section:
+            raise StreamCorrupt(
+                "MULTIFD_FLUSH although each section is synchronised", section="multifd"
+            )
+        self._points.pass_mark()
+
+    def end_of_body(self) -> None:
+        """Pass the mark that the end of a body is, if the first one came without a flush.
+
+        Raises:
+            MigrationdError: As :meth:`SyncPoints.pass_mark`.
+        """
+        if self._is_per_section is None:
+            self._is_per_section = not self._has_flush
+        if self._is_per_section:
+            self._points.pass_mark()
+
+    def check(self) -> None:
+        """Raise what a channel failed with.
+
+        Raises:
+            MigrationdError: The first failure of any channel.
+        """
+        if self._points.error is not None:
+            raise self._points.error
+
+    def finish(self) -> None:
+        """End after the main stream: nothing may be left on a channel.
+
+        Raises:
+            StreamCorrupt: A channel carried pages behind the last mark.
+            MigrationdError: A channel failed.
+        """
+        self.stop()
+        self.check()
+        for worker in self._workers:
+            if worker.has_unsynced_pages:
+                raise StreamCorrupt("pages behind the last mark", section=worker.name)
+
+    def stop(self) -> None:
+        """Shut the channels down and wait for their threads; any number of times."""
+        self._points.release()
+        for channel in self._channels:
+            channel.shutdown()
+        for thread in self._threads:
+            thread.join()
+
+
+class _Worker:
+    """One channel; everything but its construction happens on its thread."""
+
+    def __init__(
+        self,
+        number: int,
+        channel: Channel,
+        blocks: Mapping[str, RamBlock],
+        page_size: int,
+        method: str,
+        points: SyncPoints,
+    ) -> None:
+        self.name = f"multifd channel {number}"
+        self._number = number
+        self._channel = channel
+        self._blocks = blocks
+        self._page_size = page_size
+        self._method = method
+        self._points = points
+        self._decoder = PacketDecoder(number, page_size, method)
+        self._header = np.zeros(self._decoder.header_bytes, np.uint8)
+        self._decompressor: Decompressor | None = decompressor(method)
+        self._buffer = np.empty(0, np.uint8)
+        self._last_raw = b""
+        self._last_block: RamBlock | None = None
+        self.has_unsynced_pages = False
+
+    def run(self) -> None:
+        """Receive until the input ends or something fails."""
+        try:
+            while self._packet():
+                pass
+        except MigrationdError as error:
+            self._points.fail(error)
+        except Exception as error:  # a defect of ours must end as a failed migration
+            log.error("internal error on %s", self.name, exc_info=error)
+            self._points.fail(MigrationError(f"internal error on {self.name}: {error!r}"))
+        finally:
+            self._points.end(self._number)
+
+    def _packet(self) -> bool:
+        """Receive one packet; False at the end of the input."""
+        header = self._header
+        received = self._channel.recv_exactly(_whole(header))
+        if received < len(header):
+            if received:
+                raise self._truncated(f"{received} bytes of a header of {len(header)}")
+            return False
+        packet = self._decoder.decode(header.data)
+        if packet.normal_pages or packet.zero_pages:
+            self.has_unsynced_pages = True
+            self._place(packet)
+        if packet.is_sync:
+            if not self._points.reach(self._number):
+                return False
+            self.has_unsynced_pages = False
+        return True
+
+    def _place(self, packet: Packet) -> None:
+        block = self._block(packet)
+        pages = self._decoder.offsets(self._header.data, packet, block.used_length, block.idstr)
+        normal, zero = pages[: packet.normal_pages], pages[packet.normal_pages :]
+        if len(normal):
+            if self._decompressor is not None:
+                self._place_compressed(self._decompressor, block, normal, packet.data_bytes)
+            elif block.memory.view.flags.writeable:
+                vector = run_vector(block.memory.view, normal, self._page_size)
+                self._receive(vector, packet.data_bytes)
+                block.mark_placed(normal)
+            else:
+                data = self._into_buffer(packet.data_bytes, MULTIFD_PACKET_BYTES)
+                self._place_pages(block, normal, data)
+        if len(zero):
+            block.zero_batch(zero)
+
+    def _place_compressed(
+        self,
+        method: Decompressor,
+        block: RamBlock,
+        pages: npt.NDArray[np.int64],
+        size: int,
+    ) -> None:
+        compressed = self._into_buffer(size, COMPRESSED_LIMIT_BYTES)
+        try:
+            content = method(compressed.data, len(pages) * self._page_size)
+        except ValueError as error:
+            raise StreamCorrupt(
+                f"packet with {self._method} data that is wrong: {error}",
+                section=self.name,
+                block=block.idstr,
+            ) from None
+        self._place_pages(block, pages, np.frombuffer(content, np.uint8))
+
+    def _place_pages(
+        self, block: RamBlock, pages: npt.NDArray[np.int64], data: npt.NDArray[np.uint8]
+    ) -> None:
+        is_run = bool((np.diff(pages) == 1).all())
+        block.place_batch(pages, data.reshape(len(pages), self._page_size), is_run)
+
+    def _block(self, packet: Packet) -> RamBlock:
+        if packet.ramblock != self._last_raw or self._last_block is None:
+            name = block_name(packet.ramblock)
+            block = self._blocks.get(name)
+            if block is None:
+                raise StreamCorrupt(
+                    f"a page of block {name!r}, which is not in the list", section=self.name
+                )
+            self._last_raw, self._last_block = packet.ramblock, block
+        return self._last_block
+
+    def _into_buffer(self, size: int, capacity: int) -> npt.NDArray[np.uint8]:
+        if not len(self._buffer):
+            self._buffer = np.empty(max(capacity, self._page_size), np.uint8)
+        part = self._buffer[:size]
+        self._receive(_whole(part), size)
+        return part
+
+    def _receive(self, vector: Vector, size: int) -> None:
+        received = self._channel.recv_exactly(vector)
+        if received < size:
+            raise self._truncated(f"{received} of {size} bytes of page data")
+
+    def _truncated(self, what: str) -> StreamTruncated:
+        return StreamTruncated(f"the channel ended after {what}", section=self.name)
+
+
+def _whole(array: npt.NDArray[np.uint8]) -> Vector:
+    return np.array([[address_of(array), len(array)]], np.uint64)

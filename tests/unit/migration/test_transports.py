@@ -1,0 +1,49 @@
+"""What a transport can carry."""
+
+import pytest
+
+from migrationd.errors import QMPError
+from migrationd.migration.options import MigrationOptions
+from migrationd.migration.transports import check_transport
+from migrationd.transport.address import parse_uri
+
+SINGLE = "Migration requires multi-channel URIs (e.g. tcp)"
+SEEKABLE = "Migration requires seekable transport (e.g. file)"
+
+
+@pytest.mark.parametrize(
+    ("uri", "on", "text"),
+    [
+        ("tcp:h:1", ("multifd",), None),
+        ("unix:/s", ("multifd", "postcopy-preempt"), None),
+        ("vsock:1:2", ("multifd",), None),
+        ("exec:cat", ("multifd",), SINGLE),
+        ("fd:name", ("multifd",), SINGLE),
+        ("fd:name", ("postcopy-preempt",), SINGLE),
+        ("file:/f", ("multifd",), SINGLE),
+        ("file:/f", ("multifd", "mapped-ram"), None),
+        ("tcp:h:1", ("mapped-ram", "multifd"), SEEKABLE),
+        ("exec:cat", (), None),
+    ],
+)
+def test_transports(uri: str, on: tuple[str, ...], text: str | None) -> None:
+    options = MigrationOptions()
+    capabilities = {name: name in on for name in options.capabilities}
+    if text is None:
+        check_transport(parse_uri(uri), capabilities, options.parameters)
+        return
+    with pytest.raises(QMPError) as caught:
+        check_transport(parse_uri(uri), capabilities, options.parameters)
+    assert caught.value.desc == text
+
+
+def test_multifd_comes_before_the_listener() -> None:
+    options = MigrationOptions()
+    options.is_listening = True
+    with pytest.raises(QMPError, match=r"^Multifd must be set before incoming starts$"):
+        options.set_capabilities([("multifd", True)])
+    options.is_listening = False
+    options.set_capabilities([("multifd", True)])
+    options.is_listening = True
+    options.set_capabilities([("multifd", True), ("events", True)])
+    options.set_capabilities([("multifd", False)])
