@@ -25,6 +25,7 @@ from migrationd.guest.device import DeviceState
 from migrationd.guest.memory import AnonymousMemory, FileMemory, Memory
 from migrationd.guest.parked import ParkedGuest
 from migrationd.guest.ram_block import RamBlockSpec
+from migrationd.guest.run_state import PAUSED, RUNNING
 from migrationd.incoming.loader import Arrival, Pause, StreamLoader
 from migrationd.incoming.mapped_ram import map_guest
 from migrationd.store.container import Container, PlainStream, open_file, read_container
@@ -67,6 +68,10 @@ class FileGuest:
             else:
                 with PlainStream(fd, self.container, str(path)) as stream:
                     self.guest = load_stream(stream.channel, allocate or allocate_anywhere)
+            if self.container.libvirt is not None:
+                # libvirt stops a guest before it saves it, and notes apart whether it ran.
+                was_running = self.container.libvirt.was_running
+                self.guest.choose_run_state(RUNNING if was_running else PAUSED)
         finally:
             os.close(fd)
 

@@ -38,7 +38,7 @@ from migrationd.codec.records import (
 )
 from migrationd.codec.stream import StreamDecoder
 from migrationd.errors import StreamCorrupt, StreamError
-from migrationd.guest.run_state import decode_run_state
+from migrationd.guest.run_state import PAUSED, RUNNING, decode_run_state
 from migrationd.pageops.xbzrle import decode_page
 from migrationd.store.container import Container, PlainStream, open_file, read_container
 from migrationd.store.mapped_ram_reader import read_bitmap, read_contents
@@ -120,6 +120,8 @@ class FileSummary:
     @property
     def run_state(self) -> str | None:
         """Run state that the guest will have; None if none travels."""
+        if (libvirt := self.container.libvirt) is not None:
+            return RUNNING if libvirt.was_running else PAUSED
         for section in self.devices:
             if section.idstr == "globalstate":
                 return decode_run_state(section.body)
