@@ -144,8 +144,9 @@ class ParkedGuest:
 
     def give_back_zeros(self) -> None:
         """Release memory of zero pages; may take a while, call it on a thread."""
-        for block in self.ram:
-            block.give_back_zeros()
+        if self.file is None:
+            for block in self.ram:
+                block.give_back_zeros()
 
     def check_unchanged(self) -> None:
         """Make sure that nobody has written to the file that its pages are in.

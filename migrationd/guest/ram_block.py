@@ -34,7 +34,6 @@ class RamBlock:
     complete.
 
     Attributes:
-        present: One bool per target page: it came with contents. Others are zero pages.
         received: One bool per target page: it came, zero pages too. None until
             :meth:`track_received`: nobody asks before a guest comes by postcopy.
     """
@@ -45,7 +44,8 @@ class RamBlock:
         self.page_size = spec.page_size
         self.address = spec.address
         self.memory = memory
-        self.present: npt.NDArray[np.bool_] = np.zeros(self.page_count, np.bool_)
+        self._bitmap: npt.NDArray[np.uint8] | None = None
+        self._present: npt.NDArray[np.bool_] = np.zeros(self.page_count, np.bool_)
         self.received: npt.NDArray[np.bool_] | None = None
 
     @property
@@ -54,9 +54,33 @@ class RamBlock:
         return self.used_length // self.page_size
 
     @property
+    def present(self) -> npt.NDArray[np.bool_]:
+        """One bool per target page: it came with contents. Others are zero pages."""
+        if self._bitmap is not None:
+            bits = np.unpackbits(self._bitmap, count=self.page_count, bitorder="little")
+            self._present = bits.view(np.bool_)
+            self._bitmap = None
+        return self._present
+
+    @present.setter
+    def present(self, present: npt.NDArray[np.bool_]) -> None:
+        self._bitmap = None
+        self._present = present
+
+    def use_bitmap(self, bitmap: npt.NDArray[np.uint8]) -> None:
+        """Say which pages are present; unpacked when somebody asks.
+
+        Args:
+            bitmap: One bit per page, lowest first; bits behind the last page are 0.
+        """
+        self._bitmap = bitmap
+
+    @property
     def present_count(self) -> int:
         """Pages that are not zero pages."""
-        return int(np.count_nonzero(self.present))
+        if (bitmap := self._bitmap) is not None:
+            return int.from_bytes(bitmap.tobytes(), "little").bit_count()
+        return int(np.count_nonzero(self._present))
 
     def place_batch(self, pages: Pages, data: Bytes, is_run: bool) -> None:
         """Place pages.

@@ -19,7 +19,7 @@ from migrationd.guest.parked import ParkedGuest
 from migrationd.guest.ram_block import RamBlockSpec
 from migrationd.store.container import read_container
 from migrationd.store.mapped_ram import CAPABILITY, PlacedBlock
-from migrationd.store.mapped_ram_reader import Contents, read_bitmap, read_contents
+from migrationd.store.mapped_ram_reader import Contents, read_contents, read_packed_bitmap
 from migrationd.store.page_writer import PageSource, PageWriter
 from migrationd.transport.channel import Channel
 
@@ -121,7 +121,7 @@ def map_guest(fd: int, contents: Contents, seen: Mapping[str, bool] | None = Non
     try:
         guest.rest_in(GuestFile(fd))
         for block, place in zip(guest.ram, contents.blocks, strict=True):
-            block.present = read_bitmap(fd, place)
+            block.use_bitmap(read_packed_bitmap(fd, place))
         complete_guest(guest, contents, seen)
     except OSError as error:
         guest.close()

@@ -102,20 +102,39 @@ def read_contents(
         raise StoreError(f"'{path}': {error.strerror}") from error
 
 
+def read_packed_bitmap(fd: int, block: PlacedBlock) -> npt.NDArray[np.uint8]:
+    """One bit per page, lowest first: the pages area holds it.
+
+    Returns:
+        Whole bytes, shape ``(n,)``; bits behind the last page are 0, whatever the file says.
+
+    Raises:
+        StoreError: The file ends inside the bitmap, or cannot be read.
+    """
+    length, rest = -(-block.page_count // 8), block.page_count % 8
+    bitmap = np.empty(length, np.uint8)
+    at = 0
+    try:
+        for piece in _read(fd, block.bitmap_position, length):
+            bitmap[at : at + len(piece)] = np.frombuffer(piece, np.uint8)
+            at += len(piece)
+    except NeedData:
+        raise StoreError(f"the file ends inside the bitmap of '{block.idstr}'") from None
+    except OSError as error:
+        raise StoreError(f"the bitmap of '{block.idstr}': {error.strerror}") from error
+    if rest:
+        bitmap[-1] &= (1 << rest) - 1
+    return bitmap
+
+
 def read_bitmap(fd: int, block: PlacedBlock) -> npt.NDArray[np.bool_]:
     """One bool per page: the pages area holds it.
 
     Raises:
         StoreError: The file ends inside the bitmap, or cannot be read.
     """
-    try:
-        raw = b"".join(_read(fd, block.bitmap_position, block.bitmap_bytes))
-    except NeedData:
-        raise StoreError(f"the file ends inside the bitmap of '{block.idstr}'") from None
-    except OSError as error:
-        raise StoreError(f"the bitmap of '{block.idstr}': {error.strerror}") from error
-    bits = np.unpackbits(np.frombuffer(raw, np.uint8), count=block.page_count, bitorder="little")
-    return bits.view(np.bool_)
+    bitmap = read_packed_bitmap(fd, block)
+    return np.unpackbits(bitmap, count=block.page_count, bitorder="little").view(np.bool_)
 
 
 class _Reader:
