@@ -31,7 +31,7 @@ class DaemonConfig:
         name: Guest name, or None.
         uuid: Guest UUID, or None.
         start_stopped: ``-S``.
-        guest: ``parked`` or ``attach:PATH``.
+        attach_path: Socket that the workload connects to; None for a parked guest.
         ram_dir: Directory in which a parked guest rests, or None for memory.
         keep: The parked guest is a template.
         ram_limit_bytes: Largest incoming guest, or None.
@@ -47,7 +47,7 @@ class DaemonConfig:
     name: str | None = None
     uuid: UUID | None = None
     start_stopped: bool = False
-    guest: str = "parked"
+    attach_path: str | None = None
     ram_dir: Path | None = None
     keep: bool = False
     ram_limit_bytes: int | None = None
@@ -163,6 +163,8 @@ def build_config(values: Values) -> DaemonConfig:
         )
     if config.ram_dir is not None and config.name is None:
         raise ConfigError("-ram-dir needs -name: the guest is found again by its name")
+    if config.ram_dir is not None and config.attach_path is not None:
+        raise ConfigError("-ram-dir is for a parked guest: an attached one keeps its own memory")
     for text in config.incoming:
         check_incoming_text(text)
     return config
@@ -254,13 +256,7 @@ def _apply(config: DaemonConfig, name: str, texts: list[str]) -> DaemonConfig:
         case "only-migratable":
             return replace(config, only_migratable=_flag(name, text))
         case "guest":
-            if text.startswith("attach:"):
-                raise ConfigError(
-                    "-guest attach: attached guests are not available in this version"
-                )
-            if text != "parked":
-                raise ConfigError(f"-guest expects 'parked' or 'attach:PATH', not '{text}'")
-            return config
+            return replace(config, attach_path=_attach_path(text))
         case "ram-dir":
             return replace(config, ram_dir=Path(text))
         case "ram-limit":
@@ -286,6 +282,17 @@ def _guest_name(text: str) -> str:
     if not name or "/" in name or "\0" in name or len(name.encode()) > 200:
         raise ConfigError(f"-name expects 1 to 200 bytes without '/', not '{name}'")
     return name
+
+
+def _attach_path(text: str) -> str | None:
+    if text == "parked":
+        return None
+    kind, _, path = text.partition(":")
+    if kind != "attach" or not path:
+        raise ConfigError(f"-guest expects 'parked' or 'attach:PATH', not '{text}'")
+    if len(path.encode()) > 107:
+        raise ConfigError(f"-guest attach: '{path}' is too long for a socket's path")
+    return path
 
 
 def _host_and_port(name: str, text: str) -> tuple[str, int]:

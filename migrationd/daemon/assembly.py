@@ -43,6 +43,8 @@ async def assemble(
         chardevs=chardevs,
     )
     try:
+        if config.attach_path is not None:
+            control.open_guest_socket(config.attach_path)
         if not _offer_saved_guest(config, control):
             await _start_incoming(config, control)
     except BaseException:

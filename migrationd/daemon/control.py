@@ -14,13 +14,17 @@ from uuid import UUID
 
 from migrationd.clock import Clock
 from migrationd.config import DaemonConfig
+from migrationd.daemon.guest_socket import GuestSocket
 from migrationd.daemon.machine import Machine
 from migrationd.daemon.shelter import Shelter
-from migrationd.errors import MigrationdError, QMPError
+from migrationd.errors import GuestError, MigrationdError, QMPError
+from migrationd.guest.attached import AttachedGuest
+from migrationd.guest.held import HeldGuest
 from migrationd.guest.parked import ParkedGuest
 from migrationd.guest.run_state import PAUSED, RUNNING, Owner
 from migrationd.incoming.berth import IncomingSettings
 from migrationd.incoming.driver import IncomingMigration
+from migrationd.migration.convergence import ThrottleSettings
 from migrationd.migration.dialect import dialect_of
 from migrationd.migration.info import MigrationInfo
 from migrationd.migration.options import MigrationOptions
@@ -72,13 +76,14 @@ class GuestControl:
         self._shelter = shelter
         self._on_quit = on_quit
         self._on_fatal = on_fatal
-        self._guest: ParkedGuest | None = None
+        self._guest: HeldGuest | None = None
         self._outgoing: OutgoingMigration | None = None
         self._incoming: IncomingMigration | None = None
         self._incoming_started = False
         self._chosen_run_state: str | None = None
         self._expects_guest = bool(config.incoming)
         self._in_switchover = False
+        self._guest_socket: GuestSocket | None = None
         self._tasks: set[asyncio.Future[None]] = set()
         self.machine = Machine(
             bus,
@@ -116,15 +121,18 @@ class GuestControl:
             return "inmigrate" if self._expects_guest else "prelaunch"
         if self._in_switchover:
             return "finish-migrate"
-        return PAUSED if self._guest.owner is Owner.HELD else "postmigrate"
+        if self._guest.owner is not Owner.HELD:
+            return "postmigrate"
+        return RUNNING if self.running else PAUSED
 
     @property
     def running(self) -> bool:
-        """Whether the guest executes here: never."""
-        return False
+        """Whether the guest executes here: a parked one never does."""
+        live = self._guest.live if self._guest is not None else None
+        return live is not None and live.is_running
 
     @property
-    def guest(self) -> ParkedGuest | None:
+    def guest(self) -> HeldGuest | None:
         """The held guest."""
         return self._guest
 
@@ -140,6 +148,35 @@ class GuestControl:
         """Offer a guest that was found at rest."""
         self._guest = guest
         self._expects_guest = False
+
+    def open_guest_socket(self, path: str) -> None:
+        """Listen for the workload of ``-guest attach``.
+
+        Raises:
+            MigrationdError: The path cannot be bound.
+        """
+        self._guest_socket = GuestSocket(path, self.attach, self.detached)
+
+    async def attach(self, guest: AttachedGuest) -> None:
+        """Take a workload that has just connected.
+
+        Raises:
+            GuestError: It does not obey.
+        """
+        awaits_source = self._guest is None and self._expects_guest
+        await asyncio.to_thread(guest.begin, is_destination=awaits_source)
+        self._shelter.slot.put(guest)
+        if not awaits_source:
+            self._guest = guest
+
+    def detached(self, guest: AttachedGuest) -> None:
+        """The workload is gone; what it was doing fails by itself."""
+        self._shelter.slot.put(None)
+        if self._guest is guest:
+            self._guest = None
+            self._in_switchover = False
+        if self._outgoing is None or not self._outgoing.is_running:
+            guest.close()
 
     def migrate(self, channels: Sequence[MigrationChannel], *, resume: bool, fds: FdLookup) -> None:
         """Start an outgoing migration; it goes on as a task.
@@ -162,6 +199,8 @@ class GuestControl:
             raise QMPError("There is no guest to migrate: start with -incoming or a guest at rest")
         if guest.owner is not Owner.HELD:
             raise QMPError("Can't migrate the vm that was paused due to previous migration")
+        if guest.live is not None and self.options.capabilities["postcopy-ram"]:
+            raise QMPError("Postcopy of an attached guest is not supported in this version")
         migration = OutgoingMigration(
             guest,
             dialect_of(guest.identity.machine, guest.seen),
@@ -353,15 +392,27 @@ class GuestControl:
         """The destination's part of ``query-migrate``."""
         return self._incoming.info() if self._incoming is not None else None
 
-    def stop(self) -> None:
-        """Choose that the guest is stopped where it goes next."""
-        self._choose(PAUSED, "STOP")
+    async def stop(self) -> None:
+        """Stop the guest; of a parked one, choose that it is stopped where it goes next.
 
-    def cont(self) -> None:
-        """Choose that the guest runs where it goes next; takes a handed-over guest back.
+        Raises:
+            GuestError: A workload does not stop.
+        """
+        live = self._guest.live if self._guest is not None else None
+        if live is None:
+            self._choose(PAUSED, "STOP")
+        elif live.is_running:
+            await asyncio.to_thread(live.stop)
+            self._bus.emit("STOP", None)
+
+    async def cont(self) -> None:
+        """Let the guest run: a workload here, a parked one where it goes next.
+
+        Takes a handed-over guest back.
 
         Raises:
             QMPError: The guest's state is just leaving.
+            GuestError: A workload does not start.
         """
         if self._in_switchover:
             raise QMPError("Migration is not finalized yet")
@@ -370,10 +421,16 @@ class GuestControl:
             log.warning("the guest is taken back: it must not run at the destination any more")
             guest.owner = Owner.HELD
             self._spawn(self._shelter.record_owner(guest, None))
-            self._set_next_run_state(guest, RUNNING)
+            if isinstance(guest, ParkedGuest):
+                self._set_next_run_state(guest, RUNNING)
+                self._bus.emit("RESUME", None)
+                return
+        live = guest.live if guest is not None else None
+        if live is None:
+            self._choose(RUNNING, "RESUME")
+        elif not live.is_running:
+            await asyncio.to_thread(live.start)
             self._bus.emit("RESUME", None)
-            return
-        self._choose(RUNNING, "RESUME")
 
     def quit(self) -> None:
         """End the process; a running migration is cancelled on the way."""
@@ -388,8 +445,12 @@ class GuestControl:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        if isinstance(self._guest, AttachedGuest) and self._guest.owner is Owner.HANDED_OVER:
+            await asyncio.to_thread(self._guest.end)
         if self._guest is not None:
             self._guest.close()
+        if self._guest_socket is not None:
+            await self._guest_socket.aclose()
         self._shelter.close()
 
     def _cancel_outgoing(self) -> None:
@@ -397,7 +458,7 @@ class GuestControl:
             self._outgoing.cancel()
 
     def _choose(self, run_state: str, event: str) -> None:
-        if self._guest is None:
+        if not isinstance(self._guest, ParkedGuest):
             self._chosen_run_state = run_state
             return
         was_running = self._guest.next_run_state == RUNNING
@@ -409,10 +470,42 @@ class GuestControl:
         guest.choose_run_state(run_state)
         self._spawn(self._shelter.record_run_state(run_state))
 
-    def _arrived(self, guest: ParkedGuest) -> None:
+    @property
+    def may_be_elsewhere(self) -> bool:
+        """Whether the destination of the last migration may run the guest."""
+        return self._outgoing is not None and self._outgoing.may_be_elsewhere
+
+    async def _resume_workload(self, guest: HeldGuest) -> None:
+        """Let a workload go on that was stopped for a migration which failed."""
+        if guest.live is None:
+            return
+        try:
+            await asyncio.to_thread(guest.live.start)
+        except GuestError as error:
+            log.error("the workload does not go on: %s", error)
+            return
+        self._bus.emit("RESUME", None)
+
+    async def _start_arrived(self, guest: AttachedGuest) -> None:
+        """Let a workload run that arrived, as it did at its source."""
+        wanted = self._chosen_run_state or (
+            PAUSED if self._config.start_stopped else guest.next_run_state
+        )
+        if wanted != RUNNING:
+            return
+        try:
+            await asyncio.to_thread(guest.start)
+        except GuestError as error:
+            log.error("the workload arrived, but does not start: %s", error)
+            return
+        self._bus.emit("RESUME", None)
+
+    def _arrived(self, guest: HeldGuest) -> None:
         self._guest = guest
         self._expects_guest = False
-        if self._chosen_run_state is not None:
+        if isinstance(guest, AttachedGuest):
+            self._spawn(self._start_arrived(guest))
+        elif self._chosen_run_state is not None:
             self._set_next_run_state(guest, self._chosen_run_state)
         log.info(
             "holding guest %s: %d RAM blocks, %d MiB of RAM, %d MiB of it not zero, "
@@ -444,6 +537,18 @@ class GuestControl:
             else None,
             file=self._file_settings(),
             multifd=self._multifd_settings(),
+            throttle=self._throttle_settings(),
+        )
+
+    def _throttle_settings(self) -> ThrottleSettings | None:
+        parameters = self.options.parameters
+        if not self.options.capabilities["auto-converge"]:
+            return None
+        return ThrottleSettings(
+            initial=_number(parameters["cpu-throttle-initial"]),
+            increment=_number(parameters["cpu-throttle-increment"]),
+            maximum=_number(parameters["max-cpu-throttle"]),
+            trigger_threshold=_number(parameters["throttle-trigger-threshold"]),
         )
 
     def _file_settings(self) -> FileSettings | None:
@@ -493,16 +598,11 @@ class GuestControl:
         if self.options.capabilities["events"]:
             self._bus.emit("MIGRATION", {"status": status})
 
-    def _on_stopped(self) -> None:
-        self._bus.emit("STOP", None)
-
     def _on_pass(self, number: int) -> None:
         if self.options.capabilities["events"]:
             self._bus.emit("MIGRATION_PASS", {"pass": number})
 
-    async def _record_owner(
-        self, guest: ParkedGuest, owner: Owner, destination: str | None
-    ) -> None:
+    async def _record_owner(self, guest: HeldGuest, owner: Owner, destination: str | None) -> None:
         if self._config.keep:
             return
         guest.owner = owner
@@ -522,10 +622,11 @@ class GuestControl:
 class _OutgoingObserver:
     """Connects one outgoing migration to the guest's ownership and to events."""
 
-    def __init__(self, control: GuestControl, guest: ParkedGuest, destination: str) -> None:
+    def __init__(self, control: GuestControl, guest: HeldGuest, destination: str) -> None:
         self._control = control
         self._guest = guest
         self._destination = destination
+        self._was_stopped = False
 
     def on_status(self, status: str) -> None:
         self._control._on_migration_status(status)
@@ -534,7 +635,8 @@ class _OutgoingObserver:
         self._control._on_pass(number)
 
     def on_stopped(self) -> None:
-        self._control._on_stopped()
+        self._was_stopped = True
+        self._control._bus.emit("STOP", None)
 
     async def before_switchover(self) -> None:
         self._control._in_switchover = True
@@ -551,6 +653,8 @@ class _OutgoingObserver:
         if self._control._in_switchover:
             await self._control._record_owner(self._guest, Owner.HELD, None)
             self._control._in_switchover = False
+        if self._was_stopped and not self._control.may_be_elsewhere:
+            await self._control._resume_workload(self._guest)
 
 
 async def _ready(channel: Channel) -> Channel:

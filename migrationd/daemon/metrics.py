@@ -27,7 +27,7 @@ from prometheus_client.registry import Collector
 
 from migrationd import __version__
 from migrationd.errors import MigrationdError
-from migrationd.guest.parked import ParkedGuest
+from migrationd.guest.held import HeldGuest
 from migrationd.guest.run_state import Owner
 from migrationd.migration.info import MigrationInfo
 from migrationd.qmp.models.migration import MigrationStatus
@@ -45,7 +45,7 @@ class Gauged(Protocol):
     """What is measured; read on the event loop."""
 
     @property
-    def guest(self) -> ParkedGuest | None:
+    def guest(self) -> HeldGuest | None:
         """The held guest."""
 
     @property

@@ -9,10 +9,12 @@ from dataclasses import asdict
 
 from migrationd.codec.records import Configuration
 from migrationd.config import DaemonConfig
+from migrationd.daemon.attached_berth import AttachedBerth, WorkloadSlot
 from migrationd.errors import StoreError
 from migrationd.guest.base import GuestIdentity
 from migrationd.guest.device import DeviceState
 from migrationd.guest.guest_file import GuestFile
+from migrationd.guest.held import HeldGuest
 from migrationd.guest.memory import AnonymousMemory, FileMemory
 from migrationd.guest.parked import ParkedGuest
 from migrationd.guest.ram_block import RamBlockSpec
@@ -43,7 +45,7 @@ class MemoryBerth:
         """Map the guest where it is: the file must stay as it is while the guest is held."""
         return map_guest(fd, contents)
 
-    def settle(self, guest: ParkedGuest) -> None:
+    def settle(self, guest: HeldGuest) -> None:
         """Nothing: no durability was asked for."""
 
     def abandon(self) -> None:
@@ -109,9 +111,10 @@ class FileBerth:
             source.close()
         return guest
 
-    def settle(self, guest: ParkedGuest) -> None:
+    def settle(self, guest: HeldGuest) -> None:
         """Write bitmaps and devices, sync, rename; the file is closed for writing then."""
         assert self._new is not None
+        assert isinstance(guest, ParkedGuest)
         rest = guest.devices[self._early_count :]
         self._new.commit(
             [block.present for block in guest.ram],
@@ -141,9 +144,14 @@ class Shelter:
 
     Raises:
         StoreError: The directory cannot be used.
+
+    Attributes:
+        slot: The workload that is attached.
     """
 
     def __init__(self, config: DaemonConfig) -> None:
+        self.slot = WorkloadSlot()
+        self._is_attached = config.attach_path is not None
         self._directory: ParkedDirectory | None = None
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="record")
         self._ram_limit_bytes = config.ram_limit_bytes
@@ -152,6 +160,8 @@ class Shelter:
 
     def berth(self) -> Berth:
         """Room for one arriving guest."""
+        if self._is_attached:
+            return AttachedBerth(self.slot)
         return FileBerth(self._directory) if self._directory is not None else MemoryBerth()
 
     def find(self) -> ParkedGuest | None:
@@ -165,7 +175,7 @@ class Shelter:
         saved = self._directory.find(ram_limit_bytes=self._ram_limit_bytes)
         return open_saved(saved) if saved is not None else None
 
-    def record_owner(self, guest: ParkedGuest, destination: str | None) -> "asyncio.Future[None]":
+    def record_owner(self, guest: HeldGuest, destination: str | None) -> "asyncio.Future[None]":
         """Put on record who owns the guest, durably where it rests in a file.
 
         Records are written in the order of the calls, awaited or not.

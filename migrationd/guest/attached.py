@@ -5,8 +5,8 @@ its devices are FULL sections in VMState form, its declarations travel early, so
 destination which cannot load them refuses before the source stops.
 """
 
+import contextlib
 import json
-import threading
 from collections.abc import Sequence
 
 from migrationd.errors import GuestError, InvalidState
@@ -46,7 +46,6 @@ class AttachedGuest:
     def __init__(self, link: WorkloadLink, introduced: Introduced) -> None:
         self._link = link
         self._introduced = introduced
-        self._lock = threading.Lock()
         hello = introduced.hello
         self.name = hello.name
         self.is_running = hello.running
@@ -83,6 +82,13 @@ class AttachedGuest:
     def live(self) -> "AttachedGuest":
         """Itself."""
         return self
+
+    @property
+    def file(self) -> None:
+        """Nothing: its pages are in memfds."""
+
+    def check_unchanged(self) -> None:
+        """Nothing: it changes all the time, and is tracked."""
 
     def touched_runs(self, block: RamBlock) -> Pages:
         """Runs of pages that may hold something, shape ``(n, 2)``: first page, count."""
@@ -255,6 +261,11 @@ class AttachedGuest:
 
     def give_back_zeros(self) -> None:
         """Nothing: what was never touched has no memory."""
+
+    def end(self) -> None:
+        """Let a workload end that runs elsewhere now."""
+        with contextlib.suppress(GuestError):  # it may be gone already
+            self._link.request("quit")
 
     def close(self) -> None:
         """Let the workload go; what it does then is its own affair."""

@@ -6,7 +6,7 @@ from typing import Protocol
 
 from migrationd.guest.base import GuestIdentity
 from migrationd.guest.device import DeviceState
-from migrationd.guest.parked import ParkedGuest
+from migrationd.guest.held import HeldGuest
 from migrationd.guest.ram_block import RamBlockSpec
 from migrationd.store.mapped_ram_reader import Contents
 
@@ -19,7 +19,7 @@ class Berth(Protocol):
         identity: GuestIdentity,
         early: Sequence[DeviceState],
         blocks: Sequence[RamBlockSpec],
-    ) -> ParkedGuest:
+    ) -> HeldGuest:
         """Make a guest of these blocks; called on the loading thread.
 
         Args:
@@ -32,7 +32,7 @@ class Berth(Protocol):
             StoreError: The file cannot be made.
         """
 
-    def adopt(self, fd: int, contents: Contents) -> ParkedGuest:
+    def adopt(self, fd: int, contents: Contents) -> HeldGuest:
         """Take the guest of a mapped-ram file; called on the loading thread.
 
         Args:
@@ -44,7 +44,7 @@ class Berth(Protocol):
             StoreError: The file does not hold what it says, or no other can be made.
         """
 
-    def settle(self, guest: ParkedGuest) -> None:
+    def settle(self, guest: HeldGuest) -> None:
         """Make the complete guest durable; called on the loading thread.
 
         Raises:

@@ -50,7 +50,7 @@ from migrationd.errors import (
 )
 from migrationd.guest.base import GuestIdentity, SeenOnArrival
 from migrationd.guest.device import DeviceState
-from migrationd.guest.parked import ParkedGuest
+from migrationd.guest.held import HeldGuest
 from migrationd.guest.ram_block import RamBlock, RamBlockSpec
 from migrationd.incoming.berth import Berth, IncomingSettings
 from migrationd.incoming.channels import IncomingChannels
@@ -118,7 +118,7 @@ class IncomingMigration:
         self._door = RecoveryDoor()
         self._is_pause_wanted = False
         self._return_path_open = False
-        self._guest: ParkedGuest | None = None
+        self._guest: HeldGuest | None = None
 
     @property
     def status(self) -> str:
@@ -178,7 +178,7 @@ class IncomingMigration:
         if self._channel is not None and self._channels is not None:
             self._channels.shutdown()
 
-    async def run(self) -> ParkedGuest | None:
+    async def run(self) -> HeldGuest | None:
         """Accept the source and load its guest.
 
         Returns:
@@ -253,14 +253,14 @@ class IncomingMigration:
         self._await_preempt(channels, loader)
         return loader
 
-    async def _take_file(self) -> ParkedGuest:
+    async def _take_file(self) -> HeldGuest:
         """Phases 2 and 3 of a mapped-ram file."""
         self._stream_began()
         self._guest = await self._on_thread(self._load_file, self._main())
         await self._acknowledge(self._guest)
         return self._guest
 
-    async def _receive(self, loader: StreamLoader) -> ParkedGuest:
+    async def _receive(self, loader: StreamLoader) -> HeldGuest:
         """Phases 2 and 3, again after each loss of a postcopy's channels."""
         postcopy = self._postcopy
         assert postcopy is not None
@@ -300,9 +300,9 @@ class IncomingMigration:
             machine = _identity(loader.arrival, None).machine
             await self._preempt.finish(sends_eos=dialect_of(machine).preempt_eos)
 
-    async def _settle(self, loader: StreamLoader) -> ParkedGuest:
+    async def _settle(self, loader: StreamLoader) -> HeldGuest:
         """Phase 3: the guest is safe here; the source may forget it."""
-        guest = self._complete(loader)
+        guest = await self._on_thread(self._complete, loader)
         await self._acknowledge(guest)
         return guest
 
@@ -360,7 +360,7 @@ class IncomingMigration:
         """Run a step on the loading thread."""
         return await asyncio.get_running_loop().run_in_executor(self._executor, call, *args)
 
-    def _load_file(self, channel: Channel) -> ParkedGuest:
+    def _load_file(self, channel: Channel) -> HeldGuest:
         return load_mapped_ram(
             channel,
             self._berth.adopt,
@@ -465,7 +465,7 @@ class IncomingMigration:
                     hint="turn COLO off at the source",
                 )
 
-    def _complete(self, loader: StreamLoader) -> ParkedGuest:
+    def _complete(self, loader: StreamLoader) -> HeldGuest:
         arrival = loader.arrival
         if self._guest is None:
             raise StreamCorrupt("the stream has no RAM section", position=loader.position)
@@ -486,7 +486,7 @@ class IncomingMigration:
         )
         return self._guest
 
-    async def _acknowledge(self, guest: ParkedGuest) -> None:
+    async def _acknowledge(self, guest: HeldGuest) -> None:
         await self._on_thread(self._berth.settle, guest)
         if not self._return_path_open:
             return

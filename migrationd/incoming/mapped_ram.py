@@ -14,6 +14,7 @@ from migrationd.errors import GuestError, StoreError, StreamUnsupported
 from migrationd.guest.base import GuestIdentity, SeenOnArrival
 from migrationd.guest.device import DeviceState
 from migrationd.guest.guest_file import GuestFile
+from migrationd.guest.held import HeldGuest
 from migrationd.guest.memory import FileMemory
 from migrationd.guest.parked import ParkedGuest
 from migrationd.guest.ram_block import RamBlockSpec
@@ -26,11 +27,11 @@ from migrationd.transport.channel import Channel
 
 def load_mapped_ram(
     channel: Channel,
-    adopt: Callable[[int, Contents], ParkedGuest],
+    adopt: Callable[[int, Contents], HeldGuest],
     *,
     ram_limit_bytes: int | None,
     check: Callable[[Configuration], None],
-) -> ParkedGuest:
+) -> HeldGuest:
     """Open the guest of a file that an incoming migration reads.
 
     Args:

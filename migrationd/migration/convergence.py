@@ -21,8 +21,11 @@ EXTRA_PASSES = 6
 TINY_REST_S = 0.002
 """A rest that takes less than this is never worth another pass."""
 
-STALL_PASSES = 5
-"""So many passes without progress are called a stall."""
+STALL_S = 2.0
+"""Passes without progress for this long are called a stall."""
+
+MARGIN = 0.75
+"""Share of the downtime limit that the rest may take: stopping, devices and start take time too."""
 
 
 class Decision(Enum):
@@ -74,7 +77,7 @@ class Convergence:
         self._before: Pass | None = None
         self._fitting_passes = 0
         self._high_passes = 0
-        self._stalled_passes = 0
+        self._stalled_s = 0.0
         self.bytes_per_s = 0.0
         self.throttle_percentage = 0
         self.stall: str | None = None
@@ -89,7 +92,7 @@ class Convergence:
         self._measure(done)
         before, self._before = self._before, done
         expected_s = self.expected_downtime_s(done.rest_bytes)
-        if expected_s <= downtime_limit_s:
+        if expected_s <= MARGIN * downtime_limit_s:
             self.stall = None
             self._fitting_passes += 1
             is_better = before is None or done.rest_bytes <= GOOD_SHRINK * before.rest_bytes
@@ -132,12 +135,13 @@ class Convergence:
             )
 
     def _look_for_stall(self, before: Pass | None, done: Pass, limit_s: float) -> None:
-        is_stuck = before is not None and done.rest_bytes > GOOD_SHRINK * before.rest_bytes
-        self._stalled_passes = self._stalled_passes + 1 if is_stuck else 0
+        rest_before = before.rest_bytes if before is not None else done.sent_bytes
+        is_stuck = done.rest_bytes > GOOD_SHRINK * rest_before
+        self._stalled_s = self._stalled_s + done.duration_s if is_stuck else 0.0
         can_slow_down = (
             self._throttle is not None and self.throttle_percentage < self._throttle.maximum
         )
-        if self._stalled_passes < STALL_PASSES or can_slow_down:
+        if self._stalled_s < STALL_S or can_slow_down:
             self.stall = None
             return
         dirty = done.rest_bytes / max(done.duration_s, 1e-6)

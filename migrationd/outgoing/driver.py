@@ -202,6 +202,11 @@ class OutgoingMigration:
         """Why it failed."""
         return self._error
 
+    @property
+    def may_be_elsewhere(self) -> bool:
+        """Whether the whole guest was on its way, so that the destination may run it."""
+        return self._tail_started.is_set()
+
     def begin(self) -> None:
         """Enter ``setup``."""
         self._status.advance(Cause.START)

@@ -156,10 +156,10 @@ class Control(Protocol):
     def incoming_info(self) -> MigrationInfo | None:
         """The destination's part of ``query-migrate``."""
 
-    def stop(self) -> None:
+    async def stop(self) -> None:
         """Stop the guest."""
 
-    def cont(self) -> None:
+    async def cont(self) -> None:
         """Let the guest run."""
 
     def quit(self) -> None:

@@ -45,6 +45,7 @@ RESERVED_INSTANCE_ID = 0xFFFFFFFF
 """Means "the next free one"; no device has it."""
 
 _THROTTLE_LIMIT_S = 1.0
+_RECONNECT_WAIT_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +85,8 @@ class Workload:
         self._blocks: list[_Block] = []
         self._devices: list[_Device] = []
         self._gate = _Gate()
-        self._socket: socket.socket | None = None
+        self._path = ""
+        self._is_attached = False
         self._userfaultfd = -1
 
     def add_block(self, name: str, size: int) -> mmap.mmap:
@@ -100,7 +102,7 @@ class Workload:
         Raises:
             GuestError: There is such a block, or no memory.
         """
-        if self._socket is not None:
+        if self._is_attached:
             raise GuestError("blocks are added before the workload is attached")
         if any(block.name == name for block in self._blocks):
             raise GuestError(f"there is a block '{name}' already")
@@ -132,7 +134,7 @@ class Workload:
         Raises:
             GuestError: That instance exists, or the workload is attached.
         """
-        if self._socket is not None:
+        if self._is_attached:
             raise GuestError("devices are added before the workload is attached")
         taken = {item.instance_id for item in self._devices if item.state.name == state.name}
         if instance_id == RESERVED_INSTANCE_ID:
@@ -175,7 +177,8 @@ class Workload:
             GuestError: Nobody listens, or the daemon refused this workload.
         """
         sock = _connect(path, timeout_s)
-        self._socket = sock
+        self._path = path
+        self._is_attached = True
         try:
             self._introduce(sock)
         except OSError as error:
@@ -185,6 +188,8 @@ class Workload:
     def _introduce(self, sock: socket.socket) -> None:
         trackers: list[int] = []
         with contextlib.suppress(GuestError, OSError):
+            if self._userfaultfd >= 0:
+                os.close(self._userfaultfd)  # what it watched is free again
             self._userfaultfd = open_userfaultfd(
                 FEATURE_WP_ASYNC | FEATURE_WP_UNPOPULATED | FEATURE_WP_HUGETLBFS_SHMEM
             )
@@ -207,14 +212,28 @@ class Workload:
         _send(sock, {"ready": {}}, [])
 
     def _serve(self, sock: socket.socket) -> None:
-        """Answer requests until the daemon is gone; the workload goes on alone then."""
+        """Answer one daemon after the other.
+
+        When a daemon is gone, a workload that runs goes on alone; one that stands still
+        keeps standing, for it may run elsewhere. Both wait for the next daemon.
+        """
+        while True:
+            self._serve_one(sock)
+            sock.close()
+            self._gate.throttle(0)
+            while True:
+                with contextlib.suppress(MigrationdError, OSError):
+                    sock = _connect(self._path, _RECONNECT_WAIT_S)
+                    self._introduce(sock)
+                    break
+
+    def _serve_one(self, sock: socket.socket) -> None:
         while True:
             try:
                 data, fds, _, _ = socket.recv_fds(sock, MAX_PACKET_BYTES, 4)
             except OSError:
                 data, fds = b"", []
             if not data:
-                self._gate.throttle(0)
                 return
             try:
                 request = json.loads(data)

@@ -151,11 +151,11 @@ class FakeControl:
         """The destination's part."""
         return self.incoming
 
-    def stop(self) -> None:
+    async def stop(self) -> None:
         """Only remember it."""
         self.run_state = "paused"
 
-    def cont(self) -> None:
+    async def cont(self) -> None:
         """Only remember it."""
         self.calls.append(("cont",))
 

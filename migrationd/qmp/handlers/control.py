@@ -51,14 +51,14 @@ def query_kvm(call: Invocation, _: object) -> KvmInfo:
     return KvmInfo.make(enabled=False, present=False)
 
 
-def stop(call: Invocation, _: object) -> None:
+async def stop(call: Invocation, _: object) -> None:
     """``stop``."""
-    call.control.stop()
+    await call.control.stop()
 
 
-def cont(call: Invocation, _: object) -> None:
+async def cont(call: Invocation, _: object) -> None:
     """``cont``."""
-    call.control.cont()
+    await call.control.cont()
 
 
 def quit_(call: Invocation, _: object) -> None:

@@ -87,6 +87,7 @@ def _info_members(info: MigrationInfo) -> dict[str, object]:
         "downtime": info.downtime_ms,
         "expected_downtime": info.expected_downtime_ms,
         "remaining": info.remaining_bytes,
+        "cpu_throttle_percentage": info.cpu_throttle_percentage,
         "error_desc": info.error_desc,
         "blocked_reasons": list(info.blocked_reasons) or None,
         "socket_address": [_ADDRESSES.validate_python(item) for item in info.socket_address]

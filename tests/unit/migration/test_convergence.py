@@ -2,7 +2,7 @@
 
 from migrationd.migration.convergence import (
     EXTRA_PASSES,
-    STALL_PASSES,
+    STALL_S,
     Convergence,
     Decision,
     Pass,
@@ -21,7 +21,7 @@ def test_it_goes_on_while_the_rest_does_not_fit() -> None:
 
 def test_a_rest_that_fits_is_still_made_smaller_while_that_pays() -> None:
     convergence = Convergence()
-    assert convergence.after(Pass(GIB // 4, GIB, 1.0), LIMIT_S) is Decision.GO_ON
+    assert convergence.after(Pass(GIB // 5, GIB, 1.0), LIMIT_S) is Decision.GO_ON
     assert convergence.after(Pass(GIB // 16, GIB // 4, 0.25), LIMIT_S) is Decision.GO_ON
     assert convergence.after(Pass(GIB // 17, GIB // 16, 0.06), LIMIT_S) is Decision.SWITCH_OVER
 
@@ -33,7 +33,7 @@ def test_an_empty_or_tiny_rest_ends_at_once() -> None:
 
 def test_extra_passes_are_bounded() -> None:
     convergence = Convergence()
-    rest = GIB // 4
+    rest = GIB // 5
     decisions = []
     while not decisions or decisions[-1] is Decision.GO_ON:
         decisions.append(convergence.after(Pass(rest, GIB, 1.0), LIMIT_S))
@@ -56,7 +56,7 @@ def test_a_limit_that_is_raised_meanwhile_ends_it() -> None:
 
 def test_a_stall_is_explained_and_forgotten() -> None:
     convergence = Convergence()
-    for _ in range(STALL_PASSES + 1):
+    for _ in range(int(STALL_S)):
         assert convergence.stall is None
         convergence.after(Pass(GIB, GIB, 1.0), LIMIT_S)
     assert convergence.stall is not None

@@ -1,0 +1,199 @@
+"""Live processes move from one daemon to another while they write their memory."""
+
+import contextlib
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from qemu.qmp import QMPError
+
+from migrationd.ctl.daemon_process import DaemonProcess
+from migrationd.linux.pagemap import can_scan
+from tests.support.deadline import until
+from tests.support.dirtier import PROGRAM, DirtierProcess
+
+pytestmark = [
+    pytest.mark.interop,
+    pytest.mark.skipif(not can_scan(), reason="PAGEMAP_SCAN needs Linux 6.7"),
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Two workloads and their daemons."""
+
+    source: DaemonProcess
+    destination: DaemonProcess
+    here: DirtierProcess
+    there: DirtierProcess
+
+    async def begin(self, max_bandwidth: int = 0, **capabilities: bool) -> None:
+        """Start the migration."""
+        for daemon in (self.source, self.destination):
+            await daemon.set_capabilities({"events": True})
+        await self.source.set_capabilities(
+            {"return-path": True}
+            | {name.replace("_", "-"): on for name, on in capabilities.items()}
+        )
+        await self.source.set_parameters({"max-bandwidth": max_bandwidth})
+        await self.source.execute("migrate", {"uri": await self.destination.listening_uri()})
+
+
+@contextlib.asynccontextmanager
+async def pair(
+    directory: Path, *, mib: int = 16, rate_mb_s: float = 40.0, there_program: Path = PROGRAM
+) -> AsyncIterator[Pair]:
+    here = DirtierProcess(directory, "here", mib=mib, rate_mb_s=rate_mb_s)
+    there = DirtierProcess(directory, "there", mib=mib, rate_mb_s=rate_mb_s, program=there_program)
+    async with contextlib.AsyncExitStack() as stack:
+        source = await stack.enter_async_context(
+            await DaemonProcess.start(arguments=here.daemon_arguments)
+        )
+        destination = await stack.enter_async_context(
+            await DaemonProcess.start(incoming="defer", arguments=there.daemon_arguments)
+        )
+        await destination.execute(
+            "migrate-incoming", {"uri": "tcp:127.0.0.1:0", "exit-on-error": False}
+        )
+        await stack.enter_async_context(here)
+        await stack.enter_async_context(there)
+        await here.wait_running()
+        yield Pair(source, destination, here, there)
+
+
+@pytest.mark.parametrize("return_path", [True, False])
+async def test_it_goes_on_where_it_was_and_has_lost_nothing(
+    tmp_path: Path, return_path: bool
+) -> None:
+    async with pair(tmp_path) as two:
+        assert await two.source.run_state() == "running"
+        before = await two.here.wait_running()
+        await two.begin(return_path=return_path)
+        await two.source.wait_migration("completed")
+        await two.destination.wait_run_state("running")
+        last = two.here.progress()
+        after = await two.there.wait_passes(2)
+        assert last is not None
+        assert after.place > last.place >= before.place
+        assert two.here.progress() == last, "the source stands still"
+        assert await two.source.run_state() == "postmigrate"
+        names = [event["event"] for event in two.source.events]
+        assert names.count("STOP") == 1
+        assert "RESUME" in [event["event"] for event in two.destination.events]
+        info = await two.source.query_migrate()
+        assert isinstance(info["downtime"], int)
+        with pytest.raises(QMPError, match="Can't migrate the vm"):
+            await two.source.execute("migrate", {"uri": "tcp:127.0.0.1:1"})
+
+
+async def test_a_workload_that_stands_still_arrives_so(tmp_path: Path) -> None:
+    async with pair(tmp_path) as two:
+        await two.source.execute("stop")
+        assert await two.source.run_state() == "paused"
+        await two.begin()
+        await two.source.wait_migration("completed")
+        await two.destination.wait_run_state("paused")
+        assert two.there.progress() is None
+        await two.destination.execute("cont")
+        await two.there.wait_passes(1)
+
+
+async def test_a_cancelled_migration_leaves_it_running(tmp_path: Path) -> None:
+    async with pair(tmp_path) as two:
+        await two.begin(max_bandwidth=1 << 20)
+        await two.source.wait_migration("active")
+        await two.source.execute("migrate_cancel")
+        await two.source.wait_migration("cancelled")
+        assert await two.source.run_state() == "running"
+        await two.here.wait_passes(1)
+
+
+async def test_a_destination_that_dies_leaves_it_running(tmp_path: Path) -> None:
+    async with pair(tmp_path) as two:
+        await two.begin(max_bandwidth=4 << 20)
+        await two.source.wait_migration("active")
+        await two.destination.kill()
+        await two.source.wait_migration("failed")
+        assert await two.source.run_state() == "running"
+        await two.here.wait_passes(1)
+
+
+async def test_a_failure_while_it_is_stopped_lets_it_go_on(tmp_path: Path) -> None:
+    async with pair(tmp_path) as two:
+        await two.begin(pause_before_switchover=True)
+        await two.source.wait_migration("pre-switchover")
+        await two.destination.kill()
+        await two.source.wait_migration("failed")
+        await two.source.wait_run_state("running")
+        await two.here.wait_passes(1)
+
+
+async def test_another_version_is_refused_before_the_source_stops(tmp_path: Path) -> None:
+    other = tmp_path / "other.py"
+    other.write_text(PROGRAM.read_text().replace('u64("at")', 'u32("at")'))
+    async with pair(tmp_path, there_program=other) as two:
+        await two.begin()
+        await two.source.wait_migration("failed")
+        info = await two.destination.query_migrate()
+        assert "device 'dirtier': field 'at': type uint64 is uint32" in str(info["error-desc"])
+        assert "STOP" not in [event["event"] for event in two.source.events]
+        await two.here.wait_passes(1)
+
+
+async def test_a_workload_that_dies_fails_its_migration_only(tmp_path: Path) -> None:
+    async with pair(tmp_path) as two:
+        await two.begin(max_bandwidth=1 << 20)
+        await two.source.wait_migration("active")
+        two.here.process.kill()
+        await two.source.wait_migration("failed", timeout_s=30)
+        info = await two.source.query_migrate()
+        assert "workload" in str(info["error-desc"]) or "PAGEMAP_SCAN" in str(info["error-desc"])
+        assert await two.source.run_state() == "prelaunch"
+
+
+async def test_why_it_does_not_end_is_explained_and_a_higher_limit_helps(tmp_path: Path) -> None:
+    async with pair(tmp_path, rate_mb_s=60.0) as two:
+        await two.source.set_parameters({"downtime-limit": 50})
+        await two.begin(max_bandwidth=20 << 20)
+
+        async def is_explained() -> bool:
+            info = await two.source.query_migrate()
+            return "raise downtime-limit" in str(info.get("error-desc"))
+
+        await until(is_explained, "a plain reason")
+        await two.source.set_parameters({"downtime-limit": 2000})
+        await two.source.wait_migration("completed")
+        assert "error-desc" not in await two.source.query_migrate()
+        await two.there.wait_passes(1)
+
+
+async def test_a_workload_that_writes_too_much_is_slowed_down(tmp_path: Path) -> None:
+    async with pair(tmp_path, rate_mb_s=60.0) as two:
+        await two.source.set_parameters(
+            {"downtime-limit": 200, "cpu-throttle-initial": 50, "cpu-throttle-increment": 45}
+        )
+        await two.begin(max_bandwidth=30 << 20, auto_converge=True)
+
+        async def is_throttled() -> bool:
+            return "cpu-throttle-percentage" in await two.source.query_migrate()
+
+        await until(is_throttled, "the workload is throttled")
+        await two.source.wait_migration("completed", timeout_s=40)
+        await two.there.wait_passes(1)
+
+
+async def test_a_daemon_that_ends_leaves_the_workload_running_for_the_next(
+    tmp_path: Path,
+) -> None:
+    work = DirtierProcess(tmp_path, "work")
+    async with await DaemonProcess.start(arguments=work.daemon_arguments) as first, work:
+        await work.wait_running()
+        await first.wait_run_state("running")
+        await first.kill()
+        await work.wait_running()
+    # A second look at the same socket, after the first daemon left it behind.
+    async with work, await DaemonProcess.start(arguments=work.daemon_arguments) as second:
+        await second.wait_run_state("running")
+        await second.execute("stop")
+        assert await second.run_state() == "paused"

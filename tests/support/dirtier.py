@@ -1,0 +1,110 @@
+"""The example workload as a child process: does it run, and did it lose anything?"""
+
+import asyncio
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from tests.support.deadline import until
+
+PROGRAM = Path(__file__).resolve().parents[2] / "examples" / "dirtier.py"
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What the workload last said of itself."""
+
+    passes: int
+    at: int
+    mistakes: int
+    t: float
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Where the writer is."""
+        return self.passes, self.at
+
+
+class DirtierProcess:
+    """One dirtier; use it as a context manager.
+
+    Args:
+        directory: For its guest socket and its report.
+        name: Of both.
+        mib: Memory that it writes.
+        rate_mb_s: Memory that it writes a second.
+        program: Its source.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        name: str,
+        *,
+        mib: int = 16,
+        rate_mb_s: float = 40.0,
+        program: Path = PROGRAM,
+    ) -> None:
+        self.socket = directory / f"{name}.guest"
+        self._report = directory / f"{name}.json"
+        self._command = [sys.executable, str(program), str(self.socket)]
+        self._command += ["--mib", str(mib), "--rate-mb-s", str(rate_mb_s)]
+        self._command += ["--report", str(self._report)]
+        self.process: asyncio.subprocess.Process
+
+    @property
+    def daemon_arguments(self) -> list[str]:
+        """What its daemon is started with."""
+        return ["-guest", f"attach:{self.socket}"]
+
+    async def __aenter__(self) -> Self:
+        """Start it; its daemon may come later."""
+        self.process = await asyncio.create_subprocess_exec(*self._command)
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Kill it."""
+        if self.process.returncode is None:
+            self.process.kill()
+        await self.process.wait()
+
+    def progress(self) -> Progress | None:
+        """What it last said, or None before it ran at all."""
+        try:
+            return Progress(**json.loads(self._report.read_text()))
+        except FileNotFoundError:
+            return None
+
+    async def wait_running(self) -> Progress:
+        """Wait until it goes on from where it is now, with nothing lost."""
+        before = self.progress()
+
+        def is_further() -> bool:
+            now = self.progress()
+            return now is not None and (before is None or now.place > before.place)
+
+        await until(is_further, "the workload goes on")
+        now = self.progress()
+        assert now is not None
+        assert now.mistakes == 0
+        return now
+
+    async def wait_passes(self, count: int) -> Progress:
+        """Wait for so many more passes over all of its memory, which check every page."""
+        now = await self.wait_running()
+        wanted = now.passes + count
+
+        def is_done() -> bool:
+            progress = self.progress()
+            return progress is not None and progress.passes >= wanted
+
+        await until(is_done, f"{count} passes")
+        return await self.wait_running()
