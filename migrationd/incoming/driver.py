@@ -46,6 +46,7 @@ from migrationd.errors import (
     MigrationdError,
     MigrationError,
     StreamCorrupt,
+    StreamTruncated,
     StreamUnsupported,
 )
 from migrationd.guest.base import GuestIdentity, SeenOnArrival
@@ -153,7 +154,8 @@ class IncomingMigration:
         if self.status == "failed":
             return f"load of migration failed: {self._error}"
         # A lost connection is a pause, as at QEMU, and no more; anything else must be told.
-        is_told = self.status == "postcopy-paused" and not isinstance(self._error, ChannelError)
+        is_lost = isinstance(self._error, ChannelError | StreamTruncated)
+        is_told = self.status == "postcopy-paused" and not is_lost
         return str(self._error) if is_told and self._error is not None else None
 
     def begin(self) -> None:

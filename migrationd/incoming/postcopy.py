@@ -37,7 +37,7 @@ from migrationd.codec.postcopy import (
 )
 from migrationd.codec.records import Command, OpaqueSection, Package
 from migrationd.codec.return_path import Pong, RecvBitmap, ResumeAck, ReturnPathMessage
-from migrationd.errors import StreamCorrupt, StreamUnsupported
+from migrationd.errors import StreamCorrupt, StreamError, StreamUnsupported
 from migrationd.guest.ram_block import RamBlock
 from migrationd.incoming.loader import StreamLoader
 from migrationd.migration.status import Cause
@@ -95,6 +95,14 @@ class PostcopyArrival:
             StreamError: It is malformed, or not legal now.
         """
         position = loader.position
+        try:
+            self._obey(command, loader, position)
+        except StreamError as error:
+            if error.position is None:
+                error.position = position
+            raise
+
+    def _obey(self, command: Command, loader: StreamLoader, position: int) -> None:
         match command.number:
             case n if n == MIG_CMD_POSTCOPY_ADVISE:
                 self._advise(command.payload, loader)

@@ -48,11 +48,11 @@ async def begin(
 async def paused(*peers: QemuProcess | DaemonProcess) -> None:
     """Wait until every peer stands still."""
     for peer in peers:
-        await peer.wait_migration("postcopy-paused")
+        await peer.wait_migration("postcopy-paused", timeout_s=10)
 
 
 async def resume(source: QemuProcess, daemon: DaemonProcess, uri: str, listens: str) -> None:
-    """Let the source come back; both are in ``postcopy-active`` or beyond afterwards.
+    """Let the source come back; returns when it is connected.
 
     Args:
         source: Paused.
@@ -60,5 +60,9 @@ async def resume(source: QemuProcess, daemon: DaemonProcess, uri: str, listens: 
         uri: Where the source goes.
         listens: Where the daemon waits.
     """
+    since = len(daemon.events)
     await daemon.execute("migrate-recover", {"uri": listens})
     await source.execute("migrate", {"uri": uri, "resume": True})
+    await daemon.wait_event(
+        "MIGRATION", matching=lambda data: data["status"] == "postcopy-recover", since=since
+    )

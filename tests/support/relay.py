@@ -15,7 +15,6 @@ class Relay:
     Args:
         listen_path: Where the source connects to.
         connect_path: Where the destination listens.
-        cut_after_bytes: Break everything once so many stream bytes have passed; None: never.
 
     Attributes:
         connections: How many came.
@@ -23,12 +22,10 @@ class Relay:
         is_cut: Whether it broke; it takes no further connections then.
     """
 
-    def __init__(
-        self, listen_path: Path, connect_path: Path, *, cut_after_bytes: int | None = None
-    ) -> None:
+    def __init__(self, listen_path: Path, connect_path: Path) -> None:
         self._listen_path = listen_path
         self._connect_path = connect_path
-        self._cut_after_bytes = cut_after_bytes
+        self._cut_at_bytes: int | None = None
         self._server: asyncio.Server | None = None
         self._writers: list[asyncio.StreamWriter] = []
         self._tasks: set[asyncio.Task[None]] = set()
@@ -59,6 +56,10 @@ class Relay:
     ) -> None:
         await self.close()
 
+    def cut_after(self, more_bytes: int) -> None:
+        """Cut once so many more stream bytes have passed, to the byte."""
+        self._cut_at_bytes = self.passed_bytes + more_bytes
+
     def cut(self) -> None:
         """Break every connection, both ways, and take no more."""
         self.is_cut = True
@@ -66,7 +67,8 @@ class Relay:
         if self._server is not None:
             self._server.close()
         for writer in self._writers:
-            writer.transport.abort()
+            # What was written has arrived: a unix socket loses nothing on close.
+            writer.close()
         self._writers.clear()
 
     def stall(self) -> None:
@@ -104,19 +106,20 @@ class Relay:
     async def _pass(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, counts: bool
     ) -> None:
-        limit = self._cut_after_bytes if counts else None
         while True:
-            want = CHUNK_BYTES if limit is None else min(CHUNK_BYTES, limit - self.passed_bytes)
-            data = await reader.read(want)
+            data = await reader.read(CHUNK_BYTES)
             await self._flowing.wait()
             if not data:
                 if writer.can_write_eof():
                     writer.write_eof()
                 return
-            writer.write(data)
-            await writer.drain()
+            if counts and self._cut_at_bytes is not None:
+                data = data[: max(0, self._cut_at_bytes - self.passed_bytes)]
             if counts:
                 self.passed_bytes += len(data)
-            if limit is not None and self.passed_bytes >= limit:
+            writer.write(data)
+            await writer.drain()
+            if counts and self.passed_bytes == self._cut_at_bytes:
+                await asyncio.sleep(0)
                 self.cut()
                 return
