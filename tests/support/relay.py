@@ -102,6 +102,8 @@ class Relay:
                 self._pass(reader, back_writer, counts=True),
                 self._pass(back_reader, writer, counts=False),
             )
+        for end in (writer, back_writer):
+            end.close()
 
     async def _pass(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, counts: bool
