@@ -89,8 +89,10 @@ class GuestControl:
             bus,
             clock,
             chardevs or {},
+            shelter,
             guest=lambda: self._guest,
             migrations=lambda: (self._outgoing, self._incoming),
+            adopt=self.adopt,
             spawn=self._spawn,
         )
 
@@ -145,7 +147,9 @@ class GuestControl:
         return self._shelter.find()
 
     def adopt(self, guest: ParkedGuest) -> None:
-        """Offer a guest that was found at rest."""
+        """Offer a guest that was found at rest, in place of the one that is held."""
+        if self._guest is not None:
+            self._guest.close()
         self._guest = guest
         self._expects_guest = False
 
@@ -435,6 +439,7 @@ class GuestControl:
     def quit(self) -> None:
         """End the process; a running migration is cancelled on the way."""
         self._bus.emit("SHUTDOWN", {"guest": False, "reason": "host-qmp-quit"})
+        self.machine.jobs.dismiss_all()
         self._cancel_outgoing()
         self._on_quit()
 

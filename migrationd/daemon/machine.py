@@ -8,8 +8,12 @@ from typing import TYPE_CHECKING, Protocol
 
 from migrationd.clock import Clock
 from migrationd.daemon.dirty_rate import DirtyRateMeter
+from migrationd.daemon.jobs import Jobs
+from migrationd.daemon.shelter import Shelter
+from migrationd.daemon.snapshots import GuestSnapshots
 from migrationd.errors import QMPError
-from migrationd.guest.base import Guest
+from migrationd.guest.attached import AttachedGuest
+from migrationd.guest.parked import ParkedGuest
 from migrationd.qmp.context import Chardev
 from migrationd.qmp.event_bus import EventBus
 
@@ -35,8 +39,10 @@ class Machine:
         bus: Where events go.
         clock: Time.
         chardevs: Character devices by label.
+        shelter: Where the guest rests.
         guest: Gives the guest, or None if there is none.
         migrations: Gives the outgoing and the incoming migration.
+        adopt: Takes another guest in place of the held one.
         spawn: Owns tasks.
     """
 
@@ -45,9 +51,11 @@ class Machine:
         bus: EventBus,
         clock: Clock,
         chardevs: Mapping[str, Chardev],
+        shelter: Shelter,
         *,
-        guest: Callable[[], Guest | None],
+        guest: Callable[[], ParkedGuest | AttachedGuest | None],
         migrations: Callable[[], tuple[Yankable | None, Yankable | None]],
+        adopt: Callable[[ParkedGuest], None],
         spawn: Callable[["asyncio.Future[None]"], None],
     ) -> None:
         self._bus = bus
@@ -55,6 +63,8 @@ class Machine:
         self._guest = guest
         self._migrations = migrations
         self.dirty_rate = DirtyRateMeter(clock, guest, spawn)
+        self.jobs = Jobs(bus, spawn)
+        self.snapshots = GuestSnapshots(shelter, guest, lambda: self.is_migration_yankable, adopt)
 
     @property
     def type_name(self) -> str | None:
@@ -87,7 +97,7 @@ class Machine:
         """Press the power button.
 
         Raises:
-            QMPError: There is a guest, and it does not execute here to see that.
+            QMPError: There is a guest, and its devices are not here to see that.
         """
         self._refuse_with_guest("system_powerdown")
         self._bus.emit("POWERDOWN", None)
@@ -109,4 +119,4 @@ class Machine:
 
     def _refuse_with_guest(self, what: str) -> None:
         if self._guest() is not None:
-            raise QMPError(f"{what} has no effect on a guest that does not execute here")
+            raise QMPError(f"{what}: migrationd does not run the machine of its guest")

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from typing import TypeVar
 
 from migrationd.codec.records import Configuration
 from migrationd.config import DaemonConfig
@@ -23,6 +24,9 @@ from migrationd.incoming.berth import Berth
 from migrationd.incoming.mapped_ram import complete_guest, copy_pages, map_guest, specs_of
 from migrationd.store.mapped_ram_reader import Contents
 from migrationd.store.parked_directory import NewGuest, ParkedDirectory, SavedGuest
+from migrationd.store.snapshots import Snapshots
+
+T = TypeVar("T")
 
 EMPTY_DESCRIPTION = b"{}"
 
@@ -189,6 +193,24 @@ class Shelter:
     def record_run_state(self, run_state: str) -> "asyncio.Future[None]":
         """Put the run state for the next host on record; as :meth:`record_owner`."""
         return self._record(lambda directory: directory.record_run_state(run_state))
+
+    @property
+    def has_snapshots(self) -> bool:
+        """Whether states of the guest can be saved: it rests in a directory."""
+        return self._directory is not None
+
+    async def with_snapshots(self, call: Callable[[Snapshots], T]) -> T:
+        """Do something with the saved states, in order with the records.
+
+        Raises:
+            StoreError: There is no directory, or what the call raises.
+        """
+        directory = self._directory
+        if directory is None:
+            raise StoreError("No block device can accept snapshots")
+        loop = asyncio.get_running_loop()
+        work = loop.run_in_executor(self._writer, lambda: call(Snapshots(directory)))
+        return await asyncio.shield(work)
 
     def close(self) -> None:
         """Finish the records and give the directory up."""

@@ -1,6 +1,6 @@
 """What handlers need of the daemon."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 from uuid import UUID
@@ -50,12 +50,97 @@ class DirtyRate(Protocol):
         """Begin a measurement."""
 
 
+class JobState(Protocol):
+    """A job as ``query-jobs`` shows it."""
+
+    id: str
+    type: str
+    status: str
+    error: str | None
+    done: int
+
+
+class Jobs(Protocol):
+    """Jobs; what is refused raises a QMPError."""
+
+    def list(self) -> Sequence[JobState]:
+        """Every job that was not dismissed."""
+
+    def start(self, job_id: str, job_type: str, work: Callable[[], Awaitable[None]]) -> None:
+        """Start a job."""
+
+    def cancel(self, job_id: str) -> None:
+        """``job-cancel``."""
+
+    def pause(self, job_id: str) -> None:
+        """``job-pause``."""
+
+    def resume(self, job_id: str) -> None:
+        """``job-resume``."""
+
+    def complete(self, job_id: str) -> None:
+        """``job-complete``."""
+
+    def finalize(self, job_id: str) -> None:
+        """``job-finalize``."""
+
+    def dismiss(self, job_id: str) -> None:
+        """``job-dismiss``."""
+
+
+class SavedState(Protocol):
+    """A snapshot."""
+
+    @property
+    def tag(self) -> str:
+        """Its name."""
+
+    @property
+    def size_bytes(self) -> int:
+        """What it takes on the disk."""
+
+    @property
+    def saved_s(self) -> float:
+        """When it was saved, in seconds since the epoch."""
+
+
+class GuestSnapshots(Protocol):
+    """Saved states of the guest; what cannot be done raises an error of ours."""
+
+    @property
+    def nodes(self) -> Sequence[str]:
+        """Nodes that hold snapshots; none if nothing can be saved."""
+
+    def check_nodes(self, devices: Sequence[str], vmstate: str | None = None) -> None:
+        """Refuse nodes that are not there."""
+
+    async def save(self, tag: str) -> None:
+        """Save the guest."""
+
+    async def load(self, tag: str) -> None:
+        """Take up a saved state; the present one is given up."""
+
+    async def delete(self, tag: str) -> None:
+        """Remove a saved state; nothing if there is none."""
+
+    async def list(self) -> Sequence[SavedState]:
+        """All saved states, oldest first."""
+
+
 class Machine(Protocol):
     """What is around the guest; called on the event loop."""
 
     @property
     def dirty_rate(self) -> DirtyRate:
         """Measures how fast memory changes."""
+
+    @property
+    def jobs(self) -> Jobs:
+        """Jobs of the process."""
+
+    @property
+    def snapshots(self) -> GuestSnapshots:
+        """Saved states of the guest."""
 
     @property
     def type_name(self) -> str | None:

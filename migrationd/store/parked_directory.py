@@ -135,6 +135,39 @@ class ParkedDirectory:
             self.close()
             raise
 
+    @property
+    def name(self) -> str:
+        """Guest name."""
+        return self._name
+
+    @property
+    def ram_path(self) -> Path:
+        """File of the guest at rest, whether there is one or not."""
+        return self._ram
+
+    def recorded(self) -> Sidecar:
+        """What is on record of the guest at rest.
+
+        Raises:
+            StoreError: The record cannot be read.
+        """
+        return self._recorded()
+
+    def replace_guest(self, file: Path, sidecar: Sidecar) -> None:
+        """Let another whole file be the guest, whatever rests here; it keeps its own name too.
+
+        Raises:
+            OSError: As the calls. A crash leaves the old guest, none, or the new one.
+        """
+        self.remove_part()
+        os.link(file, self._part)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._ram)
+            sync_directory(self._path)
+        write_sidecar(self._sidecar, sidecar)
+        os.rename(self._part, self._ram)
+        sync_directory(self._path)
+
     def find(self, *, ram_limit_bytes: int | None = None) -> SavedGuest | None:
         """Open the guest of this name; its pages are mapped lazily by the taker.
 

@@ -4,11 +4,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from uuid import UUID
 
+from migrationd.clock import SystemClock
+from migrationd.config import DaemonConfig
+from migrationd.daemon.jobs import Jobs
+from migrationd.daemon.shelter import Shelter
+from migrationd.daemon.snapshots import GuestSnapshots
 from migrationd.errors import QMPError
 from migrationd.migration.dirty_rate import DirtyRateRequest, DirtyRateState
 from migrationd.migration.info import MigrationInfo
 from migrationd.migration.options import MigrationOptions
 from migrationd.qmp.context import Chardev, DirtyRate, FdLookup, MigrationChannel
+from migrationd.qmp.event_bus import EventBus
 from migrationd.transport.address import Address
 
 
@@ -46,6 +52,12 @@ class FakeMachine:
     is_migration_yankable: bool = False
     dirty_rate: DirtyRate = field(default_factory=FakeDirtyRate)
     devices: dict[str, FakeChardev] = field(default_factory=dict)
+    jobs: Jobs = field(default_factory=lambda: Jobs(EventBus(SystemClock()), lambda _: None))
+    snapshots: GuestSnapshots = field(
+        default_factory=lambda: GuestSnapshots(
+            Shelter(DaemonConfig()), lambda: None, lambda: False, lambda _: None
+        )
+    )
     calls: list[str] = field(default_factory=list)
 
     def reset(self) -> None:

@@ -7,6 +7,7 @@ from migrationd.qmp.handlers import (
     fds,
     human,
     introspection,
+    jobs,
     legacy,
     machine,
     migrate,
@@ -16,6 +17,7 @@ from migrationd.qmp.handlers import (
 )
 from migrationd.qmp.models import control as control_models
 from migrationd.qmp.models import fds as fds_models
+from migrationd.qmp.models import jobs as jobs_models
 from migrationd.qmp.models import migration as migration_models
 from migrationd.qmp.models import replication as replication_models
 from migrationd.qmp.models.base import QapiModel
@@ -94,6 +96,7 @@ COMMANDS: dict[str, CommandSpec] = {
         *machine.COMMANDS,
         *dirty_rate.COMMANDS,
         *yank.COMMANDS,
+        *jobs.COMMANDS,
         *replication.COMMANDS,
         *legacy.COMMANDS,
     )
@@ -109,6 +112,7 @@ EVENTS: dict[str, type[QapiModel]] = {
     "POWERDOWN": Empty,
     "SUSPEND": Empty,
     "WAKEUP": Empty,
+    "JOB_STATUS_CHANGE": jobs_models.JobStatusChangeEvent,
     "COLO_EXIT": replication_models.COLOExitEvent,
     "UNPLUG_PRIMARY": replication_models.UnplugPrimaryEvent,
 }

@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from migrationd.clock import SystemClock
+from migrationd.config import DaemonConfig
 from migrationd.daemon.machine import Machine, Yankable
+from migrationd.daemon.shelter import Shelter
 from migrationd.errors import QMPError
 from migrationd.guest.base import GuestIdentity
 from migrationd.guest.memory import AnonymousMemory
@@ -43,8 +45,10 @@ def make(
         bus,
         SystemClock(),
         {},
+        Shelter(DaemonConfig()),
         guest=lambda: guest,
         migrations=lambda: (outgoing, incoming),
+        adopt=lambda _: None,
         spawn=no_tasks,
     )
 
@@ -72,7 +76,7 @@ def test_with_a_guest() -> None:
     assert machine.type_name == "pc-i440fx-11.1"
     assert (machine.base_memory_bytes, machine.ram_bytes) == (65536, 73728)
     for act in (machine.reset, machine.powerdown):
-        with pytest.raises(QMPError, match="does not execute here"):
+        with pytest.raises(QMPError, match="does not run the machine of its guest"):
             act()
     assert events == []
 
