@@ -44,7 +44,8 @@ MAX_PACKET_BYTES = 256 << 10
 RESERVED_INSTANCE_ID = 0xFFFFFFFF
 """Means "the next free one"; no device has it."""
 
-_THROTTLE_LIMIT_S = 1.0
+_SLICE_S = 0.01
+"""A throttled workload may run for this long, then rests in proportion."""
 _RECONNECT_WAIT_S = 60.0
 
 
@@ -154,12 +155,10 @@ class Workload:
     def active(self) -> Iterator[None]:
         """Wait until the workload may run; while the block runs it is not stopped."""
         self._gate.enter()
-        begin = time.monotonic()
         try:
             yield
         finally:
             self._gate.leave()
-            self._gate.yield_time(time.monotonic() - begin)
 
     @property
     def is_running(self) -> bool:
@@ -333,6 +332,7 @@ class _Gate:
 
     def enter(self) -> None:
         """Wait until the gate is open and go in."""
+        self._rest()
         with self._changed:
             while not self.is_open:
                 self._changed.wait()
@@ -358,14 +358,17 @@ class _Gate:
             self._changed.notify_all()
 
     def throttle(self, percentage: int) -> None:
-        """Give up this share of the time from now on."""
+        """Be shut for this share of the time from now on."""
         self._percentage = min(99, max(0, percentage))
 
-    def yield_time(self, worked_s: float) -> None:
-        """Rest in proportion to what was worked."""
+    def _rest(self) -> None:
+        """Wait where a throttled gate is shut: after each slice, in proportion."""
         share = self._percentage / 100
         if share:
-            time.sleep(min(worked_s * share / (1 - share), _THROTTLE_LIMIT_S))
+            cycle_s = _SLICE_S / (1 - share)
+            at_s = time.monotonic() % cycle_s
+            if at_s > _SLICE_S:
+                time.sleep(cycle_s - at_s)
 
 
 def _connect(path: str, timeout_s: float) -> socket.socket:

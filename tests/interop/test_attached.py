@@ -154,6 +154,7 @@ async def test_a_workload_that_dies_fails_its_migration_only(tmp_path: Path) -> 
 
 async def test_why_it_does_not_end_is_explained_and_a_higher_limit_helps(tmp_path: Path) -> None:
     async with pair(tmp_path, rate_mb_s=60.0) as two:
+        await two.here.wait_passes(1)
         await two.source.set_parameters({"downtime-limit": 50})
         await two.begin(max_bandwidth=20 << 20)
 
@@ -170,6 +171,7 @@ async def test_why_it_does_not_end_is_explained_and_a_higher_limit_helps(tmp_pat
 
 async def test_a_workload_that_writes_too_much_is_slowed_down(tmp_path: Path) -> None:
     async with pair(tmp_path, rate_mb_s=60.0) as two:
+        await two.here.wait_passes(1)
         await two.source.set_parameters(
             {"downtime-limit": 200, "cpu-throttle-initial": 50, "cpu-throttle-increment": 45}
         )
