@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 
 from migrationd import __version__
-from migrationd.ctl import file_commands
+from migrationd.ctl import file_commands, postcopy_commands
 from migrationd.ctl.client import ClientError, Monitor, connected, parse_size
 from migrationd.ctl.progress import Progress
 from migrationd.ctl.status import read_status, show_status
@@ -32,6 +32,7 @@ app = typer.Typer(
 )
 console = Console()
 file_commands.register(app)
+postcopy_commands.register(app, console)
 
 _CANCEL_TIMEOUT_S = 30.0
 

@@ -28,14 +28,21 @@ class Monitor:
         self._client = client
         self._address = address
 
-    async def execute(self, command: str, arguments: Mapping[str, object] | None = None) -> object:
+    async def execute(
+        self, command: str, arguments: Mapping[str, object] | None = None, *, oob: bool = False
+    ) -> object:
         """Execute one command and return its value.
+
+        Args:
+            command: QMP name.
+            arguments: Its arguments.
+            oob: Out of band: it is not kept waiting by a command or a guest that hangs.
 
         Raises:
             ClientError: The command was refused, or the connection ended.
         """
         try:
-            return await self._client.execute(command, arguments)
+            return await self._client.execute(command, arguments, oob=oob)
         except ExecuteError as error:
             raise ClientError(str(error)) from error
         except (QMPError, EOFError, OSError) as error:

@@ -8,6 +8,16 @@ ENDED = ("completed", "failed", "cancelled")
 WAITING_FOR_A_PERSON = ("postcopy-paused", "pre-switchover")
 NOT_BEGUN = "none"
 
+PLAIN_WORDS = {
+    "pre-switchover": "waits for migrate-continue",
+    "postcopy-device": "the guest moves now, before its memory",
+    "postcopy-active": "the guest has moved, its memory follows",
+    "postcopy-paused": "the connection is lost and nothing else, migrationctl recover goes on",
+    "postcopy-recover-setup": "connecting again",
+    "postcopy-recover": "connected again, the ends compare what is missing",
+}
+"""What a status means, where its name does not say it."""
+
 _RATE_WINDOW_S = 2.0
 
 
@@ -139,6 +149,8 @@ def duration_text(seconds: float) -> str:
 def progress_line(progress: Progress) -> str:
     """Write one look as one line of plain text."""
     parts = [progress.status]
+    if words := PLAIN_WORDS.get(progress.status):
+        parts = [f"{progress.status}: {words}"]
     if progress.total_bytes:
         parts.append(f"{progress.fraction:4.0%} of {size_text(progress.total_bytes)}")
         parts.append(f"sent {size_text(progress.transferred_bytes)}")

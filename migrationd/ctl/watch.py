@@ -13,6 +13,7 @@ from rich.text import Text
 
 from migrationd.ctl.progress import (
     NOT_BEGUN,
+    PLAIN_WORDS,
     WAITING_FOR_A_PERSON,
     Meter,
     Progress,
@@ -110,7 +111,10 @@ class LiveDisplay:
         figures = Text(f"    {_figures(progress)}", no_wrap=True, overflow="ellipsis")
         if note:
             figures.append(f"  {note}", "cyan")
-        self._live.update(Group(head, figures), refresh=True)
+        lines: list[Table | Text] = [head, figures]
+        if words := PLAIN_WORDS.get(progress.status):
+            lines.append(Text(f"    {words}", no_wrap=True, overflow="ellipsis"))
+        self._live.update(Group(*lines), refresh=True)
 
 
 def _figures(progress: Progress) -> str:

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import random
+import sys
 from pathlib import Path
 
 import pytest
@@ -315,3 +316,42 @@ async def test_recovery_refuses_what_it_must_and_the_monitor_stays_quick(
     writer.close()
     await way.come_back()
     await way.finish()
+
+
+async def test_migrationctl_recovers_with_one_command(
+    qemu_host: Host, tmp_path: Path, closing: list[object]
+) -> None:
+    way = Move(qemu_host, "", True, tmp_path, closing)
+    await way.begin()
+    await way.source.set_parameters({"max-postcopy-bandwidth": 2 << 20})
+    await way.source.qmp.disconnect()
+    await way.daemon.qmp.disconnect()
+    way.relays += 1
+    listens = f"unix:{tmp_path}/d{way.relays}.sock"
+    arguments = ["-s", str(way.source.qmp_path)]
+    # Nothing is lost yet: both ends are paused first.
+    code, text = await ctl(*arguments, "recover", "-d", str(way.daemon.qmp_path), listens)
+    assert code == 0, text
+    code, text = await ctl("-s", str(way.daemon.qmp_path), "pause")
+    assert code == 0, text
+    code, text = await ctl(*arguments, "status")
+    assert "postcopy-paused: the connection is lost" in text
+    code, text = await ctl(*arguments, "recover", str(way.daemon.qmp_path), listens)
+    assert code == 0
+    assert "postcopy-active: the guest has moved, its memory follows" in text
+    assert text.splitlines()[-1].startswith("completed")
+    code, text = await ctl(*arguments, "recover", str(way.daemon.qmp_path), listens)
+    assert code == 1
+    assert "no postcopy to recover" in text
+
+
+async def ctl(*arguments: str) -> tuple[int, str]:
+    """Run migrationctl; its status and all that it printed."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", "from migrationd.ctl.app import main; main()", *arguments,
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
+    )  # fmt: skip
+    out, _ = await asyncio.wait_for(process.communicate(), 30)
+    assert process.returncode is not None
+    return process.returncode, out.decode()

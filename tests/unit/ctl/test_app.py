@@ -13,7 +13,16 @@ run = CliRunner().invoke
 def test_help_lists_the_commands() -> None:
     result = run(app, ["--help"])
     assert result.exit_code == 0
-    for command in ("status", "watch", "migrate", "cancel", "demo"):
+    for command in (
+        "status",
+        "watch",
+        "migrate",
+        "start-postcopy",
+        "pause",
+        "recover",
+        "cancel",
+        "demo",
+    ):
         assert re.search(rf"\b{command}\b", result.output)
         assert run(app, [command, "-h"]).exit_code == 0
 
@@ -29,6 +38,8 @@ def test_version() -> None:
         ["status"],
         ["-s"],
         ["-s", "x", "migrate"],
+        ["pause"],
+        ["-s", "x", "recover", "y"],
         ["-s", "x", "migrate", "u", "-c", "a=b"],
     ],
 )

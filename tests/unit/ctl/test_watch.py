@@ -63,3 +63,14 @@ def test_bar_shows_the_figures() -> None:
     text = printed(output)
     for part in ("in active", " 50%", "left 512.0 KiB", "ETA 2.0 s", "guest: ABC"):
         assert part in text
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_postcopy_is_told_in_plain_words(terminal: bool) -> None:
+    output = console(terminal=terminal)
+    with make_display(output) as display:
+        for now_s, status in enumerate(("active", "postcopy-active", "postcopy-paused")):
+            display.show(float(now_s), Progress(status, total_bytes=100, remaining_bytes=50))
+    text = printed(output)
+    assert "the guest has moved, its memory follows" in text
+    assert "migrationctl recover goes on" in text
