@@ -28,6 +28,9 @@ _INTEGERS = {
 }
 _LISTS = ("qtailq", "qlist")
 
+SUBSECTION = "subsection"
+"""Type of the entry that a subsection's head has among the fields; its value is the version."""
+
 
 @dataclass(frozen=True, slots=True)
 class DeviceField:
@@ -54,6 +57,8 @@ class DeviceField:
             return _hex(self.value)
         if isinstance(self.value, bool):
             return "true" if self.value else "false"
+        if self.type == SUBSECTION:
+            return f"version {self.value}"
         if self.type == "timer":
             return "not armed" if self.value == -1 else f"{self.value} ns"
         return f"{self.value} ({self.value & ((1 << 8 * self.size) - 1):#x})"
@@ -220,9 +225,12 @@ class _Walker:
         head = bytes([QEMU_VM_SUBSECTION, len(raw) & 0xFF]) + raw
         if self._take(len(head)) != head:
             raise _Mismatch(f"subsection '{name}' is not at {self.at - len(head)}")
-        self._take(4)
+        version = int.from_bytes(self._take(4), "big")
         last = name.rsplit("/", 1)[-1]
-        self.members(entry, f"{path}/{last}" if path else f"/{last}", depth + 1)
+        path = f"{path}/{last}"
+        size = len(head) + 4
+        self._keep(DeviceField(path, SUBSECTION, self.at - size, size, version))
+        self.members(entry, path, depth + 1)
 
     def _take(self, count: int) -> bytes:
         if self.at + count > len(self._body):
@@ -231,10 +239,13 @@ class _Walker:
         return self._body[self.at - count : self.at]
 
     def _add(self, path: str, kind: str, size: int) -> None:
+        offset = self.at
+        self._keep(DeviceField(path, kind, offset, size, _decode(kind, self._take(size))))
+
+    def _keep(self, field: DeviceField) -> None:
         if len(self.found) == FIELD_LIMIT:
             raise ValueError(f"more than {FIELD_LIMIT} fields")
-        offset = self.at
-        self.found.append(DeviceField(path, kind, offset, size, _decode(kind, self._take(size))))
+        self.found.append(field)
 
 
 def _decode(kind: str, raw: bytes) -> Value:

@@ -218,7 +218,8 @@ class GuestControl:
             self._spawn(migration.run(lambda: connect(address)))
             return
         try:
-            channel = open_now(address, fds)
+            keep = guest.file.identity if guest.file is not None else None
+            channel = open_now(address, fds, keep=keep)
         except MigrationdError as error:
             failure = error
             self._spawn(migration.run(lambda: _fail(failure)))

@@ -30,7 +30,14 @@ class GuestFile:
     def __init__(self, fd: int) -> None:
         self.fd = os.dup(fd)
         os.set_inheritable(self.fd, False)
+        status = os.fstat(self.fd)
+        self._identity = (status.st_dev, status.st_ino)
         self._stamp = self._look()
+
+    @property
+    def identity(self) -> tuple[int, int]:
+        """Device and inode."""
+        return self._identity
 
     def check_unchanged(self) -> None:
         """Compare with the file as it was.

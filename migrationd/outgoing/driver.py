@@ -484,6 +484,7 @@ class OutgoingMigration:
 
     async def _send(self, channel: Channel) -> None:
         """The stream from its first to its last byte, phase by phase."""
+        self._guest.check_unchanged()
         if self._settings.file is not None:
             await self._save_file(channel, self._settings.file)
             return
@@ -627,6 +628,7 @@ class OutgoingMigration:
         self._observer.on_pass(self._stats.dirty_sync_count)
         self._switchover_s = self._switchover_s or self._clock.monotonic_s()
         self._stats.in_switchover = True
+        self._guest.check_unchanged()
         await self._observer.before_switchover()
         self._advance(Cause.SWITCHOVER)
 

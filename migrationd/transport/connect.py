@@ -47,12 +47,13 @@ def is_opened_now(address: Address) -> bool:
     return isinstance(address, FdAddress | ExecAddress | FileAddress | RdmaAddress)
 
 
-def open_now(address: Address, fds: FdLookup) -> Channel:
+def open_now(address: Address, fds: FdLookup, *, keep: tuple[int, int] | None = None) -> Channel:
     """Open a file, command or descriptor for an outgoing stream.
 
     Args:
         address: What to open.
         fds: Where the descriptor of an :class:`FdAddress` comes from; it is consumed.
+        keep: Device and inode of a file that must not be overwritten, or None.
 
     Raises:
         ConnectFailed: It cannot be opened.
@@ -64,7 +65,7 @@ def open_now(address: Address, fds: FdLookup) -> Channel:
         case ExecAddress(args):
             return open_command(args, outgoing=True)
         case FileAddress(path, offset):
-            return _create_file(path, offset)
+            return _create_file(path, offset, keep)
         case RdmaAddress():
             raise AddressError(RDMA_REFUSAL)
         case _:
@@ -236,14 +237,17 @@ async def _connected(sock: socket.socket, target: SocketTarget) -> None:
         raise OSError(number, os.strerror(number))
 
 
-def _create_file(path: str, offset: int) -> Channel:
+def _create_file(path: str, offset: int, keep: tuple[int, int] | None) -> Channel:
     try:
         # Non-blocking: a FIFO without a reader must not hold the monitor.
         fd = open_file(path, os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK)
     except OSError as error:
         raise ConnectFailed(f"Could not create '{path}': {error.strerror}") from error
     try:
-        if stat.S_ISREG(os.fstat(fd).st_mode):
+        status = os.fstat(fd)
+        if (status.st_dev, status.st_ino) == keep:
+            raise AddressError(f"'{path}' is the file that the guest itself is in")
+        if stat.S_ISREG(status.st_mode):
             _truncate(fd, offset)
         elif offset:
             os.lseek(fd, offset, os.SEEK_SET)

@@ -130,6 +130,35 @@ async def test_a_guest_whose_file_was_changed_is_not_sent_as_whole(
         FileGuest(tmp_path / "target")
 
 
+@pytest.mark.parametrize("mapped_ram", [True, False], ids=["mapped-ram", "plain"])
+async def test_a_guest_is_not_written_over_its_own_file(
+    mapped_ram: bool, mapped: Path, daemon: DaemonProcess, tmp_path: Path
+) -> None:
+    await load(daemon, mapped)
+    await daemon.set_capabilities({"mapped-ram": mapped_ram})
+    before = mapped.stat()
+    (tmp_path / "link").hardlink_to(mapped)
+    for name in (mapped, tmp_path / "link"):
+        with pytest.raises(Exception, match="the file that the guest itself is in"):
+            await daemon.execute("migrate", {"uri": f"file:{name}"})
+        await daemon.wait_migration("failed")
+    assert (mapped.stat().st_size, mapped.stat().st_mtime) == (before.st_size, before.st_mtime)
+    assert await daemon.run_state() == "paused"
+
+
+async def test_a_changed_file_is_noticed_on_any_way_out(
+    mapped: Path, daemon: DaemonProcess, tmp_path: Path
+) -> None:
+    await load(daemon, mapped)
+    await daemon.set_capabilities({"mapped-ram": False})
+    with mapped.open("r+b") as file:
+        file.truncate(6 << 20)
+    await daemon.execute("migrate", {"uri": "exec:cat >/dev/null"})
+    await daemon.wait_migration("failed")
+    assert "was changed while the guest was held" in await error_of(daemon)
+    assert await daemon.run_state() == "paused"
+
+
 def hostile_files(mapped: Path) -> Iterator[tuple[str, bytes]]:
     """Files with a header that lies, and what the refusal says."""
     with mapped.open("rb") as file:
