@@ -33,12 +33,14 @@ class Sample:
         source_cpu_s: User and system time of the source meanwhile.
         destination_cpu_s: And of the destination.
         other_cpus: CPUs that everything else on the machine used meanwhile.
+        wire_bytes: Bytes that the source sent.
     """
 
     wall_s: float
     source_cpu_s: float
     destination_cpu_s: float
     other_cpus: float
+    wire_bytes: int
 
 
 def cpu_s(pid: int) -> float:
@@ -70,14 +72,15 @@ def warm_memory(size_bytes: int) -> None:
         del pages
 
 
-def fill_guest(pid: int, memory_bytes: int, start: int, *, half_zero: bool) -> None:
-    """Write random bytes into a stopped QEMU's guest RAM.
+def fill_guest(pid: int, memory_bytes: int, start: int, content: str) -> None:
+    """Write into a stopped QEMU's guest RAM.
 
     Args:
         pid: The QEMU; its RAM is the smallest mapping that can hold the guest's.
         memory_bytes: Size of the guest's RAM.
         start: Leave what is below this address alone.
-        half_zero: Leave every other MiB zero.
+        content: ``random``; ``half zero``, random in every other MiB; ``zero``; or
+            ``compressible``, bytes of four random bits.
     """
     mappings = re.findall(
         r"^([0-9a-f]+)-([0-9a-f]+) rw", Path(f"/proc/{pid}/maps").read_text(), re.MULTILINE
@@ -85,11 +88,16 @@ def fill_guest(pid: int, memory_bytes: int, start: int, *, half_zero: bool) -> N
     sizes = sorted((int(end, 16) - int(begin, 16), int(begin, 16)) for begin, end in mappings)
     base = next(begin for size, begin in sizes if size >= memory_bytes)
     words = np.random.default_rng(1)
-    step = 2 * _RUN_BYTES if half_zero else _RUN_BYTES
+    if content == "zero":
+        return
+    step = 2 * _RUN_BYTES if content == "half zero" else _RUN_BYTES
     with Path(f"/proc/{pid}/mem").open("r+b", buffering=0) as memory:
         for at in range(start, memory_bytes, step):
             memory.seek(base + at)
-            memory.write(words.bytes(_RUN_BYTES))
+            if content == "compressible":
+                memory.write(words.integers(0, 16, _RUN_BYTES, np.uint8).tobytes())
+            else:
+                memory.write(words.bytes(_RUN_BYTES))
 
 
 async def migrate(source: PeerProcess, destination: PeerProcess, uri: str) -> Sample:
@@ -117,7 +125,9 @@ async def migrate(source: PeerProcess, destination: PeerProcess, uri: str) -> Sa
     after = [cpu_s(source.pid), cpu_s(destination.pid), cpu_s(os.getpid()), machine_cpu_s()]
     ours_a, ours_b, ours_c, machine = (b - a for a, b in zip(before, after, strict=True))
     others = max(0.0, machine - ours_a - ours_b - ours_c)
-    return Sample(wall_s, ours_a, ours_b, others / wall_s)
+    ram = (await source.query_migrate())["ram"]
+    assert isinstance(ram, dict)
+    return Sample(wall_s, ours_a, ours_b, others / wall_s, ram["transferred"])
 
 
 class StatusProbe:

@@ -27,17 +27,30 @@ class Bench:
     Args:
         binary: QEMU.
         memory_mib: Guest RAM.
-        content: What is in it: one of ``CONTENTS``.
+        content: What is in it, as :func:`fill_guest` knows it.
+        channels: multifd channels; 0 is a single connection.
+        compression: Of the channels.
 
     Attributes:
         beyond_guest_bytes: Peaks of resident memory beyond the guest's RAM, of each daemon
             that took or gave a guest without zero pages.
     """
 
-    def __init__(self, binary: str, memory_mib: int, content: str) -> None:
+    def __init__(
+        self,
+        binary: str,
+        memory_mib: int,
+        content: str,
+        channels: int = 0,
+        compression: str = "none",
+    ) -> None:
         self._binary = binary
         self._memory_mib = memory_mib
         self._content = content
+        self._capabilities = {"multifd": True} if channels else {}
+        self._parameters: dict[str, object] = {}
+        if channels:
+            self._parameters |= {"multifd-channels": channels, "multifd-compression": compression}
         self._guest = BootGuest(counted_pages=256, pages_per_s=1000)
         self._stack = contextlib.AsyncExitStack()
         self._sources: dict[str, PeerProcess] = {}
@@ -53,12 +66,15 @@ class Bench:
                 source.pid,
                 self._memory_mib << 20,
                 self._guest.needed_bytes,
-                half_zero=self._content == "half zero",
+                self._content,
             )
             daemon = await stack.enter_async_context(await self._daemon("-keep"))
             self._sources = {"QEMU": source, "migrationd": daemon}
+            await self._listen(daemon)
+            await self._prepare(source)
             await migrate(source, daemon, await daemon.listening_uri())
             await self._take_back(source)
+            await self._prepare(daemon)
             self._stack = stack.pop_all()
         return self
 
@@ -86,11 +102,12 @@ class Bench:
         destination: PeerProcess
         warm_memory((self._memory_mib + 256) << 20)
         if destination_kind == "QEMU":
-            destination = await self._qemu("tcp:127.0.0.1:0")
+            destination = await self._qemu("defer")
         else:
             destination = await self._daemon()
         async with destination:
             warm_memory((self._memory_mib + 256) << 20)
+            await self._listen(destination)
             uri = await destination.listening_uri()
             if latencies is not None:
                 asked = destination if destination_kind == "migrationd" else source
@@ -103,6 +120,14 @@ class Bench:
         if source_kind == "QEMU":
             await self._take_back(source)
         return result
+
+    async def _prepare(self, peer: PeerProcess) -> None:
+        await peer.set_capabilities(self._capabilities)
+        await peer.set_parameters(self._parameters)
+
+    async def _listen(self, destination: PeerProcess) -> None:
+        await self._prepare(destination)
+        await destination.execute("migrate-incoming", {"uri": "tcp:127.0.0.1:0"})
 
     def _gauge(self, peer: PeerProcess) -> None:
         if isinstance(peer, DaemonProcess) and self._content == "random":
@@ -131,7 +156,7 @@ class Bench:
         self._stack.callback(shutil.rmtree, directory, ignore_errors=True)
         probe = f"unix:{directory}/probe.sock,server=on,wait=off"
         daemon = await DaemonProcess.start(
-            incoming="tcp:127.0.0.1:0",
+            incoming="defer",
             arguments=["-log-level", "warning", "-qmp", probe, *arguments],
         )
         (daemon.directory / "probe.sock").symlink_to(directory / "probe.sock")

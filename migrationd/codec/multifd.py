@@ -15,6 +15,7 @@ Reference: stream format 3.1-3.3.
 
 import struct
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -97,8 +98,7 @@ def header_bytes(page_size: int) -> int:
     return FIXED_BYTES + 8 * packet_pages(page_size)
 
 
-@dataclass(frozen=True, slots=True)
-class Packet:
+class Packet(NamedTuple):
     """A packet header; its lengths were checked, its offsets not.
 
     Attributes:
@@ -135,6 +135,7 @@ class PacketDecoder:
         self._pages = packet_pages(page_size)
         self._method = MULTIFD_METHODS[method]
         self._method_name = method
+        self._steps = np.arange(self._pages, dtype=np.uint64) * np.uint64(page_size)
         self.header_bytes = header_bytes(page_size)
 
     def decode(self, header: bytes | bytearray | memoryview) -> Packet:
@@ -178,6 +179,28 @@ class PacketDecoder:
             number=number,
             ramblock=bytes(header[_NAME_AT : _NAME_AT + _NAME_BYTES]),
         )
+
+    def run(self, header: bytes | bytearray | memoryview, packet: Packet, used_length: int) -> int:
+        """First page of a packet of consecutive normal pages: what most packets are.
+
+        Args:
+            header: What :meth:`decode` read.
+            packet: What it gave.
+            used_length: Bytes of the block.
+
+        Returns:
+            The page number; -1 where :meth:`offsets` has to look.
+        """
+        count = packet.normal_pages
+        if packet.zero_pages or not count:
+            return -1
+        raw = np.frombuffer(header, ">u8", count, FIXED_BYTES)
+        first = int(raw[0])
+        if first & (self._page_size - 1) or first + count * self._page_size > used_length:
+            return -1
+        if not np.array_equal(raw, self._steps[:count] + np.uint64(first)):
+            return -1
+        return first // self._page_size
 
     def offsets(
         self, header: bytes | bytearray | memoryview, packet: Packet, used_length: int, block: str
@@ -244,51 +267,63 @@ class PacketEncoder:
         self._page_size = page_size
         self._pages = packet_pages(page_size)
         self._method = MULTIFD_METHODS[method]
+        self._last: tuple[str, int, bool] | None = None
+        self._headers = np.empty((0, 0), np.uint8)
+        self._sizes = self._headers
         self.header_bytes = header_bytes(page_size)
 
     def headers(
-        self,
-        block: str,
-        normal: npt.NDArray[np.int64],
-        zero: npt.NDArray[np.int64],
-        first_number: int,
+        self, block: str, pages: npt.NDArray[np.int64], first_number: int, *, is_zero: bool
     ) -> npt.NDArray[np.uint8]:
-        """Headers of full packets and a rest: first of normal pages, then of zero pages.
+        """Headers of full packets and a rest, of pages that are alike.
 
         Args:
             block: RAM block of all pages.
-            normal: Numbers of the pages whose contents follow, shape ``(n,)``.
-            zero: Numbers of zero pages, shape ``(m,)``.
+            pages: Page numbers, shape ``(n,)``, n at least 1.
             first_number: Packet number of the first one.
+            is_zero: Whether they are zero pages that are only listed.
 
         Returns:
-            Shape ``(packets, header bytes)``; next_packet_size is that of plain pages.
+            Shape ``(packets, header bytes)``, contiguous; holds until the next call.
+            next_packet_size is that of plain pages.
         """
-        packets = -(-len(normal) // self._pages) - (-len(zero) // self._pages)
+        count = len(pages)
+        if self._last != (block, count, is_zero):
+            self._headers = self._make(block, count, is_zero)
+            self._last = (block, count, is_zero)
+        out = self._headers
+        packets = len(out)
+        numbers = out[:, 24:32].view(">u8")
+        numbers[:, 0] = np.arange(first_number, first_number + packets)
+        if self._method:
+            # Somebody may have written the size of compressed data into it.
+            out[:, 20:24] = self._sizes
+        offsets = out[:, FIXED_BYTES:].view(">u8")
+        if count == packets * self._pages:
+            offsets[:] = (pages * self._page_size).reshape(packets, self._pages)
+        else:
+            padded = np.zeros(packets * self._pages, np.int64)
+            padded[:count] = pages * self._page_size
+            offsets[:] = padded.reshape(packets, self._pages)
+        return out
+
+    def _make(self, block: str, count: int, is_zero: bool) -> npt.NDArray[np.uint8]:
+        """Headers with all that does not change from batch to batch."""
+        packets = -(-count // self._pages)
         out = np.zeros((packets, self.header_bytes), np.uint8)
         name = block.encode("latin-1")
+        counts = np.full(packets, self._pages)
+        counts[-1] = count - (packets - 1) * self._pages
         fixed = out[:, :40].view(">u4")
         fixed[:, 0] = MULTIFD_MAGIC
         fixed[:, 1] = MULTIFD_VERSION
         fixed[:, 2] = self._method
         fixed[:, 3] = self._pages
-        fixed[:, 7] = (first_number + np.arange(packets)) & 0xFFFFFFFF
-        fixed[:, 6] = first_number + np.arange(packets) >> 32
+        fixed[:, 8 if is_zero else 4] = counts
+        if not is_zero:
+            fixed[:, 5] = counts * self._page_size
         out[:, _NAME_AT : _NAME_AT + len(name)] = np.frombuffer(name, np.uint8)
-        row = 0
-        for pages, column in ((normal, 4), (zero, 8)):
-            rows = -(-len(pages) // self._pages)
-            counts = np.full(rows, self._pages)
-            if rows:
-                counts[-1] = len(pages) - (rows - 1) * self._pages
-            part = slice(row, row + rows)
-            fixed[part, column] = counts
-            if column == 4:
-                fixed[part, 5] = counts * self._page_size
-            offsets = np.zeros(rows * self._pages, ">u8")
-            offsets[: len(pages)] = pages * self._page_size
-            out[part, FIXED_BYTES:] = offsets.view(np.uint8).reshape(rows, 8 * self._pages)
-            row += rows
+        self._sizes = out[:, 20:24].copy()
         return out
 
     def sync(self, number: int) -> bytes:

@@ -153,6 +153,9 @@ class _Worker:
         self._points = points
         self._decoder = PacketDecoder(number, page_size, method)
         self._header = np.zeros(self._decoder.header_bytes, np.uint8)
+        self._header_row = (address_of(self._header), len(self._header))
+        self._has_header = False
+        self._has_ended = False
         self._decompressor: Decompressor | None = decompressor(method)
         self._buffer = np.empty(0, np.uint8)
         self._last_raw = b""
@@ -174,13 +177,12 @@ class _Worker:
 
     def _packet(self) -> bool:
         """Receive one packet; False at the end of the input."""
-        header = self._header
-        received = self._channel.recv_exactly(_whole(header))
-        if received < len(header):
-            if received:
-                raise self._truncated(f"{received} bytes of a header of {len(header)}")
+        if not self._has_header:
+            self._take_header(self._channel.recv_exactly(_vector(self._header_row), self._size))
+        if self._has_ended:
             return False
-        packet = self._decoder.decode(header.data)
+        self._has_header = False
+        packet = self._decoder.decode(self._header.data)
         if packet.normal_pages or packet.zero_pages:
             self.has_unsynced_pages = True
             self._place(packet)
@@ -190,40 +192,56 @@ class _Worker:
             self.has_unsynced_pages = False
         return True
 
+    @property
+    def _size(self) -> int:
+        return len(self._header)
+
+    def _take_header(self, received: int) -> None:
+        self._has_header = received == self._size
+        self._has_ended = not received
+        if 0 < received < self._size:
+            raise self._truncated(f"{received} bytes of a header of {self._size}")
+
     def _place(self, packet: Packet) -> None:
         block = self._block(packet)
-        pages = self._decoder.offsets(self._header.data, packet, block.used_length, block.idstr)
+        data = self._header.data
+        first = self._decoder.run(data, packet, block.used_length)
+        if first >= 0:
+            count = packet.normal_pages
+            if self._decompressor is None and block.memory.view.flags.writeable:
+                # The shortest way; nearly all of a large guest takes it.
+                start = address_of(block.memory.view) + first * self._page_size
+                self._receive(packet, (start, packet.data_bytes))
+                block.mark_placed(slice(first, first + count))
+                return
+            pages = np.arange(first, first + count)
+        else:
+            pages = self._decoder.offsets(data, packet, block.used_length, block.idstr)
         normal, zero = pages[: packet.normal_pages], pages[packet.normal_pages :]
         if len(normal):
-            if self._decompressor is not None:
-                self._place_compressed(self._decompressor, block, normal, packet.data_bytes)
-            elif block.memory.view.flags.writeable:
-                vector = run_vector(block.memory.view, normal, self._page_size)
-                self._receive(vector, packet.data_bytes)
-                block.mark_placed(normal)
-            else:
-                data = self._into_buffer(packet.data_bytes, MULTIFD_PACKET_BYTES)
-                self._place_pages(block, normal, data)
+            self._place_normal(packet, block, normal)
         if len(zero):
             block.zero_batch(zero)
 
-    def _place_compressed(
-        self,
-        method: Decompressor,
-        block: RamBlock,
-        pages: npt.NDArray[np.int64],
-        size: int,
-    ) -> None:
-        compressed = self._into_buffer(size, COMPRESSED_LIMIT_BYTES)
-        try:
-            content = method(compressed.data, len(pages) * self._page_size)
-        except ValueError as error:
-            raise StreamCorrupt(
-                f"packet with {self._method} data that is wrong: {error}",
-                section=self.name,
-                block=block.idstr,
-            ) from None
-        self._place_pages(block, pages, np.frombuffer(content, np.uint8))
+    def _place_normal(self, packet: Packet, block: RamBlock, pages: npt.NDArray[np.int64]) -> None:
+        if self._decompressor is not None:
+            compressed = self._into_buffer(packet, COMPRESSED_LIMIT_BYTES)
+            try:
+                content = self._decompressor(compressed.data, len(pages) * self._page_size)
+            except ValueError as error:
+                raise StreamCorrupt(
+                    f"packet with {self._method} data that is wrong: {error}",
+                    section=self.name,
+                    block=block.idstr,
+                ) from None
+            self._place_pages(block, pages, np.frombuffer(content, np.uint8))
+        elif block.memory.view.flags.writeable:
+            rows = run_vector(block.memory.view, pages, self._page_size)
+            self._receive(packet, *map(tuple, rows.tolist()))
+            block.mark_placed(pages)
+        else:
+            data = self._into_buffer(packet, MULTIFD_PACKET_BYTES)
+            self._place_pages(block, pages, data)
 
     def _place_pages(
         self, block: RamBlock, pages: npt.NDArray[np.int64], data: npt.NDArray[np.uint8]
@@ -242,21 +260,33 @@ class _Worker:
             self._last_raw, self._last_block = packet.ramblock, block
         return self._last_block
 
-    def _into_buffer(self, size: int, capacity: int) -> npt.NDArray[np.uint8]:
+    def _into_buffer(self, packet: Packet, capacity: int) -> npt.NDArray[np.uint8]:
         if not len(self._buffer):
             self._buffer = np.empty(max(capacity, self._page_size), np.uint8)
-        part = self._buffer[:size]
-        self._receive(_whole(part), size)
+        part = self._buffer[: packet.data_bytes]
+        self._receive(packet, (address_of(part), len(part)))
         return part
 
-    def _receive(self, vector: Vector, size: int) -> None:
-        received = self._channel.recv_exactly(vector)
+    def _receive(self, packet: Packet, *rows: tuple[int, int]) -> None:
+        """Receive the data of a packet, and with the same call the header of the next one.
+
+        Not behind a SYNC: what follows may come only after the main stream's mark.
+        """
+        size = packet.data_bytes
+        if packet.is_sync:
+            received = self._channel.recv_exactly(_vector(*rows), size)
+        else:
+            received = self._channel.recv_exactly(
+                _vector(*rows, self._header_row), size + self._size
+            )
         if received < size:
             raise self._truncated(f"{received} of {size} bytes of page data")
+        if not packet.is_sync:
+            self._take_header(received - size)
 
     def _truncated(self, what: str) -> StreamTruncated:
         return StreamTruncated(f"the channel ended after {what}", section=self.name)
 
 
-def _whole(array: npt.NDArray[np.uint8]) -> Vector:
-    return np.array([[address_of(array), len(array)]], np.uint64)
+def _vector(*rows: tuple[int, int]) -> Vector:
+    return np.array(rows, np.uint64)

@@ -94,7 +94,6 @@ def run_vector(
     memory: npt.NDArray[np.uint8],
     pages: npt.NDArray[np.int64],
     page_size: int,
-    longest: int | None = None,
 ) -> Vector:
     """A vector of pages of a mapped memory, one entry for each run of consecutive ones.
 
@@ -102,7 +101,6 @@ def run_vector(
         memory: Whole mapped block, one dimension.
         pages: Page numbers, shape ``(n,)``, n at least 1; must lie in ``memory``.
         page_size: Bytes of a page.
-        longest: A new entry begins at each multiple of this index.
 
     Returns:
         Shape ``(runs, 2)``.
@@ -110,20 +108,8 @@ def run_vector(
     Raises:
         ValueError: A page does not lie in the memory, or it is not contiguous.
     """
-    if not memory.flags.c_contiguous:
-        raise ValueError("the memory must be contiguous")
-    if not (int(pages.min()) >= 0 and int(pages.max()) < len(memory) // page_size):
-        raise ValueError("a page does not lie in the memory")
-    is_cut = np.diff(pages) != 1
-    if longest is not None:
-        is_cut[longest - 1 :: longest] = True
-    cuts = np.flatnonzero(is_cut) + 1
-    bounds = np.concatenate(([0], cuts, [len(pages)]))
-    vector = np.empty((len(cuts) + 1, 2), np.uint64)
-    vector[:, 0] = (pages[bounds[:-1]] * page_size).astype(np.uint64)
-    vector[:, 0] += np.uint64(address_of(memory))
-    vector[:, 1] = np.diff(bounds) * page_size
-    return vector
+    _check(memory, int(pages.min()), int(pages.max()), page_size)
+    return _runs(memory, pages, page_size, np.diff(pages) != 1)
 
 
 def packet_vector(
@@ -138,7 +124,7 @@ def packet_vector(
     Args:
         headers: One header per packet, shape ``(k, h)``, contiguous.
         memory: Whole mapped block, one dimension.
-        pages: Page numbers, shape ``(n,)``, n at least 1; must lie in ``memory``.
+        pages: Page numbers, ascending, shape ``(n,)``, n at least 1; must lie in ``memory``.
         page_size: Bytes of a page.
         packet_pages: Pages of each packet; the last one has the rest.
 
@@ -148,18 +134,51 @@ def packet_vector(
     Raises:
         ValueError: A page does not lie in the memory, or an array is not contiguous.
     """
-    starts = np.arange(0, len(pages), packet_pages)
-    if not headers.flags.c_contiguous or len(headers) != len(starts):
+    count, packets = len(pages), len(headers)
+    if not headers.flags.c_contiguous or packets != -(-count // packet_pages):
         raise ValueError("headers must be contiguous, with one for each packet")
-    data = run_vector(memory, pages, page_size, packet_pages)
-    heads = np.empty((len(headers), 2), np.uint64)
-    heads[:, 0] = np.arange(len(headers), dtype=np.uint64) * np.uint64(headers.shape[1])
-    heads[:, 0] += np.uint64(address_of(headers))
-    heads[:, 1] = headers.shape[1]
-    if len(data) == len(heads):
-        return np.stack((heads, data), axis=1).reshape(-1, 2)
+    first, last = int(pages[0]), int(pages[-1])
+    _check(memory, first, last, page_size)
+    vector = np.empty((packets, 2, 2), np.uint64)
+    steps = np.arange(packets, dtype=np.uint64)
+    vector[:, 0, 0] = steps * np.uint64(headers.shape[1]) + np.uint64(address_of(headers))
+    vector[:, 0, 1] = headers.shape[1]
+    if last - first == count - 1:
+        stride = packet_pages * page_size
+        start = address_of(memory) + first * page_size
+        vector[:, 1, 0] = steps * np.uint64(stride) + np.uint64(start)
+        vector[:, 1, 1] = stride
+        vector[-1, 1, 1] = (count - (packets - 1) * packet_pages) * page_size
+        return vector.reshape(2 * packets, 2)
+    is_cut = np.diff(pages) != 1
+    is_cut[packet_pages - 1 :: packet_pages] = True
+    data = _runs(memory, pages, page_size, is_cut)
     before = np.concatenate(([0], np.cumsum(data[:, 1])[:-1])) // page_size
-    return np.insert(data, np.searchsorted(before, starts), heads, axis=0)
+    return np.insert(
+        data, np.searchsorted(before, np.arange(0, count, packet_pages)), vector[:, 0], axis=0
+    )
+
+
+def _check(memory: npt.NDArray[np.uint8], first: int, last: int, page_size: int) -> None:
+    if not memory.flags.c_contiguous:
+        raise ValueError("the memory must be contiguous")
+    if first < 0 or last >= len(memory) // page_size:
+        raise ValueError("a page does not lie in the memory")
+
+
+def _runs(
+    memory: npt.NDArray[np.uint8],
+    pages: npt.NDArray[np.int64],
+    page_size: int,
+    is_cut: npt.NDArray[np.bool_],
+) -> Vector:
+    cuts = np.flatnonzero(is_cut) + 1
+    bounds = np.concatenate(([0], cuts, [len(pages)]))
+    vector = np.empty((len(cuts) + 1, 2), np.uint64)
+    vector[:, 0] = (pages[bounds[:-1]] * page_size).astype(np.uint64)
+    vector[:, 0] += np.uint64(address_of(memory))
+    vector[:, 1] = np.diff(bounds) * page_size
+    return vector
 
 
 def rest_of(vector: Vector, done: int) -> Vector:

@@ -33,8 +33,8 @@ from migrationd.transport.channel import Channel
 from migrationd.transport.rate_limit import RateLimiter
 from migrationd.transport.zero_copy import ZeroCopySender
 
-PLAIN_PACKETS = 8
-"""Packets of one gather write: 4 MiB of pages."""
+PLAIN_PACKETS = 16
+"""Packets of one gather write: 8 MiB of pages. With 8 of them Python takes twice the time."""
 
 COMPRESSED_PACKETS = 4
 ZERO_PACKETS = 64
@@ -311,18 +311,19 @@ class _Worker:
 
     def send(self, batch: _Batch) -> int:
         """Send a batch; returns the bytes on the wire."""
-        none = batch.pages[:0]
-        if batch.is_zero and self._lists_zeros:
-            headers = self._encoder.headers(
-                batch.block.idstr, none, batch.pages, batch.first_number
-            )
+        lists_zeros = batch.is_zero and self._lists_zeros
+        headers = self._encoder.headers(
+            batch.block.idstr, batch.pages, batch.first_number, is_zero=lists_zeros
+        )
+        if lists_zeros:
             return self.channel.send_vector(_whole(headers))
-        headers = self._encoder.headers(batch.block.idstr, batch.pages, none, batch.first_number)
         if self._compressor is not None:
             return sum(
                 self._send_compressed(self._compressor, batch, headers[index], index)
                 for index in range(len(headers))
             )
+        if self._zero_copy is not None:
+            headers = headers.copy()  # the kernel reads it later
         vector = self._plain_vector(batch, headers)
         if self._zero_copy is not None:
             return self._zero_copy.send(vector, headers)

@@ -175,12 +175,13 @@ class Channel:
             self.bytes_received += count
             return count
 
-    def recv_exactly(self, vector: Vector) -> int:
+    def recv_exactly(self, vector: Vector, size: int) -> int:
         """Fill a scatter vector, for as long as it takes; sockets only.
 
         Args:
             vector: Where the bytes go, shape ``(n, 2)``; changed by the call. What it points
                 to must live until this returns.
+            size: Bytes of it.
 
         Returns:
             Bytes received; fewer than asked for at the end of the input.
@@ -190,7 +191,7 @@ class Channel:
         """
         total = 0
         with self._in_use:
-            while len(vector):
+            while True:
                 try:
                     count = recv_vector_all(self._fd, vector)
                 except BlockingIOError:
@@ -200,10 +201,12 @@ class Channel:
                     continue
                 except OSError as error:
                     raise self._broken("read from", error) from error
+                total += count
+                if total == size:
+                    break
                 if not count:
                     self._refuse_if_down()
                     break
-                total += count
                 vector = rest_of(vector, count)
             self.bytes_received += total
         return total

@@ -41,22 +41,40 @@ def test_the_header_has_one_size() -> None:
     assert header_bytes(65536) == 320 + 8 * 8
 
 
-def test_headers_of_many_packets_decode_again() -> None:
-    normal, zero = np.arange(1000, 1300), np.arange(7, 7 + 129)
-    headers = PacketEncoder(PAGE, "none").headers("pc.ram", normal, zero, (1 << 32) - 1)
-    assert headers.shape == (5, 1344)
-    decoder = PacketDecoder(0, PAGE, "none")
-    seen: list[tuple[list[int], list[int]]] = []
-    for row in headers:
-        head = decoder.decode(row.tobytes())
-        assert block_name(head.ramblock) == "pc.ram"
-        assert head.number == (1 << 32) - 1 + len(seen)
-        assert head.data_bytes == head.normal_pages * PAGE
-        pages = decoder.offsets(row.tobytes(), head, 2000 * PAGE, "pc.ram").tolist()
-        seen.append((pages[: head.normal_pages], pages[head.normal_pages :]))
-    assert [page for packet in seen for page in packet[0]] == normal.tolist()
-    assert [page for packet in seen for page in packet[1]] == zero.tolist()
-    assert [len(packet[0]) for packet in seen] == [128, 128, 44, 0, 0]
+@pytest.mark.parametrize("is_zero", [False, True])
+def test_headers_of_many_packets_decode_again(is_zero: bool) -> None:
+    encoder, decoder = PacketEncoder(PAGE, "none"), PacketDecoder(0, PAGE, "none")
+    for count in (300, 300, 256, 1):
+        pages = np.sort(np.random.default_rng(count).choice(2000, count, replace=False))
+        headers = encoder.headers("pc.ram", pages, (1 << 32) - 1, is_zero=is_zero)
+        assert headers.shape == (-(-count // 128), 1344)
+        seen: list[int] = []
+        for number, row in enumerate(headers):
+            data = row.tobytes()
+            head = decoder.decode(data)
+            assert block_name(head.ramblock) == "pc.ram"
+            assert head.number == (1 << 32) - 1 + number
+            assert head.data_bytes == head.normal_pages * PAGE
+            assert bool(head.zero_pages) == is_zero
+            assert bool(head.normal_pages) != is_zero
+            seen += decoder.offsets(data, head, 2000 * PAGE, "pc.ram").tolist()
+            assert not np.frombuffer(data, ">u8", offset=320)[head[2] + head[3] :].any()
+        assert seen == pages.tolist()
+
+
+def test_a_run_is_noticed_and_nothing_else() -> None:
+    encoder, decoder = PacketEncoder(PAGE, "none"), PacketDecoder(0, PAGE, "none")
+    for pages, run in (
+        (np.arange(872, 1000), 872),
+        (np.arange(5, 6), 5),
+        (np.array([7, 9, 8]), -1),
+        (np.arange(873, 1001), -1),
+        (np.array([3, 3]), -1),
+    ):
+        data = encoder.headers("a", pages, 0, is_zero=False)[0].tobytes()
+        assert decoder.run(data, decoder.decode(data), 1000 * PAGE) == run
+    data = encoder.headers("a", np.arange(4), 0, is_zero=True)[0].tobytes()
+    assert decoder.run(data, decoder.decode(data), 1000 * PAGE) == -1
 
 
 def test_sync_packets() -> None:
@@ -72,9 +90,12 @@ def test_sync_packets() -> None:
 
 
 def test_the_size_of_a_compressed_packet_is_written_in_place() -> None:
-    headers = PacketEncoder(PAGE, "zlib").headers("a", np.arange(5), np.arange(0), 0)
+    encoder, decoder = PacketEncoder(PAGE, "zlib"), PacketDecoder(0, PAGE, "zlib")
+    headers = encoder.headers("a", np.arange(5), 0, is_zero=False)
     set_data_bytes(headers[0], 321)
-    assert PacketDecoder(0, PAGE, "zlib").decode(headers[0].tobytes()).data_bytes == 321
+    assert decoder.decode(headers[0].tobytes()).data_bytes == 321
+    again = encoder.headers("a", np.arange(5), 0, is_zero=False)
+    assert decoder.decode(again[0].tobytes()).data_bytes == 5 * PAGE
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,151 @@
+"""multifd between QEMU and migrationd, interleaved in one run.
+
+    python -m benchmarks.multifd [--reps N] [--memory MIB] [--qemu BINARY]
+                                 [--cells CHANNELS:METHOD:CONTENT,...]
+
+Prints medians, and ratios to QEMU -> QEMU of the same repetition; figures of a busy
+machine are worth nothing. Contents: ``random``, ``half zero``, ``zero``, ``compressible``.
+"""
+
+import argparse
+import asyncio
+import sys
+from dataclasses import dataclass
+
+from benchmarks.measure import Sample, median
+from benchmarks.peers import Bench
+from migrationd.ctl.qemu_process import find_qemu, qemu_version
+
+Pair = tuple[str, str]
+
+BASE: Pair = ("QEMU", "QEMU")
+PAIRS: tuple[Pair, ...] = (
+    BASE,
+    ("QEMU", "migrationd"),
+    ("migrationd", "QEMU"),
+    ("migrationd", "migrationd"),
+)
+RATE_GOALS: dict[Pair, float] = {PAIRS[1]: 1.0, PAIRS[2]: 1.2, PAIRS[3]: 1.2}
+COMPRESSED_RATE_GOAL = 1.0
+ZERO_RATE_GOAL = 1.3
+CPU_GOAL = 0.8
+"""At most so many times QEMU's CPU seconds at the same end."""
+
+BYTES_GOAL = 0.02
+"""Compressed bytes differ from QEMU's by at most this share."""
+
+BEYOND_GOAL_MIB = 150
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """What one table measures."""
+
+    channels: int
+    method: str
+    content: str
+
+    def rate_goal(self, pair: Pair) -> float:
+        """At least so many times the rate of QEMU -> QEMU."""
+        if self.method != "none":
+            return COMPRESSED_RATE_GOAL
+        if self.content == "zero" and pair[0] == "migrationd":
+            return ZERO_RATE_GOAL
+        return RATE_GOALS[pair]
+
+
+CELLS = (
+    Cell(2, "none", "random"),
+    Cell(4, "none", "random"),
+    Cell(2, "none", "half zero"),
+    Cell(2, "none", "zero"),
+    Cell(2, "zstd", "compressible"),
+    Cell(2, "zlib", "compressible"),
+)
+
+
+async def run(binary: str, memory_mib: int, reps: int, cells: tuple[Cell, ...]) -> None:
+    """Measure and print."""
+    print(f"QEMU {qemu_version(binary)}, {memory_mib} MiB, tcp, {reps} interleaved repetitions")
+    for cell in cells:
+        samples: dict[Pair, list[Sample]] = {pair: [] for pair in PAIRS}
+        async with Bench(binary, memory_mib, cell.content, cell.channels, cell.method) as bench:
+            for rep in range(reps):
+                for pair in PAIRS if rep % 2 == 0 else PAIRS[::-1]:
+                    samples[pair].append(await bench.sample(*pair))
+            beyond = bench.beyond_guest_bytes
+        print_table(cell, memory_mib, samples)
+        if beyond:
+            peak_mib = max(beyond) / 2**20
+            print(f"peak resident memory beyond the guest's RAM {peak_mib:.0f} MiB"
+                  f"{verdict(peak_mib < BEYOND_GOAL_MIB)}")  # fmt: skip
+
+
+def print_table(cell: Cell, memory_mib: int, samples: dict[Pair, list[Sample]]) -> None:
+    """Print one cell's rates, costs and sizes."""
+    print(f"\n{cell.channels} channels, {cell.method}, {cell.content}")
+    print(f"{'pair':<26}{'GB/s of guest RAM':>32}{'CPU s source':>18}{'CPU s destination':>20}"
+          f"{'MB on the wire':>18}")  # fmt: skip
+    base = samples[BASE]
+    for pair, taken in samples.items():
+        rate = median((memory_mib << 20) / item.wall_s / 1e9 for item in taken)
+        ratios = [b.wall_s / a.wall_s for a, b in zip(taken, base, strict=True)]
+        text = f"{rate:.2f}"
+        if pair != BASE:
+            text += f"  x {median(ratios):.2f} ({min(ratios):.2f}..{max(ratios):.2f})"
+            text += verdict(median(ratios) >= cell.rate_goal(pair))
+        ours = [kind == "migrationd" for kind in pair]
+        source = cost([s.source_cpu_s for s in taken], [s.source_cpu_s for s in base], ours[0])
+        destination = cost(
+            [s.destination_cpu_s for s in taken], [s.destination_cpu_s for s in base], ours[1]
+        )
+        sent = median(s.wire_bytes for s in taken)
+        size = f"{sent / 1e6:.1f}"
+        if ours[0] and cell.method != "none":
+            share = sent / median(s.wire_bytes for s in base)
+            size += f" x {share:.3f}{verdict(abs(share - 1) <= BYTES_GOAL)}"
+        print(f"{' -> '.join(pair):<26}{text:>32}{source:>18}{destination:>20}{size:>18}")
+    busy = median(s.other_cpus for taken in samples.values() for s in taken)
+    print(f"others used {busy:.2f} CPUs")
+
+
+def cost(taken: list[float], base: list[float], ours: bool) -> str:
+    """CPU seconds, and their ratio to QEMU's where they are ours."""
+    text = f"{median(taken):.2f}"
+    if not ours:
+        return text
+    ratio = median(a / max(b, 0.01) for a, b in zip(taken, base, strict=True))
+    return f"{text}  x {ratio:.2f}{verdict(ratio <= CPU_GOAL)}"
+
+
+def verdict(is_met: bool) -> str:
+    """How a figure compares with its goal."""
+    return " ok" if is_met else " --"
+
+
+def parse_cells(text: str) -> tuple[Cell, ...]:
+    """Cells of ``2:none:random,4:zstd:compressible``."""
+    cells = []
+    for item in text.split(","):
+        channels, method, content = item.split(":")
+        cells.append(Cell(int(channels), method, content))
+    return tuple(cells)
+
+
+def main() -> int:
+    """Parse arguments and run."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.multifd", description=__doc__)
+    parser.add_argument("--reps", type=int, default=5)
+    parser.add_argument("--memory", type=int, default=1024, help="guest memory, MiB")
+    parser.add_argument("--qemu", default=find_qemu(), help="QEMU binary")
+    parser.add_argument("--cells", type=parse_cells, default=CELLS)
+    options = parser.parse_args()
+    if options.qemu is None:
+        print("qemu-system-x86_64 is not installed (Debian: apt-get install qemu-system-x86)")
+        return 1
+    asyncio.run(run(options.qemu, options.memory, options.reps, options.cells))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
