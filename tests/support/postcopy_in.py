@@ -1,12 +1,14 @@
 """A guest that turns to postcopy on its way from a real QEMU into the daemon."""
 
+from collections.abc import Mapping
+
 from migrationd.ctl.daemon_process import DaemonProcess
 from migrationd.ctl.qemu_process import QemuProcess
 
 SLOW_BYTES_PER_S = 4 << 20
 """A precopy of this rate does not converge before it is told to turn."""
 
-OFF = {"postcopy-ram": False, "postcopy-preempt": False}
+OFF = {"postcopy-ram": False, "postcopy-preempt": False, "multifd": False}
 """Capabilities of a daemon that sends its guest on by precopy."""
 
 
@@ -23,6 +25,7 @@ async def begin(
     preempt: bool,
     postcopy_bytes_per_s: int = 0,
     listens: str | None = None,
+    also: Mapping[str, bool] | None = None,
 ) -> None:
     """Start a migration and let it turn to postcopy; returns once it has.
 
@@ -33,10 +36,12 @@ async def begin(
         preempt: Whether there is a channel of urgent pages.
         postcopy_bytes_per_s: Rate of the background pages; 0 for no limit.
         listens: Where the daemon listens, if there is a network between them.
+        also: Further capabilities of both.
     """
-    await daemon.set_capabilities(capabilities(preempt=preempt))
+    switched = {**capabilities(preempt=preempt), **(also or {})}
+    await daemon.set_capabilities(switched)
     await daemon.execute("migrate-incoming", {"uri": listens or uri, "exit-on-error": False})
-    await source.set_capabilities(capabilities(preempt=preempt))
+    await source.set_capabilities(switched)
     await source.set_parameters(
         {"max-bandwidth": SLOW_BYTES_PER_S, "max-postcopy-bandwidth": postcopy_bytes_per_s}
     )
