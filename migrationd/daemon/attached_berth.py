@@ -9,6 +9,7 @@ from migrationd.guest.base import GuestIdentity
 from migrationd.guest.device import DeviceState
 from migrationd.guest.held import HeldGuest
 from migrationd.guest.ram_block import RamBlockSpec
+from migrationd.incoming.mapped_ram import complete_guest, load_pages, map_guest, specs_of
 from migrationd.store.mapped_ram_reader import Contents
 
 ATTACH_WAIT_S = 10.0
@@ -84,12 +85,21 @@ class AttachedBerth:
         return guest
 
     def adopt(self, fd: int, contents: Contents) -> AttachedGuest:
-        """Refuse a mapped-ram file: a workload arrives by a stream.
+        """Load the guest of a mapped-ram file into the workload.
 
         Raises:
-            GuestError: Always.
+            GuestError: As :meth:`allocate`, or the workload cannot load its devices.
+            StoreError: The file does not hold what it says.
         """
-        raise GuestError("an attached guest is not loaded from a mapped-ram file in this version")
+        source = map_guest(fd, contents)
+        try:
+            early = [device for device in source.devices if device.is_early]
+            guest = self.allocate(source.identity, early, specs_of(contents))
+            load_pages(source, guest.ram)
+            complete_guest(guest, contents)
+        finally:
+            source.close()
+        return guest
 
     def settle(self, guest: HeldGuest) -> None:
         """Nothing: the workload keeps what it has."""

@@ -9,20 +9,25 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 
+import numpy as np
+
 from migrationd.codec.records import Configuration
 from migrationd.errors import GuestError, StoreError, StreamUnsupported
 from migrationd.guest.base import GuestIdentity, SeenOnArrival
 from migrationd.guest.device import DeviceState
 from migrationd.guest.guest_file import GuestFile
 from migrationd.guest.held import HeldGuest
-from migrationd.guest.memory import FileMemory
+from migrationd.guest.memory import FileMemory, page_runs
 from migrationd.guest.parked import ParkedGuest
-from migrationd.guest.ram_block import RamBlockSpec
+from migrationd.guest.ram_block import RamBlock, RamBlockSpec
 from migrationd.store.container import read_container
 from migrationd.store.mapped_ram import CAPABILITY, PlacedBlock
 from migrationd.store.mapped_ram_reader import Contents, read_contents, read_packed_bitmap
 from migrationd.store.page_writer import PageSource, PageWriter
 from migrationd.transport.channel import Channel
+
+LOAD_PAGES = 4096
+"""Pages of one copy: 16 MiB."""
 
 
 def load_mapped_ram(
@@ -81,7 +86,7 @@ def specs_of(contents: Contents) -> list[RamBlockSpec]:
 
 
 def complete_guest(
-    guest: ParkedGuest, contents: Contents, seen: Mapping[str, bool] | None = None
+    guest: HeldGuest, contents: Contents, seen: Mapping[str, bool] | None = None
 ) -> None:
     """Add device sections and description to a guest whose RAM is there.
 
@@ -131,6 +136,25 @@ def map_guest(fd: int, contents: Contents, seen: Mapping[str, bool] | None = Non
         guest.close()
         raise
     return guest
+
+
+def load_pages(source: ParkedGuest, ram: Sequence[RamBlock]) -> None:
+    """Copy the pages of a mapped guest into other memory, which is zero.
+
+    Args:
+        source: A guest whose pages are in a file.
+        ram: Blocks of the same lengths, in the same order.
+
+    Raises:
+        GuestError: The memory cannot be written, or the file was changed meanwhile.
+    """
+    for origin, block in zip(source.ram, ram, strict=True):
+        content = origin.memory.view.reshape(origin.page_count, origin.page_size)
+        for first, count in page_runs(np.flatnonzero(origin.present)).tolist():
+            for start in range(first, first + count, LOAD_PAGES):
+                end = min(start + LOAD_PAGES, first + count)
+                block.place_batch(np.arange(start, end), content[start:end], True)
+    source.check_unchanged()
 
 
 def copy_pages(guest: ParkedGuest, fd: int, places: Sequence[PlacedBlock]) -> None:

@@ -1,6 +1,7 @@
 """Live processes move from one daemon to another while they write their memory."""
 
 import contextlib
+import resource
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -199,3 +200,45 @@ async def test_a_daemon_that_ends_leaves_the_workload_running_for_the_next(
         await second.wait_run_state("running")
         await second.execute("stop")
         assert await second.run_state() == "paused"
+
+
+async def test_through_a_mapped_ram_file(tmp_path: Path) -> None:
+    """Saved while it runs, which stops it; loaded into another workload, where it goes on."""
+    file = tmp_path / "saved"
+    here, there = (DirtierProcess(tmp_path, name) for name in ("here", "there"))
+    async with contextlib.AsyncExitStack() as stack:
+        source = await stack.enter_async_context(
+            await DaemonProcess.start(arguments=here.daemon_arguments)
+        )
+        await stack.enter_async_context(here)
+        await here.wait_running()
+        await source.set_capabilities({"events": True, "mapped-ram": True})
+        await source.execute("migrate", {"uri": f"file:{file}"})
+        await source.wait_migration("completed")
+        last = here.progress()
+        assert last is not None
+        destination = await stack.enter_async_context(
+            await DaemonProcess.start(incoming="defer", arguments=there.daemon_arguments)
+        )
+        await stack.enter_async_context(there)
+        await destination.set_capabilities({"mapped-ram": True})
+        await destination.execute(
+            "migrate-incoming", {"uri": f"file:{file}", "exit-on-error": False}
+        )
+        await destination.wait_migration("completed")
+        after = await there.wait_passes(2)
+        assert after.place > last.place
+        assert after.mistakes == 0
+
+
+async def test_a_file_that_takes_nothing_more_lets_it_go_on(tmp_path: Path) -> None:
+    here = DirtierProcess(tmp_path, "here")
+    async with await DaemonProcess.start(arguments=here.daemon_arguments) as source, here:
+        await here.wait_running()
+        await source.set_capabilities({"events": True, "mapped-ram": True})
+        resource.prlimit(source.pid, resource.RLIMIT_FSIZE, (8 << 20, resource.RLIM_INFINITY))
+        await source.execute("migrate", {"uri": f"file:{tmp_path}/saved"})
+        await source.wait_migration("failed")
+        assert "File too large" in str((await source.query_migrate())["error-desc"])
+        await source.wait_run_state("running")
+        await here.wait_passes(1)
