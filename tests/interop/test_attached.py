@@ -60,6 +60,7 @@ async def pair(
         await stack.enter_async_context(here)
         await stack.enter_async_context(there)
         await here.wait_running()
+        await source.wait_run_state("running")
         yield Pair(source, destination, here, there)
 
 
