@@ -70,6 +70,8 @@ class Workload:
     Args:
         name: Of the program; source and destination have the same.
         on_loaded: Called after a state was loaded, before the workload may run.
+        on_stopped: Called when it was stopped; nothing is in ``active()`` any more.
+        on_started: Called when it may run, at first or again.
         on_quit: Called when the daemon ends the workload; the process exits by default.
     """
 
@@ -78,10 +80,14 @@ class Workload:
         name: str,
         *,
         on_loaded: Callable[[], None] | None = None,
+        on_stopped: Callable[[], None] | None = None,
+        on_started: Callable[[], None] | None = None,
         on_quit: Callable[[], None] | None = None,
     ) -> None:
         self.name = name
         self._on_loaded = on_loaded
+        self._on_stopped = on_stopped
+        self._on_started = on_started
         self._on_quit = on_quit or (lambda: os._exit(0))
         self._blocks: list[_Block] = []
         self._devices: list[_Device] = []
@@ -159,6 +165,18 @@ class Workload:
             yield
         finally:
             self._gate.leave()
+
+    def try_enter(self) -> bool:
+        """As the beginning of ``active()``, for an event loop: never waits.
+
+        Returns:
+            False if the workload may not run now; otherwise :meth:`leave` has to follow.
+        """
+        return self._gate.try_enter()
+
+    def leave(self) -> None:
+        """The end of what :meth:`try_enter` began."""
+        self._gate.leave()
 
     @property
     def is_running(self) -> bool:
@@ -256,11 +274,11 @@ class Workload:
         match request.get("execute"):
             case "begin":
                 if arguments["role"] == "destination":
-                    self._gate.close()
+                    self._stop()
             case "stop":
-                self._gate.close()
+                self._stop()
             case "start":
-                self._gate.open()
+                self._start()
             case "throttle":
                 self._gate.throttle(arguments["percentage"])
             case "check":
@@ -275,6 +293,18 @@ class Workload:
             case other:
                 raise GuestError(f"request '{other}' is not known")
         return {"return": {}}, []
+
+    def _stop(self) -> None:
+        was_open = self._gate.is_open
+        self._gate.close()
+        if was_open and self._on_stopped is not None:
+            self._on_stopped()
+
+    def _start(self) -> None:
+        was_open = self._gate.is_open
+        self._gate.open()
+        if not was_open and self._on_started is not None:
+            self._on_started()
 
     def _save(self) -> tuple[dict[str, Any], list[int]]:
         saved = []
@@ -337,6 +367,12 @@ class _Gate:
             while not self.is_open:
                 self._changed.wait()
             self._inside += 1
+
+    def try_enter(self) -> bool:
+        """Go in if the gate is open."""
+        with self._changed:
+            self._inside += self.is_open
+            return self.is_open
 
     def leave(self) -> None:
         """Go out."""
