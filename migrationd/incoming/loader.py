@@ -241,7 +241,8 @@ class StreamLoader:
             total += received
             self._run.saw(block, page, placed)
             if placed < count:
-                self._run.ended()
+                # Over, or only paused: what comes next tells.
+                self._run.interrupted()
         return total
 
     def _receive(self) -> int:
