@@ -9,6 +9,8 @@ pages that hold nothing yet are received so, for nothing can be lost there.
 Reference: PAGE|CONTINUE records, stream format 2.1.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
@@ -59,6 +61,24 @@ class RunGuess:
         self._pages += count
         self.next = block, first_page + count
         self._is_open = True
+
+    def saw_mixed(self, block: RamBlock, pages: Sequence[int], content_at: Sequence[int]) -> None:
+        """A row of full and zero pages came: it may end a run, and begin one."""
+        count = len(pages)
+        lead = 0
+        while lead < count and content_at[lead] >= 0 and pages[lead] == pages[0] + lead:
+            lead += 1
+        if lead:
+            self.saw(block, pages[0], lead)
+        tail = 0
+        while tail < count - lead and (
+            content_at[-1 - tail] >= 0 and pages[-1 - tail] == pages[-1] - tail
+        ):
+            tail += 1
+        if lead < count:
+            self.ended()
+        if tail:
+            self.saw(block, pages[-tail], tail)
 
     def ended(self) -> None:
         """The run is over."""

@@ -298,7 +298,11 @@ class StreamLoader:
                     self._run.saw(block, int(record.pages[0]), len(record.pages))
                 else:
                     self._run.ended()
-            case MixedBatch() | ZeroBatch():
+            case MixedBatch():
+                block = self._block(record.block)
+                place_record(block, record, self.position)
+                self._run.saw_mixed(block, record.pages, record.content_at)
+            case ZeroBatch():
                 place_record(self._block(record.block), record, self.position)
             case XbzrlePage():
                 if self._is_postcopy:

@@ -167,6 +167,19 @@ def test_a_run_is_guessed_to_become_as_long_as_the_one_before() -> None:
     assert guess.pages_ahead() == 0, f"runs of 10 pages are below {LEAST_USUAL_PAGES}"
 
 
+def test_a_mixed_row_ends_a_run_and_begins_the_next() -> None:
+    block = ram_block()
+    guess = RunGuess()
+    guess.saw(block, 0, 120)
+    guess.saw_mixed(block, [*range(120, 128), *range(128, 140)], [1] * 8 + [-1] * 10 + [1] * 2)
+    assert guess.next == (block, 140)
+    assert guess.pages_ahead() == 126
+    guess.saw_mixed(block, [140, 141], [1, 1])
+    assert guess.pages_ahead() == 124
+    guess.saw_mixed(block, [142, 143], [-1, -1])
+    assert guess.next is None
+
+
 def test_a_long_run_is_guessed_to_go_on() -> None:
     block = ram_block()
     guess = RunGuess()
