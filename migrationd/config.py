@@ -28,6 +28,7 @@ class DaemonConfig:
     Attributes:
         monitors: Texts of ``-qmp``, in order.
         incoming: Texts of ``-incoming``: ``defer``, a URI or a JSON MigrationChannel.
+        objects: Texts of ``-object``, in order.
         name: Guest name, or None.
         uuid: Guest UUID, or None.
         start_stopped: ``-S``.
@@ -44,6 +45,7 @@ class DaemonConfig:
 
     monitors: tuple[str, ...] = ()
     incoming: tuple[str, ...] = ()
+    objects: tuple[str, ...] = ()
     name: str | None = None
     uuid: UUID | None = None
     start_stopped: bool = False
@@ -72,6 +74,8 @@ OPTIONS: tuple[_Option, ...] = (
             is_repeatable=True),
     _Option("incoming", "ADDR", "take a guest: defer, a migration URI or a JSON MigrationChannel",
             is_repeatable=True),
+    _Option("object", "SPEC", "make TLS credentials, a secret or authorization rules: "
+            "TYPE,id=ID[,...] or JSON", is_repeatable=True),
     _Option("name", "NAME", "name of the guest, for query-name and -ram-dir"),
     _Option("uuid", "UUID", "UUID of the guest, for query-uuid and validate-uuid"),
     _Option("S", "", "an attached guest is not started when the migration ends", is_flag=True),
@@ -92,9 +96,6 @@ OPTIONS: tuple[_Option, ...] = (
 )  # fmt: skip
 
 _BY_NAME = {option.name: option for option in OPTIONS}
-_LATER = {
-    "object": "TLS credentials, authorization and secrets",
-}
 
 Values = dict[str, list[str]]
 
@@ -197,8 +198,6 @@ def check_incoming_text(text: str) -> None:
 
 
 def _find(name: str, what: str) -> _Option:
-    if name in _LATER:
-        raise ConfigError(f"option '-{name}' ({_LATER[name]}) is not available in this version")
     option = _BY_NAME.get(name)
     if option is None:
         raise ConfigError(f"unknown {what}; see -help")
@@ -240,6 +239,8 @@ def _apply(config: DaemonConfig, name: str, texts: list[str]) -> DaemonConfig:
             return replace(config, monitors=tuple(texts))
         case "incoming":
             return replace(config, incoming=tuple(texts))
+        case "object":
+            return replace(config, objects=tuple(texts))
         case "name":
             return replace(config, name=_guest_name(text))
         case "uuid":

@@ -17,6 +17,7 @@
     │   ├── PeerFailed           the peer said that it failed
     │   └── MigrationCancelled   ended on request
     ├── StoreError           a guest at rest
+    ├── ObjectError          credentials, secrets and rules that a user makes
     └── QMPError             exactly what a monitor client is told
 
 Base classes and the leaves that several packages raise live here.
@@ -130,6 +131,10 @@ class MigrationCancelled(MigrationError):
 
 class StoreError(MigrationdError):
     """A guest at rest cannot be read or written."""
+
+
+class ObjectError(MigrationdError):
+    """An object cannot be made, found or used as asked; the text is QEMU's where it has one."""
 
 
 class QMPError(MigrationdError):

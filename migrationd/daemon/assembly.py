@@ -8,9 +8,11 @@ from migrationd.clock import SystemClock
 from migrationd.config import DaemonConfig
 from migrationd.daemon.control import GuestControl
 from migrationd.daemon.shelter import Shelter
-from migrationd.errors import ConfigError, MigrationdError, QMPError
+from migrationd.errors import ConfigError, MigrationdError, ObjectError, QMPError
 from migrationd.guest.run_state import Owner
 from migrationd.migration.options import MigrationOptions
+from migrationd.objects.option import add_from_option
+from migrationd.objects.registry import ObjectRegistry
 from migrationd.qmp.context import Chardev, MigrationChannel
 from migrationd.qmp.event_bus import EventBus
 from migrationd.transport.address import address_from_qapi, parse_uri
@@ -29,7 +31,7 @@ async def assemble(
     """Build the control of the one guest; a guest at rest is offered, ``-incoming`` opened.
 
     Raises:
-        ConfigError: ``-incoming`` is no address.
+        ConfigError: ``-incoming`` is no address, or an ``-object`` cannot be made.
         MigrationdError: The directory or the address cannot be used.
     """
     control = GuestControl(
@@ -43,6 +45,7 @@ async def assemble(
         chardevs=chardevs,
     )
     try:
+        _make_objects(config, control.objects)
         if config.attach_path is not None:
             control.open_guest_socket(config.attach_path)
         if not _offer_saved_guest(config, control):
@@ -51,6 +54,19 @@ async def assemble(
         await control.aclose()
         raise
     return control
+
+
+def _make_objects(config: DaemonConfig, objects: ObjectRegistry) -> None:
+    for text in config.objects:
+        try:
+            add_from_option(objects, text)
+        except ObjectError as error:
+            raise ConfigError(f"-object {_without_data(text)}: {error}") from None
+
+
+def _without_data(text: str) -> str:
+    """Type and id, but never a secret's data."""
+    return text.split(",", 1)[0] if not text.startswith("{") else "{...}"
 
 
 def _offer_saved_guest(config: DaemonConfig, control: GuestControl) -> bool:

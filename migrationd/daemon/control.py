@@ -29,6 +29,7 @@ from migrationd.migration.dialect import dialect_of
 from migrationd.migration.info import MigrationInfo
 from migrationd.migration.options import MigrationOptions
 from migrationd.migration.transports import check_transport
+from migrationd.objects.registry import ObjectRegistry
 from migrationd.outgoing.driver import PAUSABLE, OutgoingMigration, OutgoingSettings
 from migrationd.outgoing.file_save import FileSettings
 from migrationd.outgoing.multifd_send import MultifdSettings
@@ -70,6 +71,7 @@ class GuestControl:
         chardevs: Mapping[str, Chardev] | None = None,
     ) -> None:
         self.options = options
+        self.objects = ObjectRegistry()
         self._config = config
         self._bus = bus
         self._clock = clock
