@@ -301,7 +301,8 @@ class StreamLoader:
             case MixedBatch():
                 block = self._block(record.block)
                 place_record(block, record, self.position)
-                self._run.saw_mixed(block, record.pages, record.content_at)
+                if not self._is_postcopy:
+                    self._run.saw_mixed(block, record.pages, record.content_at)
             case ZeroBatch():
                 place_record(self._block(record.block), record, self.position)
             case XbzrlePage():
