@@ -7,6 +7,7 @@ Reference: stream format 5. The message *with* the block name is 3, the one
 without is 4.
 """
 
+import struct
 from dataclasses import dataclass
 
 from migrationd.codec.constants import (
@@ -78,6 +79,10 @@ _FIXED = {
 }
 
 
+_REQUEST = struct.Struct(">QI")
+_REQUEST_HEAD = struct.pack(">HH", MIG_RP_MSG_REQ_PAGES, _REQUEST.size)
+
+
 def encode_return_path(message: ReturnPathMessage) -> bytes:
     """Encode one message."""
     match message:
@@ -125,6 +130,11 @@ class ReturnPathDecoder:
         Raises:
             StreamCorrupt: Unknown type, wrong length or wrong end mark.
         """
+        if len(data) == 16 and data.startswith(_REQUEST_HEAD) and not self._data:
+            # What comes ten thousand times a second, alone in its packet.
+            self._position += 16
+            start, length = _REQUEST.unpack_from(data, 4)
+            return [RequestPages(start, length)]
         self._data += data
         messages: list[ReturnPathMessage] = []
         while (found := self._decode_one()) is not None:

@@ -158,6 +158,44 @@ def _capability_state(text: str) -> dict[str, object]:
 
 
 @app.command()
+def resume(
+    context: typer.Context,
+    uri: Annotated[str, typer.Argument(help="where to: tcp:HOST:PORT or unix:PATH")],
+    lazy: Annotated[
+        bool, typer.Option("--lazy", help="let it run there at once, its memory follows")
+    ] = False,
+    preempt: Annotated[
+        bool, typer.Option("--preempt", help="with a channel of their own for requested pages")
+    ] = False,
+    detach: Annotated[bool, typer.Option("--detach", "-d", help="do not follow it")] = False,
+) -> None:
+    """Send the parked guest where it is to run; or go on with a postcopy that is paused."""
+
+    async def action(monitor: Monitor) -> Progress | None:
+        info = await monitor.query_migrate()
+        if info.get("status") == "postcopy-paused":
+            await monitor.execute("migrate", {"uri": uri, "resume": True})
+        else:
+            names = ("postcopy-ram", "postcopy-preempt") if lazy else ()
+            states = [{"capability": "events", "state": True}]
+            states += [{"capability": name, "state": True} for name in names[: 1 + preempt]]
+            await monitor.execute("migrate-set-capabilities", {"capabilities": states})
+            commands = [monitor.execute("migrate", {"uri": uri})]
+            if lazy:
+                # Sent behind it at once: before the first page.
+                commands.append(monitor.execute("migrate-start-postcopy"))
+            await asyncio.gather(*commands)
+        if detach:
+            return None
+        with make_display(console) as display:
+            return await follow(monitor.query_migrate, display, ends_when_waiting=True)
+
+    progress = _with_monitor(context, action)
+    if progress is not None:
+        _exit_as(progress)
+
+
+@app.command()
 def cancel(context: typer.Context) -> None:
     """Cancel the migration and wait until it has ended."""
 

@@ -543,6 +543,7 @@ class GuestControl:
             )
             if capabilities["postcopy-ram"]
             else None,
+            postcopy_blocktime=capabilities["postcopy-blocktime"],
             file=self._file_settings(),
             multifd=self._multifd_settings(),
             throttle=self._throttle_settings(),

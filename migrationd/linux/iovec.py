@@ -227,6 +227,23 @@ def recv_vector_all(fd: int, vector: Vector) -> int:
     return _result(_recvmsg(fd, ctypes.byref(head), _MSG_WAITALL))
 
 
+def send_entries(fd: int, address: int, count: int) -> int:
+    """``sendmsg`` of a vector whose address is known; for short ones, where finding it counts.
+
+    Args:
+        fd: Socket.
+        address: Of the first entry.
+        count: Entries, at most ``IOV_MAX``.
+
+    Returns:
+        Bytes taken by the kernel.
+
+    Raises:
+        OSError: As the call.
+    """
+    return _result(_sendmsg(fd, ctypes.byref(_Msghdr(iov=address, iovlen=count)), _MSG_NOSIGNAL))
+
+
 def send_vector(fd: int, vector: Vector, *, zero_copy: bool = False) -> int:
     """``sendmsg`` of up to ``IOV_MAX`` entries.
 

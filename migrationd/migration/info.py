@@ -43,5 +43,7 @@ class MigrationInfo:
     remaining_bytes: int | None = None
     cpu_throttle_percentage: int | None = None
     ram: RamStats | None = None
+    postcopy_latency_ns: int | None = None
+    postcopy_latency_dist: tuple[int, ...] | None = None
     blocked_reasons: tuple[str, ...] = ()
     socket_address: tuple[dict[str, object], ...] = field(default=())

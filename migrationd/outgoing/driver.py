@@ -97,6 +97,8 @@ class OutgoingSettings:
     downtime_limit_ms: int = 300
     throttle: ThrottleSettings | None = None
     postcopy: PostcopySettings | None = None
+    postcopy_blocktime: bool = False
+    """Show how long requests took; QEMU shows at its destination how long the guest waited."""
     file: FileSettings | None = None
     """How a mapped-ram file is written; None without the capability."""
     multifd: MultifdSettings | None = None
@@ -332,6 +334,9 @@ class OutgoingMigration:
         completed = status == "completed"
         now_s = self._end_s if self._end_s is not None else self._clock.monotonic_s()
         ram = self._stats.snapshot(completed=completed)
+        latency = None
+        if self._postcopy is not None and self._settings.postcopy_blocktime and completed:
+            latency = self._postcopy.latency
         downtime_s = None
         if completed or self.is_in_postcopy:
             downtime_s = (self._running_there_s or now_s) - (self._switchover_s or now_s)
@@ -347,6 +352,8 @@ class OutgoingMigration:
             else self._stats.expected_downtime_ms(self._downtime_limit_ms),
             remaining_bytes=ram.remaining,
             ram=ram,
+            postcopy_latency_ns=latency.mean_ns if latency is not None else None,
+            postcopy_latency_dist=latency.distribution() if latency is not None else None,
         )
 
     async def _migrate(self, open_channel: OpenChannel) -> None:
@@ -707,6 +714,8 @@ class OutgoingMigration:
         self._end_s = self._clock.monotonic_s()
         self._stats.finish(self._end_s - self._start_s)
         self._package_loaded()
+        if self._postcopy is not None:
+            self._postcopy.log_requests()
         await self._observer.handed_over()
         self._status.advance(Cause.COMPLETE)
 

@@ -13,6 +13,7 @@ Reference: stream format 6.4-6.6.
 """
 
 import asyncio
+import logging
 import threading
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -55,8 +56,10 @@ from migrationd.outgoing.device_save import encode_device, free_section_id
 from migrationd.outgoing.postcopy_pacer import Pacer
 from migrationd.outgoing.postcopy_schedule import BlockPages, PageSchedule
 from migrationd.outgoing.postcopy_server import Push, RequestLog, RequestServer
-from migrationd.outgoing.postcopy_writer import PageWriter
+from migrationd.outgoing.postcopy_writer import WIDE_WINDOW_PAGES, WINDOW_PAGES, PageWriter
 from migrationd.transport.channel import Channel
+
+log = logging.getLogger(__name__)
 
 SEND_QUEUE_BYTES = 128 << 10
 """What may lie in the kernel before a requested page on the same channel."""
@@ -128,6 +131,19 @@ class PostcopySource:
     def request(self) -> None:
         """``migrate-start-postcopy``."""
         self._requested.set()
+
+    def log_requests(self) -> None:
+        """Say how requests were answered, if there were any."""
+        latency = self.latency
+        if latency.count:
+            log.info(
+                "%d page requests, %d answered: p50 %d us, p99 %d us, longest %d us",
+                self.stats.postcopy_requests,
+                latency.count,
+                latency.quantile_ns(0.5) // 1000,
+                latency.quantile_ns(0.99) // 1000,
+                latency.longest_ns // 1000,
+            )
 
     @property
     def footer(self) -> bytes:
@@ -349,6 +365,7 @@ class PostcopyLink:
             self._stop,
             # A destination of this dialect reads the preempt channel up to its EOS only, and
             # newer programs wait for every page that was asked for before.
+            window_pages=WINDOW_PAGES if self._preempt is None else WIDE_WINDOW_PAGES,
             with_zeros=self._preempt is not None and source.dialect.preempt_eos,
         )
         await self._run(push.run)

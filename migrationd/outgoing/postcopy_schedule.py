@@ -22,6 +22,7 @@ Pages = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 
 _SCAN_PAGES = 4096
+_ONES = b"\1" * 4096
 _SCAN_PAGES_MAX = 1 << 20
 
 
@@ -35,6 +36,7 @@ class BlockPages:
         host_pages: Target pages of one host page; requests and sends are whole host pages.
         sent: One bool per target page: it is on its way, or the destination has it.
         wanted: Pages that must be sent: those of host pages that hold something.
+        taken: The bytes of ``sent``: for a few pages it is faster.
         remaining: Wanted pages that are not sent.
     """
 
@@ -42,11 +44,13 @@ class BlockPages:
     present: Bools
     host_pages: int = 1
     sent: Bools = field(init=False)
+    taken: memoryview = field(init=False)
     wanted: Bools = field(init=False)
     remaining: int = field(init=False)
 
     def __post_init__(self) -> None:
         self.sent = np.zeros(len(self.present), np.bool_)
+        self.taken = self.sent.data.cast("B")
         self.wanted = self.present
         if self.host_pages > 1:
             whole = self.present.reshape(-1, self.host_pages).any(axis=1)
@@ -62,12 +66,14 @@ class Batch:
         block: Index of the block.
         pages: Target page numbers, shape ``(n,)``; whole host pages.
         is_zero: Whether all of them are zero pages.
+        is_wanted: Whether all of them are wanted pages.
         is_first: Whether it goes before everything else; a restart does not break it off.
     """
 
     block: int
     pages: Pages
     is_zero: bool = False
+    is_wanted: bool = False
     is_first: bool = False
 
 
@@ -149,6 +155,17 @@ class PageSchedule:
         self._block = self._page = 0
         self._restart = None
 
+    def claim_run(self, block: int, first: int, count: int) -> bool:
+        """Claim consecutive pages that were found wanted; False, and none, if one is taken."""
+        state = self.blocks[block]
+        taken = state.taken
+        with self._lock:
+            if taken[first : first + count].tobytes().count(1):
+                return False
+            taken[first : first + count] = _ONES[:count]
+            state.remaining -= count
+        return True
+
     def claim(self, block: int, pages: Pages) -> Pages:
         """Claim pages for sending.
 
@@ -169,9 +186,9 @@ class PageSchedule:
         """Claim one page; False if somebody has it already."""
         state = self.blocks[block]
         with self._lock:
-            if state.sent[page]:
+            if state.taken[page]:
                 return False
-            state.sent[page] = True
+            state.taken[page] = 1
             if state.wanted[page]:
                 state.remaining -= 1
         return True
@@ -204,7 +221,7 @@ class PageSchedule:
             state = self.blocks[self._block]
             found = self._scan(state, limit) if state.remaining else None
             if found is not None:
-                return Batch(self._block, found)
+                return Batch(self._block, found, is_wanted=True)
             self._block = (self._block + 1) % len(self.blocks)
             self._page = 0
         return None

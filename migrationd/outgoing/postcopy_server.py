@@ -221,6 +221,7 @@ class Push:
         pacer: ``max-postcopy-bandwidth``.
         clock: Time.
         stop: Set when the connection is given up.
+        window_pages: Most pages of one write.
         with_zeros: Push zero pages as well, after all others: nothing can be asked for then.
     """
 
@@ -234,6 +235,7 @@ class Push:
         stop: threading.Event,
         *,
         with_zeros: bool,
+        window_pages: int = WINDOW_PAGES,
     ) -> None:
         self._writer = writer
         self._schedule = schedule
@@ -242,6 +244,7 @@ class Push:
         self._clock = clock
         self._stop = stop
         self._with_zeros = with_zeros
+        self._window_pages = window_pages
 
     def run(self) -> None:
         """Push until every page is claimed.
@@ -259,7 +262,7 @@ class Push:
 
     def _push(self, batch: Batch) -> bool:
         """Push a batch; False when it was broken off for what follows a request."""
-        window = ZERO_WINDOW_PAGES if batch.is_zero else WINDOW_PAGES
+        window = ZERO_WINDOW_PAGES if batch.is_zero else self._window_pages
         done = 0
         while done < len(batch.pages):
             self._wait()

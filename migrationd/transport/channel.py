@@ -38,6 +38,7 @@ from migrationd.linux.iovec import (
     recv_vector,
     recv_vector_all,
     rest_of,
+    send_entries,
     send_vector,
     write_vector,
 )
@@ -419,6 +420,32 @@ class Channel:
             for start in range(0, len(vector), IOV_MAX):
                 self._send_window(vector[start : start + IOV_MAX])
             return self.bytes_sent - before
+
+    def send_window(self, vector: Vector, address: int, size_bytes: int) -> int:
+        """:meth:`send_vector` of a short vector of which more is known; sockets only.
+
+        Args:
+            vector: Addresses and lengths, at most ``IOV_MAX`` entries.
+            address: Of the vector.
+            size_bytes: Sum of its lengths.
+
+        Returns:
+            Bytes sent.
+
+        Raises:
+            ChannelClosed: The channel was shut down, or the peer broke it.
+        """
+        with self._in_use:
+            try:
+                done = send_entries(self._fd, address, len(vector))
+            except InterruptedError:
+                done = 0
+            except OSError as error:
+                raise self._broken("write to", error) from error
+            self.bytes_sent += done
+            if done < size_bytes:
+                self._send_window(rest_of(vector, done))
+            return size_bytes
 
     def on_fd(self, call: Callable[[int], T]) -> T:
         """Make a system call of one's own as a data call: the descriptor stays open during it.

@@ -93,6 +93,8 @@ def _info_members(info: MigrationInfo) -> dict[str, object]:
         "socket_address": [_ADDRESSES.validate_python(item) for item in info.socket_address]
         or None,
         "ram": _ram(info.ram),
+        "postcopy_latency": info.postcopy_latency_ns,
+        "postcopy_latency_dist": info.postcopy_latency_dist,
     }
     return {name: value for name, value in members.items() if value is not None}
 
