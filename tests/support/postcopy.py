@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Mapping
 
 from migrationd.ctl.daemon_process import DaemonProcess
-from migrationd.ctl.peer_process import PeerProcess
+from migrationd.ctl.peer_process import DEFAULT_TIMEOUT_S, PeerProcess
 from migrationd.ctl.qemu_process import QemuProcess
 from tests.support.moves import Host
 
@@ -43,3 +43,18 @@ def statuses(peer: PeerProcess) -> list[str]:
     """Statuses of MIGRATION events."""
     return [str(event["data"]["status"]) for event in peer.events  # type: ignore[index]
             if event["event"] == "MIGRATION"]  # fmt: skip
+
+
+async def wait_status(peer: PeerProcess, status: str, times: int = 1) -> None:
+    """Wait until a MIGRATION event with this status has come so often.
+
+    A destination whose guest waits for a page may answer no command, so it is not asked.
+    """
+    async with asyncio.timeout(DEFAULT_TIMEOUT_S):
+        while statuses(peer).count(status) < times:
+            await asyncio.sleep(0.005)
+
+
+async def recover(target: QemuProcess, uri: str) -> None:
+    """``migrate-recover``, out of band: it is answered also by a QEMU that hangs."""
+    await target.qmp.execute("migrate-recover", {"uri": uri}, oob=True)
