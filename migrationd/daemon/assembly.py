@@ -78,6 +78,14 @@ def _offer_saved_guest(config: DaemonConfig, control: GuestControl) -> bool:
         log.info("the guest at rest was handed over; the next one takes its place")
         guest.close()
         return False
+    if guest.lazy is not None:
+        control.adopt_lazy(guest, guest.lazy)
+        log.warning(
+            "the last daemon ended while the guest's memory followed it to %s: "
+            "'migrate' with resume goes on",
+            "where it runs" if guest.lazy.is_loaded else "where it may run",
+        )
+        return True
     control.adopt(guest)
     if guest.owner is Owner.HANDING_OVER:
         log.warning(

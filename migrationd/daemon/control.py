@@ -10,6 +10,7 @@ Reference: order of checks and texts of QEMU 11.1 (``migrate``, ``migrate-incomi
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import replace
 from uuid import UUID
 
 from migrationd.clock import Clock
@@ -21,7 +22,7 @@ from migrationd.errors import GuestError, MigrationdError, QMPError
 from migrationd.guest.attached import AttachedGuest
 from migrationd.guest.held import HeldGuest
 from migrationd.guest.parked import ParkedGuest
-from migrationd.guest.run_state import PAUSED, RUNNING, Owner
+from migrationd.guest.run_state import PAUSED, RUNNING, LazyHandOver, Owner
 from migrationd.incoming.berth import IncomingSettings
 from migrationd.incoming.driver import IncomingMigration
 from migrationd.migration.convergence import ThrottleSettings
@@ -154,6 +155,20 @@ class GuestControl:
             self._guest.close()
         self._guest = guest
         self._expects_guest = False
+
+    def adopt_lazy(self, guest: ParkedGuest, lazy: LazyHandOver) -> None:
+        """Offer a guest whose postcopy an earlier daemon began: ``migrate`` resumes it."""
+        self.adopt(guest)
+        self._in_switchover = True
+        observer = _OutgoingObserver(self, guest, "its destination")
+        observer.restore(lazy)
+        settings = replace(
+            self._outgoing_settings(),
+            postcopy=PostcopySettings(preempt=lazy.preempt, is_loaded=lazy.is_loaded),
+        )
+        dialect = dialect_of(guest.identity.machine, guest.seen)
+        self._outgoing = OutgoingMigration(guest, dialect, settings, self._clock, observer)
+        self._spawn(self._outgoing.run(None))
 
     def open_guest_socket(self, path: str) -> None:
         """Listen for the workload of ``-guest attach``.
@@ -422,7 +437,11 @@ class GuestControl:
             GuestError: A workload does not start.
         """
         if self._in_switchover:
-            raise QMPError("Migration is not finalized yet")
+            if self._outgoing is None or not self._outgoing.may_be_taken_back:
+                raise QMPError("Migration is not finalized yet")
+            log.warning("the guest is taken back: it must not run at the destination")
+            self._outgoing.take_back()
+            return
         guest = self._guest
         if guest is not None and guest.owner is not Owner.HELD:
             log.warning("the guest is taken back: it must not run at the destination any more")
@@ -611,11 +630,17 @@ class GuestControl:
         if self.options.capabilities["events"]:
             self._bus.emit("MIGRATION_PASS", {"pass": number})
 
-    async def _record_owner(self, guest: HeldGuest, owner: Owner, destination: str | None) -> None:
+    async def _record_owner(
+        self,
+        guest: HeldGuest,
+        owner: Owner,
+        destination: str | None,
+        lazy: LazyHandOver | None = None,
+    ) -> None:
         if self._config.keep:
             return
         guest.owner = owner
-        await self._shelter.record_owner(guest, destination)
+        await self._shelter.record_owner(guest, destination, lazy)
 
     def _spawn(self, work: "Coroutine[None, None, None] | asyncio.Future[None]") -> None:
         task = asyncio.ensure_future(work)
@@ -636,6 +661,11 @@ class _OutgoingObserver:
         self._guest = guest
         self._destination = destination
         self._was_stopped = False
+        self._lazy: LazyHandOver | None = None
+
+    def restore(self, lazy: LazyHandOver) -> None:
+        """Take over a hand-over that is on record."""
+        self._lazy = lazy
 
     def on_status(self, status: str) -> None:
         self._control._on_migration_status(status)
@@ -647,12 +677,20 @@ class _OutgoingObserver:
         self._was_stopped = True
         self._control._bus.emit("STOP", None)
 
-    async def before_switchover(self) -> None:
+    async def before_switchover(self, lazy: LazyHandOver | None) -> None:
+        self._lazy = lazy
         self._control._in_switchover = True
-        await self._control._record_owner(self._guest, Owner.HANDING_OVER, self._destination)
+        await self._control._record_owner(self._guest, Owner.HANDING_OVER, self._destination, lazy)
 
     def running_there(self) -> None:
         log.info("the destination runs the guest, its memory follows")
+        if self._lazy is None or self._lazy.is_loaded or self._control._config.keep:
+            return
+        self._lazy = replace(self._lazy, is_loaded=True)
+        # Handed to the writer now: it keeps the order of the calls.
+        self._control._spawn(
+            self._control._shelter.record_owner(self._guest, self._destination, self._lazy)
+        )
 
     async def handed_over(self) -> None:
         await self._control._record_owner(self._guest, Owner.HANDED_OVER, self._destination)

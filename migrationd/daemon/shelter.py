@@ -19,7 +19,7 @@ from migrationd.guest.held import HeldGuest
 from migrationd.guest.memory import AnonymousMemory, FileMemory
 from migrationd.guest.parked import ParkedGuest
 from migrationd.guest.ram_block import RamBlockSpec
-from migrationd.guest.run_state import Owner
+from migrationd.guest.run_state import LazyHandOver, Owner
 from migrationd.incoming.berth import Berth
 from migrationd.incoming.mapped_ram import complete_guest, copy_pages, map_guest, specs_of
 from migrationd.store.mapped_ram_reader import Contents
@@ -179,7 +179,9 @@ class Shelter:
         saved = self._directory.find(ram_limit_bytes=self._ram_limit_bytes)
         return open_saved(saved) if saved is not None else None
 
-    def record_owner(self, guest: HeldGuest, destination: str | None) -> "asyncio.Future[None]":
+    def record_owner(
+        self, guest: HeldGuest, destination: str | None, lazy: LazyHandOver | None = None
+    ) -> "asyncio.Future[None]":
         """Put on record who owns the guest, durably where it rests in a file.
 
         Records are written in the order of the calls, awaited or not.
@@ -188,7 +190,8 @@ class Shelter:
             Done when the record is on stable storage; raises StoreError if it cannot be.
         """
         owner = guest.owner.value
-        return self._record(lambda directory: directory.record_owner(owner, destination))
+        flags = asdict(lazy) if lazy is not None else None
+        return self._record(lambda directory: directory.record_owner(owner, destination, flags))
 
     def record_run_state(self, run_state: str) -> "asyncio.Future[None]":
         """Put the run state for the next host on record; as :meth:`record_owner`."""
@@ -241,4 +244,9 @@ def open_saved(saved: SavedGuest) -> ParkedGuest:
         if saved.sidecar.run_state is not None:
             guest.choose_run_state(saved.sidecar.run_state)
         guest.restore_owner(Owner(saved.sidecar.owner))
+        if saved.sidecar.lazy is not None and guest.owner is Owner.HANDING_OVER:
+            guest.lazy = LazyHandOver(
+                preempt=saved.sidecar.lazy.get("preempt", False),
+                is_loaded=saved.sidecar.lazy.get("is_loaded", False),
+            )
     return guest

@@ -12,7 +12,13 @@ from migrationd.guest.device import DeviceState
 from migrationd.guest.guest_file import GuestFile
 from migrationd.guest.memory import Memory
 from migrationd.guest.ram_block import RamBlock, RamBlockSpec
-from migrationd.guest.run_state import RUNNING, Owner, decode_run_state, encode_run_state
+from migrationd.guest.run_state import (
+    RUNNING,
+    LazyHandOver,
+    Owner,
+    decode_run_state,
+    encode_run_state,
+)
 
 _GLOBAL_STATE = "globalstate"
 
@@ -38,6 +44,7 @@ class ParkedGuest:
         self.vmdescription: bytes | None = None
         self.file: GuestFile | None = None
         self.seen = SeenOnArrival()
+        self.lazy: LazyHandOver | None = None
         self._owner = Owner.HELD
 
     @classmethod

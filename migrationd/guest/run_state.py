@@ -6,6 +6,7 @@
 Reference: the ``globalstate`` section, stream format 7.3; 104 bytes in all versions.
 """
 
+from dataclasses import dataclass
 from enum import Enum
 
 GLOBAL_STATE_BYTES = 104
@@ -47,6 +48,21 @@ _NEXT = {
     Owner.HANDING_OVER: (Owner.HELD, Owner.HANDED_OVER),
     Owner.HANDED_OVER: (Owner.HELD,),
 }
+
+
+@dataclass(frozen=True, slots=True)
+class LazyHandOver:
+    """A hand-over by postcopy that has begun; kept durably, for it outlives the daemon.
+
+    The destination knows which pages it has, so nothing about pages is kept.
+
+    Attributes:
+        preempt: Requested pages have a channel of their own.
+        is_loaded: The destination said that it runs the guest. Before that it may.
+    """
+
+    preempt: bool
+    is_loaded: bool
 
 
 def decode_run_state(body: bytes) -> str | None:

@@ -41,6 +41,7 @@ from migrationd.errors import (
     PeerFailed,
 )
 from migrationd.guest.base import Guest, Live
+from migrationd.guest.run_state import LazyHandOver
 from migrationd.migration.convergence import Convergence, ThrottleSettings
 from migrationd.migration.dialect import Dialect
 from migrationd.migration.info import MigrationInfo
@@ -116,8 +117,11 @@ class Observer(Protocol):
     def on_stopped(self) -> None:
         """The guest was stopped for the switchover."""
 
-    async def before_switchover(self) -> None:
+    async def before_switchover(self, lazy: LazyHandOver | None) -> None:
         """Put on record that the guest is being handed over (before status ``device``).
+
+        Args:
+            lazy: How, if it goes by postcopy.
 
         Raises:
             StoreError: It cannot be put on record; the migration fails.
@@ -213,11 +217,12 @@ class OutgoingMigration:
         """Enter ``setup``."""
         self._status.advance(Cause.START)
 
-    async def run(self, open_channel: OpenChannel) -> None:
+    async def run(self, open_channel: OpenChannel | None) -> None:
         """Carry the migration to its end; never raises for a failed migration.
 
         Args:
-            open_channel: Connects to the destination; called again for further channels.
+            open_channel: Connects to the destination; called again for further channels. None
+                if an earlier daemon began it: it waits in ``postcopy-paused`` to be resumed.
         """
         self._work = asyncio.create_task(self._migrate(open_channel), name="outgoing")
         try:
@@ -304,6 +309,22 @@ class OutgoingMigration:
         self._status.advance(Cause.RECOVER_SETUP)
         self._resumed.set_result(open_channel)
 
+    @property
+    def may_be_taken_back(self) -> bool:
+        """Whether a paused postcopy's destination never said that it runs the guest."""
+        is_paused = self.status == "postcopy-paused" and self._resumed is not None
+        return is_paused and self._postcopy is not None and not self._postcopy.is_loaded
+
+    def take_back(self) -> None:
+        """Give a paused postcopy up: somebody knows that the destination does not run the guest.
+
+        Raises:
+            InvalidState: It does, or nothing is paused.
+        """
+        if not self.may_be_taken_back or self._resumed is None or self._resumed.done():
+            raise InvalidState("Migration is not finalized yet")
+        self._resumed.set_exception(MigrationError("the guest was taken back"))
+
     def continue_switchover(self) -> None:
         """Go on from ``pre-switchover``."""
         self._continue.set()
@@ -356,8 +377,14 @@ class OutgoingMigration:
             postcopy_latency_dist=latency.distribution() if latency is not None else None,
         )
 
-    async def _migrate(self, open_channel: OpenChannel) -> None:
-        failure = await self._attempt(open_channel, self._send)
+    async def _migrate(self, open_channel: OpenChannel | None) -> None:
+        failure: MigrationdError | None
+        if open_channel is None:
+            assert self._postcopy is not None
+            self._postcopy.continue_counting()
+            failure = MigrationError("the daemon that sent the guest ended before its memory did")
+        else:
+            failure = await self._attempt(open_channel, self._send)
         while failure is not None:
             opener = await self._paused(failure)
             self._stop = threading.Event()
@@ -498,8 +525,9 @@ class OutgoingMigration:
         saver = await self._set_up(channel)
         await self._save_ram(saver)
         await self._pause_before_switchover()
-        await self._begin_switchover()
-        if self._postcopy is not None and self._postcopy.is_requested:
+        is_lazy = self._is_postcopy_requested()
+        await self._begin_switchover(is_lazy=is_lazy)
+        if is_lazy:
             assert self._link is not None
             self._status.advance(Cause.POSTCOPY)
             await self._link.switch()
@@ -629,14 +657,16 @@ class OutgoingMigration:
             wait=self._wait,
         )
 
-    async def _begin_switchover(self) -> None:
+    async def _begin_switchover(self, *, is_lazy: bool = False) -> None:
         """Put the hand-over on record; the next byte may be the one that moves the guest."""
         self._stats.dirty_sync_count += 1
         self._observer.on_pass(self._stats.dirty_sync_count)
         self._switchover_s = self._switchover_s or self._clock.monotonic_s()
         self._stats.in_switchover = True
         self._guest.check_unchanged()
-        await self._observer.before_switchover()
+        settings = self._settings.postcopy
+        lazy = LazyHandOver(settings.preempt, is_loaded=False) if settings and is_lazy else None
+        await self._observer.before_switchover(lazy)
         self._advance(Cause.SWITCHOVER)
 
     async def _switch_over(self, channel: Channel, saver: Saver) -> None:

@@ -75,11 +75,13 @@ class PostcopySettings:
         preempt: ``postcopy-preempt``.
         at_once: Switch before any RAM is sent.
         max_bandwidth_bytes_per_s: ``max-postcopy-bandwidth``; 0 is unlimited.
+        is_loaded: The destination runs the guest already: an earlier daemon began.
     """
 
     preempt: bool = False
     at_once: bool = False
     max_bandwidth_bytes_per_s: int = 0
+    is_loaded: bool = False
 
 
 class PostcopySource:
@@ -118,7 +120,7 @@ class PostcopySource:
         self.latency = LatencyStats()
         self.requests = RequestLog()
         self.pacer = Pacer(settings.max_bandwidth_bytes_per_s)
-        self.is_loaded = False
+        self.is_loaded = settings.is_loaded
         self._requested = threading.Event()
         if settings.at_once:
             self._requested.set()
@@ -131,6 +133,11 @@ class PostcopySource:
     def request(self) -> None:
         """``migrate-start-postcopy``."""
         self._requested.set()
+
+    def continue_counting(self) -> None:
+        """Count what goes out as postcopy from here on."""
+        self.stats.in_postcopy = True
+        self.stats.remaining_pages = lambda: self.schedule.remaining_pages
 
     def log_requests(self) -> None:
         """Say how requests were answered, if there were any."""
@@ -314,9 +321,7 @@ class PostcopyLink:
         self._source.stats.sent(len(package) + len(lead))
         self._server.writer = self._urgent
         self._main.open(package + lead)
-        self._source.stats.in_postcopy = True
-        schedule = self._source.schedule
-        self._source.stats.remaining_pages = lambda: schedule.remaining_pages
+        self._source.continue_counting()
 
     async def recover(self) -> None:
         """Ask the destination what it has, and tell it to go on.

@@ -246,17 +246,20 @@ class ParkedDirectory:
         os.rename(self._part, self._ram)
         sync_directory(self._path)
 
-    def record_owner(self, owner: str, destination: str | None) -> None:
+    def record_owner(
+        self, owner: str, destination: str | None, lazy: dict[str, bool] | None = None
+    ) -> None:
         """Change the owner on record, durably.
 
         Args:
             owner: ``held``, ``handing-over`` or ``handed-over``.
             destination: Where to, in the last two.
+            lazy: In the second, if it goes by postcopy: how.
 
         Raises:
             StoreError: The record cannot be written.
         """
-        self._write(replace(self._recorded(), owner=owner, destination=destination))
+        self._write(replace(self._recorded(), owner=owner, destination=destination, lazy=lazy))
 
     def record_run_state(self, run_state: str) -> None:
         """Change the run state for the next host on record, durably.

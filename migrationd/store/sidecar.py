@@ -30,6 +30,7 @@ class Sidecar:
         seen: Which optional parts the arriving stream had.
         file_bytes: Size of the guest's file; None if the file came without a sidecar.
         metadata_crc32: Sum of everything in the file but pages; None as ``file_bytes``.
+        lazy: While it is being handed over by postcopy: ``preempt`` and ``is_loaded``.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Sidecar:
     seen: dict[str, bool] = field(default_factory=dict)
     file_bytes: int | None = None
     metadata_crc32: int | None = None
+    lazy: dict[str, bool] | None = None
 
 
 def read_sidecar(path: Path) -> Sidecar | None:
@@ -99,18 +101,24 @@ def _parse(raw: bytes) -> Sidecar:
         raise ValueError(f"version {tree.get('version')}, only {SIDECAR_VERSION} is known")
     if tree.get("owner") not in OWNERS:
         raise ValueError(f"owner {tree.get('owner')!r}, expected one of {', '.join(OWNERS)}")
-    seen = _value(tree, "seen", dict) or {}
-    if not all(isinstance(value, bool) for value in seen.values()):
-        raise ValueError("'seen' holds other values than true and false")
+    seen = _flags(tree, "seen") or {}
     return Sidecar(
         name=_value(tree, "name", str) or "",
         owner=tree["owner"],
         destination=_value(tree, "destination", str),
+        lazy=_flags(tree, "lazy"),
         run_state=_value(tree, "run_state", str),
         seen=seen,
         file_bytes=_value(tree, "file_bytes", int),
         metadata_crc32=_value(tree, "metadata_crc32", int),
     )
+
+
+def _flags(tree: dict[str, object], key: str) -> dict[str, bool] | None:
+    flags = _value(tree, key, dict)
+    if flags is not None and not all(isinstance(value, bool) for value in flags.values()):
+        raise ValueError(f"'{key}' holds other values than true and false")
+    return flags
 
 
 def _value(tree: dict[str, object], key: str, kind: type[_T]) -> _T | None:

@@ -17,7 +17,10 @@ def test_the_owners_on_record_are_those_of_a_guest() -> None:
     assert set(OWNERS) == {owner.value for owner in Owner}
 
 
-@pytest.mark.parametrize("sidecar", [FULL, Sidecar("vm1")])
+LAZY = Sidecar("vm1", "handing-over", lazy={"preempt": True, "is_loaded": False})
+
+
+@pytest.mark.parametrize("sidecar", [FULL, LAZY, Sidecar("vm1")])
 def test_a_sidecar_reads_back(tmp_path: Path, sidecar: Sidecar) -> None:
     path = tmp_path / "vm1.json"
     write_sidecar(path, sidecar)

@@ -1,0 +1,126 @@
+"""A guest whose memory follows it out of a file survives the daemon's death."""
+
+import json
+from pathlib import Path
+
+import pytest
+from qemu.qmp import ExecuteError
+
+from migrationd.ctl.boot_guest import BootGuest
+from migrationd.ctl.daemon_process import DaemonProcess
+from migrationd.ctl.qemu_process import QemuProcess, find_qemu, installed_versions
+from tests.support.moves import Host, check_runs_on, park
+from tests.support.peers import Sink
+from tests.support.postcopy import recover, send_lazily, start_target, wait_status
+
+pytestmark = pytest.mark.fault
+
+GUEST = BootGuest(counted_pages=2048, filled_pages=8192, pages_per_s=100000)
+VERSIONS = [
+    pytest.param(version, marks=[pytest.mark.matrix] if number else [])
+    for number, version in enumerate(installed_versions())
+]
+SLOW = {"max-postcopy-bandwidth": 16 << 20}
+
+
+async def parked_in_file(
+    host: Host, directory: Path, closing: list[object]
+) -> tuple[DaemonProcess, QemuProcess]:
+    """A daemon that holds a guest in a file, and the QEMU that it came from."""
+    source = await host.start("QEMU A")
+    closing.append(source)
+    daemon = await DaemonProcess.start(
+        incoming=f"unix:{directory}/in", arguments=arguments(directory)
+    )
+    closing.append(daemon)
+    await source.wait_serial(3)
+    await park(source, daemon, f"unix:{directory}/in", return_path=True)
+    return daemon, source
+
+
+def arguments(directory: Path) -> list[str]:
+    return ["-ram-dir", str(directory / "ram"), "-name", "g"]
+
+
+def recorded(directory: Path) -> dict[str, object]:
+    return dict(json.loads((directory / "ram" / "g.json").read_text()))
+
+
+@pytest.mark.parametrize("preempt", [False, True], ids=["plain", "preempt"])
+@pytest.mark.parametrize("version", VERSIONS)
+async def test_the_daemon_is_killed_and_goes_on(
+    version: str, preempt: bool, tmp_path: Path, closing: list[object]
+) -> None:
+    host = Host(find_qemu(version) or "", "pc", GUEST, memory_mib=128)
+    daemon, source = await parked_in_file(host, tmp_path, closing)
+    target = await start_target(host, f"unix:{tmp_path}/out", preempt=preempt)
+    closing.append(target)
+    await send_lazily(daemon, f"unix:{tmp_path}/out", preempt=preempt, parameters=SLOW)
+    await daemon.wait_migration("postcopy-active")
+    await target.wait_serial(1)
+    await daemon.kill()
+    await wait_status(target, "postcopy-paused")
+    # The mark that the destination runs the guest may not have reached the disk; both are right.
+    assert recorded(tmp_path)["owner"] == "handing-over"
+    assert recorded(tmp_path)["lazy"] is not None
+
+    daemon = await DaemonProcess.start(arguments=arguments(tmp_path))
+    closing.append(daemon)
+    info = await daemon.wait_migration("postcopy-paused")
+    assert "ended before its memory did" in str(info["error-desc"])
+    assert await daemon.run_state() == "finish-migrate"
+    with pytest.raises(ExecuteError, match="in progress"):
+        await daemon.execute("migrate", {"uri": f"unix:{tmp_path}/elsewhere"})
+    await recover(target, f"unix:{tmp_path}/again")
+    await daemon.execute("migrate", {"uri": f"unix:{tmp_path}/again", "resume": True})
+    await daemon.wait_migration("completed")
+    await target.wait_migration("completed")
+    assert recorded(tmp_path)["owner"] == "handed-over"
+    assert recorded(tmp_path)["lazy"] is None
+    await check_runs_on(source.serial, target, host)
+
+
+async def test_a_destination_that_runs_the_guest_keeps_it(
+    qemu_host: Host, tmp_path: Path, closing: list[object]
+) -> None:
+    host = Host(qemu_host.binary, "pc", GUEST, memory_mib=128)
+    daemon, _ = await parked_in_file(host, tmp_path, closing)
+    target = await start_target(host, f"unix:{tmp_path}/out", preempt=False)
+    closing.append(target)
+    await send_lazily(daemon, f"unix:{tmp_path}/out", preempt=False, parameters=SLOW)
+    await daemon.wait_migration("postcopy-active")
+    with pytest.raises(ExecuteError, match="cannot cancel"):
+        await daemon.execute("migrate_cancel")
+    await daemon.execute("migrate-pause")
+    await daemon.wait_migration("postcopy-paused")
+    with pytest.raises(ExecuteError, match="not finalized"):
+        await daemon.execute("cont")
+    assert recorded(tmp_path)["owner"] == "handing-over"
+
+
+async def test_a_guest_that_nobody_runs_is_taken_back(
+    qemu_host: Host, tmp_path: Path, closing: list[object]
+) -> None:
+    host = Host(qemu_host.binary, "pc", GUEST, memory_mib=128)
+    daemon, source = await parked_in_file(host, tmp_path, closing)
+    # Something that takes the package, says nothing and goes away.
+    async with Sink(tmp_path / "sink") as sink:
+        await send_lazily(daemon, f"unix:{tmp_path}/sink", preempt=False, parameters=SLOW)
+        await daemon.wait_migration("postcopy-device")
+        while sink.taken_bytes < 1 << 20:
+            await daemon.query_migrate()
+        await daemon.kill()
+    daemon = await DaemonProcess.start(arguments=arguments(tmp_path))
+    closing.append(daemon)
+    await daemon.wait_migration("postcopy-paused")
+    assert recorded(tmp_path)["lazy"] == {"preempt": False, "is_loaded": False}
+    await daemon.execute("cont")
+    await daemon.wait_migration("failed")
+    assert await daemon.run_state() == "paused"
+    assert recorded(tmp_path)["owner"] == "held"
+
+    target = await start_target(host, f"unix:{tmp_path}/out", preempt=False)
+    closing.append(target)
+    await send_lazily(daemon, f"unix:{tmp_path}/out", preempt=False)
+    await daemon.wait_migration("completed")
+    await check_runs_on(source.serial, target, host)
