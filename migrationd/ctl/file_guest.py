@@ -18,7 +18,7 @@ from migrationd.codec.constants import (
     MIG_CMD_SWITCHOVER_START,
 )
 from migrationd.codec.records import Command, Configuration, RamBlockList
-from migrationd.codec.stream import StreamDecoder
+from migrationd.codec.stream import StreamDecoder, StreamLimits
 from migrationd.errors import StoreError, StreamUnsupported
 from migrationd.guest.base import GuestIdentity, SeenOnArrival
 from migrationd.guest.device import DeviceState
@@ -29,7 +29,7 @@ from migrationd.guest.run_state import PAUSED, RUNNING
 from migrationd.incoming.loader import Arrival, Pause, StreamLoader
 from migrationd.incoming.mapped_ram import map_guest
 from migrationd.store.container import Container, PlainStream, open_file, read_container
-from migrationd.store.mapped_ram_reader import read_contents
+from migrationd.store.mapped_ram_reader import RAM_LIMIT_BYTES, read_contents
 from migrationd.transport.channel import Channel
 
 Allocate = Callable[[GuestIdentity, Sequence[DeviceState], Sequence[RamBlockSpec]], ParkedGuest]
@@ -99,7 +99,9 @@ def load_stream(channel: Channel, allocate: Allocate) -> ParkedGuest:
         StoreError: It has no RAM section.
         GuestError: There is no room for it.
     """
-    loader = StreamLoader(channel, StreamDecoder(), lambda: None)
+    loader = StreamLoader(
+        channel, StreamDecoder(StreamLimits(ram_bytes=RAM_LIMIT_BYTES)), lambda: None
+    )
     arrival = loader.arrival
     guest: ParkedGuest | None = None
     try:

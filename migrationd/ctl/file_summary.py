@@ -36,12 +36,12 @@ from migrationd.codec.records import (
     XbzrlePage,
     ZeroBatch,
 )
-from migrationd.codec.stream import StreamDecoder
+from migrationd.codec.stream import StreamDecoder, StreamLimits
 from migrationd.errors import StreamCorrupt, StreamError
 from migrationd.guest.run_state import PAUSED, RUNNING, decode_run_state
 from migrationd.pageops.xbzrle import decode_page
 from migrationd.store.container import Container, PlainStream, open_file, read_container
-from migrationd.store.mapped_ram_reader import read_bitmap, read_contents
+from migrationd.store.mapped_ram_reader import RAM_LIMIT_BYTES, read_bitmap, read_contents
 from migrationd.transport.channel import Channel
 
 
@@ -189,7 +189,7 @@ class _StreamReader:
     def __init__(self, channel: Channel, summary: FileSummary) -> None:
         self._channel = channel
         self._summary = summary
-        self._decoder = StreamDecoder()
+        self._decoder = StreamDecoder(StreamLimits(ram_bytes=RAM_LIMIT_BYTES))
 
     def read(self) -> None:
         """Read to the end.

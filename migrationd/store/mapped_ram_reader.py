@@ -49,6 +49,11 @@ from migrationd.errors import StoreError, StreamError
 from migrationd.store.mapped_ram import CAPABILITY, MAP_HEADER_BYTES, PlacedBlock
 
 BLOCK_LIMIT = 4096
+
+RAM_LIMIT_BYTES = 16 << 40
+"""Largest guest where nothing else is said. A file of holes can claim any size for nothing, and
+its bitmaps would have to be read."""
+
 _CHUNK_BYTES = 256 << 10
 _HEAD_BYTES = 64 << 10
 """More than a configuration can have: a name, 64 capabilities, a UUID."""
@@ -86,7 +91,7 @@ def read_contents(
         fd: File.
         path: Its name, for messages.
         position: Where the stream begins in it (``file:PATH,offset=N``).
-        ram_limit_bytes: Largest guest that is taken.
+        ram_limit_bytes: Largest guest that is taken; ``RAM_LIMIT_BYTES`` by default.
 
     Raises:
         StoreError: It is not a complete mapped-ram file, its places are out of bounds, or it
@@ -142,7 +147,7 @@ class _Reader:
         self._fd = fd
         self._path = path
         self._start = position
-        self._ram_limit_bytes = ram_limit_bytes
+        self._ram_limit_bytes = RAM_LIMIT_BYTES if ram_limit_bytes is None else ram_limit_bytes
         self._size = os.fstat(fd).st_size
         self._limits = StreamLimits(ram_blocks=BLOCK_LIMIT)
         self._crc32 = 0
@@ -220,7 +225,7 @@ class _Reader:
         if word & (page_size - 1) != RAM_SAVE_FLAG_MEM_SIZE:
             raise StoreError(f"'{self._path}': no RAM block list at {position}")
         missing = word & ~(page_size - 1)
-        if self._ram_limit_bytes is not None and missing > self._ram_limit_bytes:
+        if missing > self._ram_limit_bytes:
             raise StoreError(
                 f"'{self._path}': the guest has {missing} bytes of RAM, the limit is "
                 f"{self._ram_limit_bytes}; raise -ram-limit"

@@ -206,3 +206,22 @@ def test_a_guest_file_that_changes_under_the_reader_is_noticed(stored: Path) -> 
             other.truncate(other.seek(0, os.SEEK_END) + 1)
         with pytest.raises(Exception, match="was changed while the guest was held"):
             file.guest.check_unchanged()
+
+
+def test_a_file_that_claims_more_than_any_guest_is_refused_at_once(
+    convert: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Nothing is allocated for it, and no bitmap of it is read."""
+    data = convert("plain").read_bytes()
+    huge = ((1 << 60) | 4).to_bytes(8, "big")
+    total = (sum(length for _, length in BLOCKS) | 4).to_bytes(8, "big")
+    target = tmp_path / "huge"
+    target.write_bytes(data.replace(total, huge, 1))
+    assert "the limit is" in verify(target)[0].text
+    mapped = convert("mapped-ram")
+    data = mapped.read_bytes()
+    with mapped.open("r+b") as file:
+        at = data.index(total)
+        file.write(data[:at] + huge + data[at + 8 : at + 15] + (1 << 60).to_bytes(8, "big"))
+        file.truncate(1 << 43)
+    assert "the limit is" in verify(mapped)[0].text

@@ -174,7 +174,7 @@ LIST = FIRST_BITMAP - 28 - 8 - 7 - 8
         (8, b"\x01", "has no configuration"),
         (LIST, be64(0x0008), "no RAM block list"),
         (LIST, be64(700 * PAGE | 4), "mapped-ram header version"),
-        (LIST, be64((1 << 62) | 4), "mapped-ram header version"),
+        (LIST, be64((1 << 62) | 4), "the limit is 17592186044416"),
         (LIST, be64(5 * PAGE | 4), "does not add up"),
         (FIRST_BITMAP - 36, be64(0), "lies outside"),
         (FIRST_BITMAP - 36, be64(599 * PAGE + 1), "lies outside"),
