@@ -250,6 +250,12 @@ class PacketDecoder:
         return StreamCorrupt(message, section=self._name, hint=hint)
 
 
+def carries_pages(header: bytes) -> bool:
+    """Whether the beginning of a packet, at least :data:`FIXED_BYTES`, announces pages."""
+    _, _, _, _, normal, _, _, zero = _fixed.unpack_from(header)
+    return bool(normal or zero)
+
+
 def block_name(ramblock: bytes) -> str:
     """Name of a block out of its 256 padded bytes."""
     return ramblock.split(b"\0", 1)[0].decode("latin-1")

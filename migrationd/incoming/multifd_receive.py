@@ -17,12 +17,20 @@ import numpy.typing as npt
 
 from migrationd.codec.multifd import (
     COMPRESSED_LIMIT_BYTES,
+    FIXED_BYTES,
     MULTIFD_PACKET_BYTES,
     Packet,
     PacketDecoder,
     block_name,
+    carries_pages,
 )
-from migrationd.errors import MigrationdError, MigrationError, StreamCorrupt, StreamTruncated
+from migrationd.errors import (
+    ChannelError,
+    MigrationdError,
+    MigrationError,
+    StreamCorrupt,
+    StreamTruncated,
+)
 from migrationd.guest.ram_block import RamBlock
 from migrationd.incoming.multifd_sync import SyncPoints
 from migrationd.linux.iovec import Vector, address_of, run_vector
@@ -117,10 +125,11 @@ class MultifdReceiver:
             StreamCorrupt: A channel carried pages behind the last mark.
             MigrationdError: A channel failed.
         """
+        more = [worker.has_more_pages() for worker in self._workers]
         self.stop()
         self.check()
-        for worker in self._workers:
-            if worker.has_unsynced_pages:
+        for worker, has_more in zip(self._workers, more, strict=True):
+            if has_more or worker.has_unsynced_pages:
                 raise StreamCorrupt("pages behind the last mark", section=worker.name)
 
     def stop(self) -> None:
@@ -175,6 +184,16 @@ class _Worker:
         finally:
             self._points.end(self._number)
 
+    def has_more_pages(self) -> bool:
+        """Whether pages lie in the socket; from any thread, where nothing should come."""
+        if not self._channel.can_peek:
+            return False
+        try:
+            head = self._channel.peek(FIXED_BYTES)
+        except (BlockingIOError, ChannelError):
+            return False
+        return len(head) == FIXED_BYTES and carries_pages(head)
+
     def _packet(self) -> bool:
         """Receive one packet; False at the end of the input."""
         if not self._has_header:
@@ -211,7 +230,7 @@ class _Worker:
             if self._decompressor is None and block.memory.view.flags.writeable:
                 # The shortest way; nearly all of a large guest takes it.
                 start = address_of(block.memory.view) + first * self._page_size
-                self._receive(packet, (start, packet.data_bytes))
+                self._receive(packet, (start, packet.data_bytes), looks_ahead=not packet.is_sync)
                 block.mark_placed(slice(first, first + count))
                 return
             pages = np.arange(first, first + count)
@@ -267,21 +286,24 @@ class _Worker:
         self._receive(packet, (address_of(part), len(part)))
         return part
 
-    def _receive(self, packet: Packet, *rows: tuple[int, int]) -> None:
-        """Receive the data of a packet, and with the same call the header of the next one.
+    def _receive(self, packet: Packet, *rows: tuple[int, int], looks_ahead: bool = False) -> None:
+        """Receive the data of a packet.
 
-        Not behind a SYNC: what follows may come only after the main stream's mark.
+        Args:
+            packet: Its header.
+            rows: Address and length of each place.
+            looks_ahead: Receive the header of the next packet by the same call. Not behind a
+                SYNC: what follows may come only after the main stream's mark.
         """
         size = packet.data_bytes
-        if packet.is_sync:
+        if not looks_ahead:
             received = self._channel.recv_exactly(_vector(*rows), size)
         else:
-            received = self._channel.recv_exactly(
-                _vector(*rows, self._header_row), size + self._size
-            )
+            vector = _vector(*rows, self._header_row)
+            received = self._channel.recv_exactly(vector, size + self._size)
         if received < size:
             raise self._truncated(f"{received} of {size} bytes of page data")
-        if not packet.is_sync:
+        if looks_ahead:
             self._take_header(received - size)
 
     def _truncated(self, what: str) -> StreamTruncated:

@@ -80,6 +80,7 @@ class OutgoingMultifd:
         if dialect.zero_pages_on_main and settings.zero_page_detection == "multifd":
             settings = replace(settings, zero_page_detection="legacy")
         for number in range(settings.channels):
+            self._wait(0)  # a cancel that came while nothing was being connected
             self.is_connecting = True
             channel = await self._open_channel()
             self.is_connecting = False
