@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import AsyncIterator, Mapping
 
-from qemu.qmp import ExecuteError, QMPClient, QMPError
+from qemu.qmp import EventListener, ExecuteError, QMPClient, QMPError
 
 from migrationd.errors import MigrationdError
 
@@ -52,6 +52,15 @@ class Monitor:
         """Execute a command that returns an object."""
         value = await self.execute(command)
         return value if isinstance(value, dict) else {}
+
+    async def set_capabilities(self, capabilities: Mapping[str, bool]) -> None:
+        """Set migration capabilities by name."""
+        states = [{"capability": name, "state": state} for name, state in capabilities.items()]
+        await self.execute("migrate-set-capabilities", {"capabilities": states})
+
+    def listening(self, *names: str) -> contextlib.AbstractContextManager[EventListener]:
+        """Collect events of these names for the length of a block."""
+        return self._client.listener(names)
 
     async def query_migrate(self) -> dict[str, object]:
         """Return ``query-migrate``'s object."""

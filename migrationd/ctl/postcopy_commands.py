@@ -140,6 +140,44 @@ def register(app: typer.Typer, console: Console) -> None:
 
         _exit_as(asyncio.run(run()))
 
+    @app.command("escrow")
+    def escrow_(
+        context: typer.Context,
+        source: Annotated[
+            str, typer.Argument(metavar="SOURCE", help="QMP monitor of the QEMU that runs it")
+        ],
+        destination: Annotated[
+            str,
+            typer.Argument(metavar="DEST", help="QMP monitor of a QEMU with -incoming defer"),
+        ],
+        via: Annotated[
+            str | None, typer.Option(metavar="URI", help="where the daemon waits for the source")
+        ] = None,
+        to: Annotated[
+            str | None, typer.Option(metavar="URI", help="where DEST waits for the daemon")
+        ] = None,
+        preempt: Annotated[
+            bool, typer.Option(help="an own channel for pages that the guest waits for")
+        ] = True,
+    ) -> None:
+        """Move a running guest over the daemon of -s: once it has left, its source may die.
+
+        The daemon waits with -incoming defer, and -ram-dir if its copy is to outlive it.
+        """
+        from migrationd.ctl.escrow import EscrowPlan, escrow, local_addresses
+
+        async def run() -> Progress:
+            async with (
+                connected(_address(context)) as daemon,
+                connected(source) as from_,
+                connected(destination) as target,
+                local_addresses() as (here, there),
+            ):
+                plan = EscrowPlan(via or here, to or there, preempt)
+                return await escrow(daemon, from_, target, plan, console)
+
+        _exit_as(asyncio.run(run()))
+
 
 def _address(context: typer.Context) -> str:
     address = context.obj

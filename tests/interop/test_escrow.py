@@ -1,0 +1,81 @@
+"""A running guest goes over a durable copy: its source dies right after the switchover."""
+
+import asyncio
+import sys
+from pathlib import Path
+
+import pytest
+
+from migrationd.ctl.boot_guest import BootGuest
+from migrationd.ctl.daemon_process import DaemonProcess
+from migrationd.ctl.qemu_process import QemuProcess, find_qemu, installed_versions
+from tests.support.moves import Host, check_runs_on
+from tests.support.results import TABLES, add_row
+
+pytestmark = pytest.mark.interop
+
+VERSIONS = ("7.2", "10.0", "11.1")
+TABLE = "escrow: source -> copy -> destination, source killed behind the switchover"
+GUEST = BootGuest(counted_pages=512, filled_pages=16384, pages_per_s=20000)
+
+
+def cases() -> list[object]:
+    """The default run uses the QEMU on the path; the rest is the full matrix."""
+    default = next(iter(installed_versions()), VERSIONS[0])
+    return [
+        pytest.param(version, marks=[] if version == default else [pytest.mark.matrix])
+        for version in VERSIONS
+    ]
+
+
+@pytest.mark.parametrize("version", cases())
+async def test_the_source_dies_behind_the_switchover(
+    version: str, tmp_path: Path, closing: list[object], request: pytest.FixtureRequest
+) -> None:
+    binary = find_qemu(version)
+    if binary is None:
+        pytest.skip(f"QEMU {version} is not installed (tests/support/install-qemus brings it)")
+    host = Host(binary, guest=GUEST, memory_mib=128)
+    source = await host.start("QEMU A")
+    closing.append(source)
+    target = await host.start("QEMU B", incoming="defer")
+    closing.append(target)
+    daemon = await DaemonProcess.start(
+        incoming="defer", arguments=["-ram-dir", str(tmp_path), "-name", "g"]
+    )
+    closing.append(daemon)
+    await source.wait_serial(3)
+    # The memory is to follow slowly: the source is gone long before it is there.
+    await daemon.set_parameters({"max-postcopy-bandwidth": 32 << 20})
+    for peer in (source, target, daemon):
+        await peer.qmp.disconnect()
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", "from migrationd.ctl.app import main; main()",
+        "-s", str(daemon.qmp_path), "escrow", str(source.qmp_path), str(target.qmp_path),
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
+    )  # fmt: skip
+    assert process.stdout is not None
+    text = ""
+    async with asyncio.timeout(60):
+        while line := (await process.stdout.readline()).decode():
+            text += line
+            if "its source may be ended now" in line:
+                before = source.serial
+                await source.kill()
+        code = await process.wait()
+    assert code == 0, text
+    assert "stood still for" in text
+    assert text.splitlines()[-1].startswith("out completed"), text
+    qmp = await reconnect(target)
+    passes = await check_runs_on(before, qmp, host)
+    stood = text.split("stood still for")[1].split("\n")[0].strip()
+    if TABLE not in request.config.stash.get(TABLES, {}):
+        add_row(request.config, TABLE, ("QEMU", "stood still", "goes on"))
+    add_row(request.config, TABLE, (version, stood, f"yes, {passes} passes"))
+
+
+async def reconnect(peer: QemuProcess) -> QemuProcess:
+    """Take the monitor back."""
+    await peer.qmp.connect(str(peer.qmp_path))
+    return peer
