@@ -55,6 +55,11 @@ class Progress:
         return self.status in ENDED
 
     @property
+    def is_moving(self) -> bool:
+        """Whether it goes on by itself."""
+        return not self.has_ended and self.status not in WAITING_FOR_A_PERSON
+
+    @property
     def fraction(self) -> float:
         """Part of the RAM that has arrived, 0 to 1."""
         if self.status == "completed":
@@ -154,9 +159,11 @@ def progress_line(progress: Progress) -> str:
     if progress.total_bytes:
         parts.append(f"{progress.fraction:4.0%} of {size_text(progress.total_bytes)}")
         parts.append(f"sent {size_text(progress.transferred_bytes)}")
-        parts.append(rate_text(progress.rate_bytes_per_s))
+        if progress.status not in WAITING_FOR_A_PERSON:
+            parts.append(rate_text(progress.rate_bytes_per_s))
     if not progress.has_ended and progress.total_bytes:
         parts.append(f"remaining {size_text(progress.remaining_bytes)}")
+    if progress.is_moving and progress.total_bytes:
         eta = "unknown" if progress.eta_s is None else duration_text(progress.eta_s)
         parts.append(f"ETA {eta}")
     if progress.has_ended and progress.total_time_ms:
