@@ -231,10 +231,27 @@ def demo(
         str, typer.Option(metavar="SIZE", help="limit per second, to see it move; 0: full speed")
     ] = "96M",
     fill: Annotated[str, typer.Option(metavar="SIZE", help="random bytes in the guest")] = "192M",
+    workload: Annotated[
+        bool, typer.Option("--workload", help="move a live process, without any QEMU")
+    ] = False,
 ) -> None:
-    """Move a running guest QEMU → migrationd → QEMU and prove that nothing is lost."""
-    from migrationd.ctl.demo import DemoPlan, run_demo
+    """Move a running guest QEMU → migrationd → QEMU and prove that nothing is lost.
 
+    Where no QEMU is installed a live process moves instead.
+    """
+    from migrationd.ctl.demo import DemoPlan, run_demo
+    from migrationd.ctl.demo_workload import run_workload_demo
+    from migrationd.ctl.qemu_process import find_qemu
+
+    if workload or (qemu is None and find_qemu() is None):
+        if not workload:
+            console.print(
+                "No QEMU is installed (Debian: apt-get install qemu-system-x86): "
+                "the guest of this demo is a live process.\n",
+                highlight=False,
+            )
+        asyncio.run(run_workload_demo(console, parse_size(bandwidth)))
+        return
     plan = DemoPlan(
         machine=machine,
         binary=str(qemu) if qemu else None,

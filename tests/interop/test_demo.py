@@ -7,7 +7,9 @@ from rich.console import Console
 
 from migrationd.ctl.boot_guest import BootGuest, check_run
 from migrationd.ctl.demo import DemoPlan, run_demo
+from migrationd.ctl.demo_workload import run_workload_demo
 from migrationd.ctl.qemu_process import QemuProcess, find_qemu
+from migrationd.linux.pagemap import can_scan
 
 pytestmark = pytest.mark.interop
 
@@ -30,6 +32,14 @@ async def test_demo_proves_that_nothing_is_lost(machine: str) -> None:
     assert "Nothing lost:" in text
     for part in ("A → migrationd", "migrationd → B", "downtime", "From A's STOP to B's RESUME"):
         assert part in text
+
+
+@pytest.mark.skipif(not can_scan(), reason="PAGEMAP_SCAN needs Linux 6.7")
+async def test_demo_without_qemu_moves_a_process() -> None:
+    console = Console(file=io.StringIO(), width=100)
+    await run_workload_demo(console, 0)
+    assert isinstance(console.file, io.StringIO)
+    assert "Nothing lost:" in console.file.getvalue()
 
 
 @pytest.mark.parametrize(
