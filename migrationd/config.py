@@ -36,6 +36,7 @@ class DaemonConfig:
         ram_dir: Directory in which a parked guest rests, or None for memory.
         keep: The parked guest is a template.
         ram_limit_bytes: Largest incoming guest, or None.
+        learn_order: Remember in which order a guest asks for its pages, and follow it.
         start_postcopy: With ``postcopy-ram`` on, migrate without sending RAM first.
         only_migratable: Refuse devices that cannot migrate.
         metrics: Host and port to serve Prometheus metrics on, or None.
@@ -53,6 +54,7 @@ class DaemonConfig:
     ram_dir: Path | None = None
     keep: bool = False
     ram_limit_bytes: int | None = None
+    learn_order: bool = True
     start_postcopy: bool = False
     only_migratable: bool = False
     metrics: tuple[str, int] | None = None
@@ -84,6 +86,8 @@ OPTIONS: tuple[_Option, ...] = (
     _Option("keep", "", "the parked guest is a template: sending does not hand it over",
             is_flag=True),
     _Option("ram-limit", "SIZE", "refuse an incoming guest with more RAM, for example 64G"),
+    _Option("learn-order", "on|off", "remember in which order a guest asks for its pages, and "
+            "send them in that order next time (on)"),
     _Option("start-postcopy", "", "with postcopy-ram on, let the guest run at its destination "
             "at once and send memory afterwards", is_flag=True),
     _Option("only-migratable", "", "refuse devices that cannot migrate", is_flag=True),
@@ -252,6 +256,8 @@ def _apply(config: DaemonConfig, name: str, texts: list[str]) -> DaemonConfig:
             return replace(config, start_stopped=_flag(name, text))
         case "keep":
             return replace(config, keep=_flag(name, text))
+        case "learn-order":
+            return replace(config, learn_order=_flag(name, text))
         case "start-postcopy":
             return replace(config, start_postcopy=_flag(name, text))
         case "only-migratable":

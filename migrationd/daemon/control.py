@@ -35,6 +35,7 @@ from migrationd.outgoing.driver import PAUSABLE, OutgoingMigration, OutgoingSett
 from migrationd.outgoing.file_save import FileSettings
 from migrationd.outgoing.multifd_send import MultifdSettings
 from migrationd.outgoing.postcopy import PostcopySettings
+from migrationd.outgoing.postcopy_learned import Order
 from migrationd.qmp.context import Chardev, FdLookup, MigrationChannel
 from migrationd.qmp.event_bus import EventBus
 from migrationd.transport.address import Address, describe
@@ -559,6 +560,7 @@ class GuestControl:
                 preempt=capabilities["postcopy-preempt"],
                 at_once=self._config.start_postcopy,
                 max_bandwidth_bytes_per_s=_number(parameters["max-postcopy-bandwidth"]),
+                learned=self._learned_order(),
             )
             if capabilities["postcopy-ram"]
             else None,
@@ -603,6 +605,18 @@ class GuestControl:
             zero_page_detection=_text(parameters["zero-page-detection"]),
             uuid=uuid.bytes if uuid is not None else bytes(16),
         )
+
+    def _learned_order(self) -> Order | None:
+        if not self._config.learn_order or not isinstance(self._guest, ParkedGuest):
+            return None
+        if self._guest.page_order is None:
+            self._guest.page_order = self._shelter.read_order(self._guest)
+        return self._guest.page_order
+
+    def _learned(self, guest: HeldGuest, order: Order) -> None:
+        if self._config.learn_order and isinstance(guest, ParkedGuest) and len(order):
+            guest.page_order = order
+            self._spawn(self._shelter.record_order(guest, order))
 
     def _incoming_settings(self) -> IncomingSettings:
         capabilities = self.options.capabilities
@@ -691,6 +705,9 @@ class _OutgoingObserver:
         self._control._spawn(
             self._control._shelter.record_owner(self._guest, self._destination, self._lazy)
         )
+
+    def on_learned(self, order: Order) -> None:
+        self._control._learned(self._guest, order)
 
     async def handed_over(self) -> None:
         await self._control._record_owner(self._guest, Owner.HANDED_OVER, self._destination)

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,10 +24,13 @@ from migrationd.guest.run_state import LazyHandOver, Owner
 from migrationd.incoming.berth import Berth
 from migrationd.incoming.mapped_ram import complete_guest, copy_pages, map_guest, specs_of
 from migrationd.store.mapped_ram_reader import Contents
+from migrationd.store.page_order import Order, read_order, write_order
 from migrationd.store.parked_directory import NewGuest, ParkedDirectory, SavedGuest
 from migrationd.store.snapshots import Snapshots
 
 T = TypeVar("T")
+
+log = logging.getLogger(__name__)
 
 EMPTY_DESCRIPTION = b"{}"
 
@@ -160,7 +164,7 @@ class Shelter:
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="record")
         self._ram_limit_bytes = config.ram_limit_bytes
         if config.ram_dir is not None and config.name is not None:
-            self._directory = ParkedDirectory(config.ram_dir, config.name)
+            self._directory = ParkedDirectory(config.ram_dir, config.name, is_shared=config.keep)
 
     def berth(self) -> Berth:
         """Room for one arriving guest."""
@@ -192,6 +196,24 @@ class Shelter:
         owner = guest.owner.value
         flags = asdict(lazy) if lazy is not None else None
         return self._record(lambda directory: directory.record_owner(owner, destination, flags))
+
+    def read_order(self, guest: ParkedGuest) -> Order | None:
+        """The order in which a guest at rest asked for its pages, if that is known."""
+        if self._directory is None:
+            return None
+        return read_order(self._directory.order_path, _page_counts(guest))
+
+    def record_order(self, guest: ParkedGuest, order: Order) -> "asyncio.Future[None]":
+        """Keep the order beside the guest, where it rests in a file; a failure is logged."""
+        blocks = _page_counts(guest)
+
+        def write(directory: ParkedDirectory) -> None:
+            try:
+                write_order(directory.order_path, blocks, order)
+            except OSError as error:
+                log.warning("'%s': %s", directory.order_path, error.strerror)
+
+        return self._record(write)
 
     def record_run_state(self, run_state: str) -> "asyncio.Future[None]":
         """Put the run state for the next host on record; as :meth:`record_owner`."""
@@ -229,6 +251,10 @@ class Shelter:
             nothing.set_result(None)
             return nothing
         return asyncio.shield(loop.run_in_executor(self._writer, change, directory))
+
+
+def _page_counts(guest: ParkedGuest) -> list[tuple[str, int]]:
+    return [(block.idstr, block.page_count) for block in guest.ram]
 
 
 def open_saved(saved: SavedGuest) -> ParkedGuest:

@@ -55,6 +55,9 @@ class Memory(Protocol):
     def give_back(self, runs: Pages) -> None:
         """Release the memory of runs of zero pages, shape ``(n, 2)``: first page, count."""
 
+    def prefetch(self, runs: Pages) -> None:
+        """Bring runs of pages into memory soon, without waiting; shape as :meth:`give_back`."""
+
     def close(self) -> None:
         """Release everything."""
 
@@ -98,6 +101,9 @@ class MappedMemory:
 
     def give_back(self, runs: Pages) -> None:
         """Nothing, unless the kind of memory knows how."""
+
+    def prefetch(self, runs: Pages) -> None:
+        """Nothing: it is memory."""
 
     def close(self) -> None:
         """Unmap; a view that is still in use keeps the mapping until it goes."""
@@ -282,6 +288,16 @@ class FileMemory:
 
     def give_back(self, runs: Pages) -> None:
         """Nothing: what is zero is a hole already."""
+
+    def prefetch(self, runs: Pages) -> None:
+        """Begin to read runs of pages from the disk, in the order given."""
+        if self._map is None:
+            return
+        skipped = self.position % mmap.ALLOCATIONGRANULARITY
+        for first, count in (runs * self._page_size).tolist():
+            begin = (skipped + first) // mmap.PAGESIZE * mmap.PAGESIZE
+            with contextlib.suppress(OSError, ValueError):  # it is advice
+                self._map.madvise(mmap.MADV_WILLNEED, begin, skipped + first + count - begin)
 
     def close(self) -> None:
         """Unmap; the file stays."""

@@ -10,7 +10,7 @@ from migrationd.errors import GuestError, InvalidState
 from migrationd.guest.base import GuestIdentity, SeenOnArrival
 from migrationd.guest.device import DeviceState
 from migrationd.guest.guest_file import GuestFile
-from migrationd.guest.memory import Memory
+from migrationd.guest.memory import Memory, Pages
 from migrationd.guest.ram_block import RamBlock, RamBlockSpec
 from migrationd.guest.run_state import (
     RUNNING,
@@ -35,6 +35,9 @@ class ParkedGuest:
 
     Attributes:
         file: The file that all pages are in, or None.
+        lazy: Of a guest found at rest: its hand-over by postcopy that an earlier daemon began.
+        page_order: Pages in the order in which the guest asked for them, shape ``(n, 2)``:
+            block index, page; None until it was resumed by postcopy.
     """
 
     def __init__(self, identity: GuestIdentity, ram: Sequence[RamBlock]) -> None:
@@ -45,6 +48,7 @@ class ParkedGuest:
         self.file: GuestFile | None = None
         self.seen = SeenOnArrival()
         self.lazy: LazyHandOver | None = None
+        self.page_order: Pages | None = None
         self._owner = Owner.HELD
 
     @classmethod

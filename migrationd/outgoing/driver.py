@@ -59,6 +59,7 @@ from migrationd.outgoing.postcopy import (
     PostcopySettings,
     PostcopySource,
 )
+from migrationd.outgoing.postcopy_learned import Order
 from migrationd.outgoing.ram_save import PART_BYTES, RamSaver
 from migrationd.outgoing.return_path import ReturnPath
 from migrationd.transport.channel import Channel
@@ -130,6 +131,9 @@ class Observer(Protocol):
     def running_there(self) -> None:
         """The destination runs the guest, whose memory is still here."""
 
+    def on_learned(self, order: Order) -> None:
+        """A postcopy is complete: the order in which the guest asks for its pages."""
+
     async def handed_over(self) -> None:
         """The destination holds the guest (before status ``completed``)."""
 
@@ -175,7 +179,7 @@ class OutgoingMigration:
         self._continue = asyncio.Event()
         self._stop = threading.Event()
         self._tail_started = threading.Event()
-        self._executor = ThreadPoolExecutor(2, thread_name_prefix="outgoing")
+        self._executor = ThreadPoolExecutor(3, thread_name_prefix="outgoing")
         self._channel: Channel | None = None
         self._postcopy: PostcopySource | None = None
         if settings.postcopy is not None and guest.live is None:
@@ -388,7 +392,7 @@ class OutgoingMigration:
         while failure is not None:
             opener = await self._paused(failure)
             self._stop = threading.Event()
-            self._executor = ThreadPoolExecutor(2, thread_name_prefix="outgoing")
+            self._executor = ThreadPoolExecutor(3, thread_name_prefix="outgoing")
             failure = await self._attempt(opener, self._recover)
 
     async def _paused(self, failure: MigrationdError) -> OpenChannel:
@@ -746,6 +750,7 @@ class OutgoingMigration:
         self._package_loaded()
         if self._postcopy is not None:
             self._postcopy.log_requests()
+            self._observer.on_learned(self._postcopy.learn())
         await self._observer.handed_over()
         self._status.advance(Cause.COMPLETE)
 

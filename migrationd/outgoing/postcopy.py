@@ -19,6 +19,8 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+import numpy as np
+
 from migrationd.clock import Clock
 from migrationd.codec.constants import (
     MIG_CMD_SWITCHOVER_START,
@@ -49,10 +51,12 @@ from migrationd.codec.section import encode_section_footer, encode_section_heade
 from migrationd.errors import ChannelError, StreamCorrupt
 from migrationd.guest.base import Guest
 from migrationd.guest.device import DeviceState
+from migrationd.guest.memory import page_runs
 from migrationd.migration.dialect import Dialect
 from migrationd.migration.latency import LatencyStats
 from migrationd.migration.stats import OutgoingStats
 from migrationd.outgoing.device_save import encode_device, free_section_id
+from migrationd.outgoing.postcopy_learned import Order, batches, fits, merge
 from migrationd.outgoing.postcopy_pacer import Pacer
 from migrationd.outgoing.postcopy_schedule import BlockPages, PageSchedule
 from migrationd.outgoing.postcopy_server import Push, RequestLog, RequestServer
@@ -60,6 +64,8 @@ from migrationd.outgoing.postcopy_writer import WIDE_WINDOW_PAGES, WINDOW_PAGES,
 from migrationd.transport.channel import Channel
 
 log = logging.getLogger(__name__)
+
+_PREFETCH_PAGES = 2048
 
 SEND_QUEUE_BYTES = 128 << 10
 """What may lie in the kernel before a requested page on the same channel."""
@@ -76,12 +82,14 @@ class PostcopySettings:
         at_once: Switch before any RAM is sent.
         max_bandwidth_bytes_per_s: ``max-postcopy-bandwidth``; 0 is unlimited.
         is_loaded: The destination runs the guest already: an earlier daemon began.
+        learned: The order in which the guest asked for its pages before, if that is known.
     """
 
     preempt: bool = False
     at_once: bool = False
     max_bandwidth_bytes_per_s: int = 0
     is_loaded: bool = False
+    learned: Order | None = None
 
 
 class PostcopySource:
@@ -121,6 +129,11 @@ class PostcopySource:
         self.requests = RequestLog()
         self.pacer = Pacer(settings.max_bandwidth_bytes_per_s)
         self.is_loaded = settings.is_loaded
+        self._learned: Order | None = None
+        if settings.learned is not None and fits(
+            settings.learned, [block.page_count for block in guest.ram]
+        ):
+            self._learned = settings.learned
         self._requested = threading.Event()
         if settings.at_once:
             self._requested.set()
@@ -138,6 +151,34 @@ class PostcopySource:
         """Count what goes out as postcopy from here on."""
         self.stats.in_postcopy = True
         self.stats.remaining_pages = lambda: self.schedule.remaining_pages
+
+    def plan(self) -> None:
+        """Put what the guest asked for last time before everything else."""
+        if self._learned is not None:
+            blocks = self.schedule.blocks
+            self.schedule.push_first(
+                batches(
+                    self._learned,
+                    [block.present for block in blocks],
+                    [block.host_pages for block in blocks],
+                )
+            )
+
+    def prefetch(self, stop: threading.Event) -> None:
+        """Begin to read from a file what goes first; a thread of its own."""
+        if self._learned is None:
+            return
+        for start in range(0, len(self._learned), _PREFETCH_PAGES):
+            part = self._learned[start : start + _PREFETCH_PAGES]
+            for index, block in enumerate(self.guest.ram):
+                pages = np.unique(part[part[:, 0] == index, 1])
+                if stop.is_set():
+                    return
+                block.memory.prefetch(page_runs(pages[block.present[pages]]))
+
+    def learn(self) -> Order:
+        """The order to follow next time."""
+        return merge(self._learned, self.requests.take())
 
     def log_requests(self) -> None:
         """Say how requests were answered, if there were any."""
@@ -226,7 +267,7 @@ class PostcopyLink:
         source: What outlives the connection.
         channel: Main channel; not owned.
         open_channel: Opens another connection to the same destination.
-        executor: Runs what blocks; has room for two.
+        executor: Runs what blocks; has room for three.
         on_loaded: Called on the loop when the destination has loaded the package.
         is_recovery: Whether the connection is a new one for a paused guest.
     """
@@ -361,6 +402,7 @@ class PostcopyLink:
             ChannelError: A channel broke.
         """
         source = self._source
+        source.plan()
         push = Push(
             self._main,
             source.schedule,
@@ -373,7 +415,10 @@ class PostcopyLink:
             window_pages=WINDOW_PAGES if self._preempt is None else WIDE_WINDOW_PAGES,
             with_zeros=self._preempt is not None and source.dialect.preempt_eos,
         )
+        prefetching = asyncio.ensure_future(self._run(source.prefetch, self._stop))
         await self._run(push.run)
+        self._stop.set()
+        await prefetching
         self.set_ending()
         await self._run(self._main.finish, source.end_bytes())
         if self._preempt is not None and source.dialect.preempt_eos:

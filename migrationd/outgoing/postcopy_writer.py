@@ -136,7 +136,9 @@ class PageWriter:
                 size = self._write_window(prepared, begin, len(pages))
                 return len(pages), len(pages), size
             claimed = self._schedule.claim(batch.block, pages)
-            if not len(claimed):
+            if prepared.vector is not None and len(claimed) == len(pages):
+                size = self._write_window(prepared, begin, len(pages))
+            elif not len(claimed):
                 size = 0
             elif batch.is_zero:
                 size = self._write_zeros(batch.block, claimed)

@@ -3,6 +3,7 @@
     NAME.mapped-ram        the guest, a file that QEMU itself loads
     NAME.json              what the file cannot say: owner, run state, form of the stream, sums
     NAME.mapped-ram.part   a guest that is still arriving; never offered
+    NAME.order             in which order the guest asked for its pages; a hint
     NAME.lock              held by the daemon that owns the name
 
 A guest arrives aside, is read back, synced, described by its sidecar, and only then renamed
@@ -110,14 +111,17 @@ class ParkedDirectory:
     Args:
         path: Directory; made if it is missing.
         name: Guest name, without a slash.
+        is_shared: The guest here is a template: once there is one it is only read, by any number
+            of daemons at a time.
 
     Raises:
         StoreError: The directory cannot be used, or another daemon holds the name.
     """
 
-    def __init__(self, path: Path, name: str) -> None:
+    def __init__(self, path: Path, name: str, *, is_shared: bool = False) -> None:
         self._path = path
         self._name = name
+        self._is_shared = is_shared
         self._ram = path / f"{name}.mapped-ram"
         self._part = path / f"{name}.mapped-ram.part"
         self._sidecar = path / f"{name}.json"
@@ -130,7 +134,8 @@ class ParkedDirectory:
             raise StoreError(f"-ram-dir '{path}': {error.strerror}") from error
         try:
             self._take_lock()
-            self.remove_part()
+            if not self._is_template:
+                self.remove_part()
         except BaseException:
             self.close()
             raise
@@ -145,6 +150,11 @@ class ParkedDirectory:
         """File of the guest at rest, whether there is one or not."""
         return self._ram
 
+    @property
+    def order_path(self) -> Path:
+        """File with the order in which the guest asked for its pages."""
+        return self._path / f"{self._name}.order"
+
     def recorded(self) -> Sidecar:
         """What is on record of the guest at rest.
 
@@ -158,7 +168,10 @@ class ParkedDirectory:
 
         Raises:
             OSError: As the calls. A crash leaves the old guest, none, or the new one.
+            StoreError: The guest here is a template.
         """
+        if self._is_template:
+            raise StoreError(f"'{self._ram}' is a template (-keep): it is only read")
         self.remove_part()
         os.link(file, self._part)
         with contextlib.suppress(FileNotFoundError):
@@ -245,6 +258,8 @@ class ParkedDirectory:
         write_sidecar(self._sidecar, sidecar)
         os.rename(self._part, self._ram)
         sync_directory(self._path)
+        if self._is_shared:
+            fcntl.flock(self._lock, fcntl.LOCK_SH)
 
     def record_owner(
         self, owner: str, destination: str | None, lazy: dict[str, bool] | None = None
@@ -262,11 +277,13 @@ class ParkedDirectory:
         self._write(replace(self._recorded(), owner=owner, destination=destination, lazy=lazy))
 
     def record_run_state(self, run_state: str) -> None:
-        """Change the run state for the next host on record, durably.
+        """Change the run state for the next host on record, durably; not that of a template.
 
         Raises:
             StoreError: The record cannot be written.
         """
+        if self._is_shared:
+            return
         self._write(replace(self._recorded(), run_state=run_state))
 
     def remove_part(self) -> None:
@@ -280,15 +297,23 @@ class ParkedDirectory:
             os.close(self._lock)
             self._lock = -1
 
+    @property
+    def _is_template(self) -> bool:
+        """Whether the guest here is one that others may read as well."""
+        return self._is_shared and self._ram.exists()
+
     def _take_lock(self) -> None:
+        kind = fcntl.LOCK_SH if self._is_template else fcntl.LOCK_EX
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._lock, kind | fcntl.LOCK_NB)
         except BlockingIOError:
             holder = os.pread(self._lock, 20, 0).decode("ascii", "replace").strip()
             who = f"process {holder}" if holder.isdigit() else "another daemon"
             raise StoreError(f"{who} holds guest '{self._name}' in '{self._path}'") from None
         except OSError as error:
             raise StoreError(f"-ram-dir '{self._path}': {error.strerror}") from error
+        if kind == fcntl.LOCK_SH:
+            return
         os.ftruncate(self._lock, 0)
         os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
 

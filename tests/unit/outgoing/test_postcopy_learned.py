@@ -1,0 +1,42 @@
+"""The order in which a guest asked for its pages is followed next time."""
+
+import numpy as np
+
+from migrationd.outgoing.postcopy_learned import batches, fits, merge
+
+
+def order(*pages: tuple[int, int]) -> np.ndarray:
+    return np.array(pages, np.int64).reshape(-1, 2)
+
+
+def test_each_page_once_in_the_order_of_its_first_request() -> None:
+    known = merge(None, order((0, 5), (1, 2), (0, 5), (0, 1)))
+    assert known.tolist() == [[0, 5], [1, 2], [0, 1]]
+    assert merge(known, order((1, 9), (1, 2))).tolist() == [[0, 5], [1, 2], [0, 1], [1, 9]]
+
+
+def test_nothing_was_asked_for() -> None:
+    assert merge(None, order()).tolist() == []
+    assert fits(order(), [10])
+
+
+def test_an_order_of_another_guest_does_not_fit() -> None:
+    assert fits(order((0, 9), (1, 3)), [10, 4])
+    for bad in ((0, 10), (2, 0), (-1, 0), (0, -1)):
+        assert not fits(order(bad), [10, 4])
+
+
+def test_zero_pages_go_first_then_the_others_as_they_were_asked_for() -> None:
+    present = [np.array([1, 0, 1, 0, 1], np.bool_), np.array([1, 1], np.bool_)]
+    found = list(batches(order((0, 4), (0, 3), (1, 1), (0, 0), (0, 1)), present, [1, 1]))
+    assert [(b.block, b.pages.tolist(), b.is_zero) for b in found if len(b.pages)] == [
+        (0, [1, 3], True),
+        (0, [4], False),
+        (1, [1], False),
+        (0, [0], False),
+    ]
+
+
+def test_huge_pages_are_left_to_the_push() -> None:
+    present = [np.ones(1024, np.bool_)]
+    assert list(batches(order((0, 0), (0, 512)), present, [512])) == []
