@@ -127,3 +127,14 @@ def test_discarded_pages_are_zero_and_did_not_come() -> None:
     for first, count in ((16, 1), (15, 2), (-1, 1)):
         with pytest.raises(GuestError, match="outside RAM block"):
             block.discard(first, count)
+
+
+@pytest.mark.parametrize("pages", [1, 7, 8, 9, 64, 1000])
+def test_a_bitmap_is_counted_packed_and_read_unpacked(pages: int) -> None:
+    present = np.random.default_rng(pages).random(pages) < 0.5
+    block = RamBlock(RamBlockSpec("b", pages * 4096, 4096), AnonymousMemory(pages * 4096, 4096))
+    block.use_bitmap(np.packbits(present, bitorder="little"))
+    assert block.present_count == np.count_nonzero(present)
+    assert np.array_equal(block.present, present)
+    block.present = ~present
+    assert block.present_count == pages - np.count_nonzero(present)
