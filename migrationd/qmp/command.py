@@ -58,7 +58,7 @@ class CommandSpec:
     Attributes:
         name: QMP name.
         handler: Performs it.
-        arguments: Model of its arguments.
+        arguments: Model of its arguments, or a union of models as an annotation.
         returns: What it returns: a model, a list of one, ``str`` or ``int``.
         allows_oob: Whether it may run out of band.
         features: Features that the introspection shows, ``deprecated`` among them.
@@ -66,7 +66,7 @@ class CommandSpec:
 
     name: str
     handler: Handler
-    arguments: type[QapiModel]
+    arguments: Any
     returns: Any
     allows_oob: bool = False
     features: tuple[str, ...] = ()
@@ -91,7 +91,7 @@ def to_wire(returned: Returned) -> object:
 def command(
     name: str,
     handler: Any,  # noqa: ANN401  # each handler takes and returns its own models
-    arguments: type[QapiModel] = Empty,
+    arguments: Any = Empty,  # noqa: ANN401  # an annotation
     returns: Any = Empty,  # noqa: ANN401  # an annotation
     *,
     allows_oob: bool = False,

@@ -1,6 +1,6 @@
 """What handlers need of the daemon."""
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 from uuid import UUID
@@ -34,11 +34,43 @@ class Chardev(Protocol):
         """Whether its client can be cut off."""
 
     @property
+    def is_pretty(self) -> bool:
+        """Whether its output is spread over lines."""
+
+    @property
     def is_connected(self) -> bool:
         """Whether it has a client."""
 
     def disconnect(self) -> None:
         """Cut the client off."""
+
+
+class UserObject(Protocol):
+    """An object that a user made."""
+
+    @property
+    def qom_type(self) -> str:
+        """Its type."""
+
+    @property
+    def properties(self) -> Mapping[str, object]:
+        """What it was made with, by QMP name."""
+
+
+class Objects(Protocol):
+    """User-made objects; what is refused raises an error of ours."""
+
+    def __iter__(self) -> Iterator[str]:
+        """Ids in the order in which they were made."""
+
+    def add(self, qom_type: str, object_id: str, properties: Mapping[str, object]) -> None:
+        """Make an object."""
+
+    def delete(self, object_id: str) -> None:
+        """Forget an object."""
+
+    def find(self, object_id: str) -> UserObject | None:
+        """The object of an id."""
 
 
 class DirtyRate(Protocol):
@@ -175,6 +207,10 @@ class Control(Protocol):
     """Commands on the one guest of the process; called on the event loop."""
 
     options: MigrationOptions
+
+    @property
+    def objects(self) -> Objects:
+        """Objects that users made."""
 
     @property
     def machine(self) -> Machine:

@@ -9,7 +9,7 @@ from migrationd.qmp.context import Control
 from migrationd.qmp.errors import to_qmp
 from migrationd.qmp.fds import RequestFds
 from migrationd.qmp.handlers.table import COMMANDS
-from migrationd.qmp.models.base import parse_arguments
+from migrationd.qmp.models.base import QapiModel, parse_arguments
 from migrationd.qmp.session import Request, RequestError, Session, failure, success
 
 log = logging.getLogger(__name__)
@@ -67,5 +67,5 @@ def _perform(
         raise QMPError(f"The command {request.command} has not been found", "CommandNotFound")
     if request.is_oob and not spec.allows_oob:
         raise QMPError(f"The command {request.command} does not support OOB")
-    arguments = parse_arguments(spec.arguments, request.arguments)
+    arguments: QapiModel = parse_arguments(spec.arguments, request.arguments)
     return spec.handler(Invocation(control, session, fds, COMMANDS), arguments)

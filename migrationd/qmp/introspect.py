@@ -26,7 +26,6 @@ _BUILTIN: dict[object, tuple[str, str]] = {
     type(None): ("null", "null"),
     None: ("null", "null"),
     Any: ("any", "value"),
-    object: ("any", "value"),
 }
 """Python type to its name and to its JSON type, in QAPI's words."""
 

@@ -66,6 +66,11 @@ class MonitorServer:
         return self._spec.kind != "stdio"
 
     @property
+    def is_pretty(self) -> bool:
+        """Whether its output is spread over lines."""
+        return self._spec.is_pretty
+
+    @property
     def is_connected(self) -> bool:
         """Whether there is a client."""
         return self._client is not None or not self.is_socket

@@ -13,6 +13,7 @@ from migrationd.errors import QMPError
 from migrationd.migration.dirty_rate import DirtyRateRequest, DirtyRateState
 from migrationd.migration.info import MigrationInfo
 from migrationd.migration.options import MigrationOptions
+from migrationd.objects.registry import ObjectRegistry
 from migrationd.qmp.context import Chardev, DirtyRate, FdLookup, MigrationChannel
 from migrationd.qmp.event_bus import EventBus
 from migrationd.transport.address import Address
@@ -25,6 +26,7 @@ class FakeChardev:
     filename: str = "unix:/run/fake.sock,server=on"
     is_socket: bool = True
     is_connected: bool = True
+    is_pretty: bool = False
 
     def disconnect(self) -> None:
         """Only remember it."""
@@ -97,6 +99,7 @@ class FakeControl:
     incoming_refusal: str | None = "'-incoming' was not specified on the command line"
     calls: list[tuple[object, ...]] = field(default_factory=list)
     machine: FakeMachine = field(default_factory=FakeMachine)
+    objects: ObjectRegistry = field(default_factory=ObjectRegistry)
 
     def migrate(self, channels: Sequence[MigrationChannel], *, resume: bool, fds: FdLookup) -> None:
         """Only remember it."""

@@ -11,6 +11,7 @@ from migrationd.qmp.handlers import (
     legacy,
     machine,
     migrate,
+    objects,
     options,
     replication,
     yank,
@@ -97,6 +98,7 @@ COMMANDS: dict[str, CommandSpec] = {
         *dirty_rate.COMMANDS,
         *yank.COMMANDS,
         *jobs.COMMANDS,
+        *objects.COMMANDS,
         *replication.COMMANDS,
         *legacy.COMMANDS,
     )

@@ -3,9 +3,17 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Annotated, Any, ClassVar, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Self, TypeVar, cast
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 from pydantic import GetJsonSchemaHandler as Handler
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, ErrorDetails, PydanticCustomError
@@ -177,18 +185,48 @@ _EXPECTED = {
 Model = TypeVar("Model", bound=QapiModel)
 
 
-def parse_arguments(model: type[Model], arguments: Mapping[str, object]) -> Model:
+_ADAPTERS: dict[int, tuple[object, TypeAdapter[Any]]] = {}
+
+
+def parse_arguments(
+    form: type[Model] | Any,  # noqa: ANN401  # a model or an annotation
+    arguments: Mapping[str, object],
+) -> Model:
     """Check arguments against their model.
+
+    Args:
+        form: A model, or a union of models as an annotation.
+        arguments: What the client sent.
 
     Raises:
         QMPError: The first problem, in QEMU's order and words: members in schema order,
             each with all that is in it, and members that are not in the schema last.
     """
     try:
-        return model.model_validate(arguments)
+        if isinstance(form, type):
+            return cast("type[Model]", form).model_validate(arguments)
+        if id(form) not in _ADAPTERS:
+            _ADAPTERS[id(form)] = (form, TypeAdapter(form))
+        return cast("Model", _ADAPTERS[id(form)][1].validate_python(arguments))
     except ValidationError as error:
-        problems = error.errors(include_url=False, include_context=True)
-        raise QMPError(_text(problems[0])) from None
+        problem = error.errors(include_url=False, include_context=True)[0]
+        problem["loc"] = _without_branches(problem["loc"], arguments)
+        raise QMPError(_text(problem)) from None
+
+
+def _without_branches(loc: tuple[int | str, ...], value: object) -> tuple[int | str, ...]:
+    """A place without the tags of the unions on the way, which are no members."""
+    place: list[int | str] = []
+    for index, part in enumerate(loc):
+        if isinstance(part, int):
+            value = value[part] if isinstance(value, list) and part < len(value) else None
+        elif isinstance(value, dict):
+            is_last = index == len(loc) - 1
+            if part not in value and part in value.values() and not is_last:
+                continue
+            value = value.get(part)
+        place.append(part)
+    return tuple(place)
 
 
 def _text(problem: ErrorDetails) -> str:
@@ -206,20 +244,28 @@ def _text(problem: ErrorDetails) -> str:
     if kind in ("literal_error", "union_tag_invalid"):
         name = _last(problem, kind)
         if kind == "union_tag_invalid":
-            value = problem["ctx"]["tag"]
+            value = value.get(name) if isinstance(value, dict) else None
         if isinstance(value, str):
             return f"Parameter '{name}' does not accept value '{value}'"
+        if kind == "union_tag_invalid":
+            path = f"{path}.{name}" if path else name
         return f"Invalid parameter type for '{path}', expected: string"
     if kind == "union_tag_not_found":
-        tag = problem["ctx"]["discriminator"].strip("'")
-        return f"Parameter '{path}.{tag}' is missing"
+        tag = _tag(problem)
+        path = f"{path}.{tag}" if path else tag
+        return f"Parameter '{path}' is missing"
     return f"Invalid parameter type for '{path}', expected: {_EXPECTED.get(kind, kind)}"
+
+
+def _tag(problem: ErrorDetails) -> str:
+    """QMP name of a union's tag; pydantic writes ``'field_name' | 'qmp-name'``."""
+    return str(problem["ctx"]["discriminator"]).split(" | ")[-1].strip("'")
 
 
 def _last(problem: ErrorDetails, kind: str) -> str:
     """QEMU names only the last component here; a list element has no name of its own."""
     if kind == "union_tag_invalid":
-        return str(problem["ctx"]["discriminator"]).strip("'")
+        return _tag(problem)
     last = problem["loc"][-1]
     return "null" if isinstance(last, int) else str(last)
 

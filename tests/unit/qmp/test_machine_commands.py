@@ -271,3 +271,21 @@ async def test_commands_of_old_releases(monitor: Monitor, control: FakeControl) 
     assert await ask(monitor, "query-migrate-cache-size") == 67108864
     assert await ask(monitor, "query-cpus") == []
     assert {item["name"] for item in await ask(monitor, "query-events")} == set(EVENTS)
+
+
+@pytest.mark.parametrize(
+    ("instance", "text"),
+    [
+        ({"type": "chardev"}, "Parameter 'instances[0].id' is missing"),
+        (
+            {"type": "chardev", "id": 1},
+            "Invalid parameter type for 'instances[0].id', expected: string",
+        ),
+        ({"type": "chardev", "id": "x", "zz": 1}, "Parameter 'instances[0].zz' is unexpected"),
+        ({"type": 1}, "Invalid parameter type for 'instances[0].type', expected: string"),
+        ({}, "Parameter 'instances[0].type' is missing"),
+        (3, "Invalid parameter type for 'instances[0]', expected: object"),
+    ],
+)
+async def test_a_union_in_a_list(monitor: Monitor, instance: object, text: str) -> None:
+    assert await ask(monitor, "yank", instances=[instance]) == refused(text)

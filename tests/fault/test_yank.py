@@ -1,0 +1,117 @@
+"""yank: connections that hang are cut off, and everything else goes on."""
+
+import asyncio
+import socket
+from pathlib import Path
+
+import pytest
+
+from migrationd.ctl.daemon_process import DaemonProcess
+from tests.fault.test_outgoing import expect_move, full_backlog, statuses
+from tests.support.deadline import until
+from tests.support.moves import Host
+
+pytestmark = pytest.mark.fault
+
+MIGRATION = {"type": "migration"}
+MONITOR = {"type": "chardev", "id": "compat_monitor0"}
+
+
+@pytest.fixture
+async def parked(
+    parked_file: tuple[Path, str, str], closing: list[object]
+) -> tuple[DaemonProcess, str, str]:
+    """A daemon that holds a real guest; the digest of its RAM and what it printed."""
+    path, digest, serial = parked_file
+    daemon = await DaemonProcess.start(incoming=f"file:{path}")
+    closing.append(daemon)
+    await daemon.wait_run_state("paused")
+    await daemon.set_capabilities({"events": True})
+    return daemon, digest, serial
+
+
+async def yank(daemon: DaemonProcess) -> None:
+    assert await daemon.execute("query-yank") == [MONITOR, MIGRATION]
+    await daemon.execute("yank", {"instances": [MIGRATION]})
+
+
+async def test_while_active(
+    parked: tuple[DaemonProcess, str, str], qemu_host: Host, tmp_path: Path, closing: list[object]
+) -> None:
+    daemon = parked[0]
+    assert await daemon.execute("query-yank") == [MONITOR]
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        await daemon.set_parameters({"max-bandwidth": 30000})
+        await daemon.execute("migrate", {"uri": f"tcp:127.0.0.1:{listener.getsockname()[1]}"})
+        peer, _ = await asyncio.to_thread(listener.accept)
+        with peer:
+            await daemon.wait_migration("active")
+            await yank(daemon)
+            await daemon.wait_migration("failed")
+    assert statuses(daemon) == ["setup", "active", "failing", "failed"]
+    assert await daemon.execute("query-yank") == [MONITOR]
+    await daemon.set_parameters({"max-bandwidth": 0})
+    await expect_move(parked, qemu_host, tmp_path, closing)
+
+
+async def test_while_it_connects(
+    parked: tuple[DaemonProcess, str, str], qemu_host: Host, tmp_path: Path, closing: list[object]
+) -> None:
+    daemon = parked[0]
+    with full_backlog() as address:
+        await daemon.execute("migrate", {"uri": f"tcp:{address[0]}:{address[1]}"})
+        assert (await daemon.query_migrate())["status"] == "setup"
+        await yank(daemon)
+        await daemon.wait_migration("failed")
+    assert statuses(daemon) == ["setup", "failing", "failed"]
+    assert "yank" in str((await daemon.query_migrate())["error-desc"])
+    await expect_move(parked, qemu_host, tmp_path, closing)
+
+
+async def test_while_a_guest_arrives(
+    parked_file: tuple[Path, str, str], tmp_path: Path, closing: list[object]
+) -> None:
+    daemon = await DaemonProcess.start(incoming="defer")
+    closing.append(daemon)
+    path, _, _ = parked_file
+    uri = f"unix:{tmp_path}/in.sock"
+    await daemon.execute("migrate-incoming", {"uri": uri, "exit-on-error": False})
+    # Only listening: there is no connection that could be cut off.
+    await yank(daemon)
+    assert (await daemon.query_migrate())["status"] == "setup"
+    _, writer = await asyncio.open_unix_connection(f"{tmp_path}/in.sock")
+    writer.write(path.read_bytes()[:100_000])
+    await daemon.wait_migration("active")
+    await yank(daemon)
+    await daemon.wait_migration("failed")
+    writer.close()
+    assert await daemon.execute("query-yank") == [MONITOR]
+    assert await daemon.run_state() == "inmigrate"
+    await daemon.execute("migrate-incoming", {"uri": f"file:{path}"})
+    await daemon.wait_migration("completed")
+
+
+async def test_a_monitor_cuts_off_another_one(tmp_path: Path, closing: list[object]) -> None:
+    path = tmp_path / "second.qmp"
+    daemon = await DaemonProcess.start(arguments=["-qmp", f"unix:{path},server=on,wait=off"])
+    closing.append(daemon)
+    reader, writer = await asyncio.open_unix_connection(str(path))
+    await reader.readline()
+
+    async def filenames() -> list[str]:
+        found = await daemon.execute("query-chardev")
+        assert isinstance(found, list)
+        return [item["filename"] for item in found if item["label"] == "compat_monitor1"]
+
+    assert await filenames() == [f"unix:{path},server=on"]
+    await daemon.execute("yank", {"instances": [{"type": "chardev", "id": "compat_monitor1"}]})
+    assert await asyncio.wait_for(reader.read(), 20) == b""
+    writer.close()
+
+    async def is_disconnected() -> bool:
+        return await filenames() == [f"disconnected:unix:{path},server=on"]
+
+    await until(is_disconnected, "the monitor without a client")
+    reader, writer = await asyncio.open_unix_connection(str(path))
+    assert b"QMP" in await asyncio.wait_for(reader.readline(), 20)
+    writer.close()
