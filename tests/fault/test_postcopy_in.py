@@ -247,31 +247,33 @@ async def test_a_preempt_channel_that_never_comes_is_not_missed(destination: Des
     await destination.status("completed")
 
 
-@pytest.mark.parametrize(
-    ("data", "said"),
-    [
-        (page(5)[:-1], ""),
-        (b"QEVM\0\0\0\3", "RAM record with flags"),
-        ((0x200).to_bytes(8, "big"), "no page"),
-        (page(PAGES), "outside the block"),
-    ],
-    ids=["cut", "a stream", "a flush", "outside"],
-)
+URGENT: dict[str, tuple[bytes, str]] = {
+    "cut inside a page": (page(5)[:-1], ""),
+    "a stream": (b"QEVM\0\0\0\3", "RAM record with flags"),
+    "a flush": ((0x200).to_bytes(8, "big"), "no page"),
+    "a page outside the block": (page(PAGES), "outside the block"),
+}
+
+
 async def test_a_preempt_channel_that_breaks_is_a_pause(
-    destination: Destination, data: bytes, said: str, request: pytest.FixtureRequest
+    destination: Destination, request: pytest.FixtureRequest
 ) -> None:
     source = await destination.incoming(preempt=True)
     urgent = await destination.connect()
     await source.turn()
-    urgent.send(page(4) + data)
-    urgent.end()
-    text = await destination.status("postcopy-paused")
-    assert said in text
-    name = f"preempt channel: {said or 'cut inside a page'}"
-    report(request.config, name, "behind the switch", f"postcopy-paused: {text}")
-    source = await destination.recover()
-    urgent = await destination.connect()
-    assert await source.recover() == [4]
+    came = []
+    for number, (name, (data, said)) in enumerate(URGENT.items()):
+        since = len(destination.daemon.events)
+        came.append(20 + number)
+        urgent.send(page(came[-1]) + data)
+        urgent.end()
+        text = await destination.paused_again(since)
+        assert said in text, name
+        where = "preempt channel, behind the switch"
+        report(request.config, name, where, f"postcopy-paused: {text}")
+        source = await destination.recover()
+        urgent = await destination.connect()
+        assert await source.recover() == came
     urgent.send(page(5))
     await asyncio.sleep(0.05)
     await source.finish(page(6))
