@@ -29,7 +29,6 @@ from migrationd.codec.constants import (
     MIG_CMD_POSTCOPY_RUN,
     MIG_CMD_RECV_BITMAP,
     MIG_CMD_SWITCHOVER_START,
-    QEMU_VM_SECTION_FULL,
 )
 from migrationd.codec.records import Command, Configuration, Package, RamBlockList
 from migrationd.codec.return_path import (
@@ -49,19 +48,24 @@ from migrationd.errors import (
     StreamTruncated,
     StreamUnsupported,
 )
-from migrationd.guest.base import GuestIdentity, SeenOnArrival
-from migrationd.guest.device import DeviceState
 from migrationd.guest.held import HeldGuest
-from migrationd.guest.ram_block import RamBlock, RamBlockSpec
+from migrationd.guest.ram_block import RamBlock
+from migrationd.incoming.arrival import (
+    check_configuration,
+    check_uuid,
+    complete,
+    identity_of,
+    specs_of,
+)
 from migrationd.incoming.berth import Berth, IncomingSettings
 from migrationd.incoming.channels import IncomingChannels
-from migrationd.incoming.loader import Arrival, Barrier, Pause, StreamLoader
+from migrationd.incoming.loader import Barrier, Pause, StreamLoader
 from migrationd.incoming.mapped_ram import load_mapped_ram
 from migrationd.incoming.multifd_receive import MultifdReceiver
 from migrationd.incoming.postcopy import PostcopyArrival
 from migrationd.incoming.preempt import PreemptReceiver
 from migrationd.incoming.recovery import RecoveryDoor
-from migrationd.migration.dialect import describes_devices, dialect_of
+from migrationd.migration.dialect import dialect_of
 from migrationd.migration.info import MigrationInfo
 from migrationd.migration.status import Cause, Role, StatusMachine
 from migrationd.transport.channel import Channel
@@ -299,7 +303,7 @@ class IncomingMigration:
         if self._multifd is not None:
             await self._on_thread(self._multifd.finish)
         if self._preempt is not None:
-            machine = _identity(loader.arrival, None).machine
+            machine = identity_of(loader.arrival, None).machine
             await self._preempt.finish(sends_eos=dialect_of(machine).preempt_eos)
 
     async def _settle(self, loader: StreamLoader) -> HeldGuest:
@@ -367,7 +371,7 @@ class IncomingMigration:
             channel,
             self._berth.adopt,
             ram_limit_bytes=self._settings.ram_limit_bytes,
-            check=lambda configuration: self._check_uuid(configuration, 0),
+            check=lambda record: check_uuid(record, self._settings.guest_uuid, 0),
         )
 
     def _stream_began(self) -> None:
@@ -378,7 +382,7 @@ class IncomingMigration:
         """Handle a record in order; runs on the loading thread."""
         match record:
             case Configuration():
-                self._check_configuration(record, loader.position)
+                check_configuration(record, self._settings.guest_uuid, loader.position)
                 loader.arrival.configuration = record
             case RamBlockList():
                 loader.use_blocks(self._allocate(loader, record))
@@ -388,37 +392,10 @@ class IncomingMigration:
                 assert self._postcopy is not None
                 self._postcopy.unpack(record, loader)
 
-    def _check_configuration(self, configuration: Configuration, position: int) -> None:
-        for name in configuration.capabilities or ():
-            raise StreamUnsupported(
-                f"Capability {name} is off, but received capability is on",
-                position=position,
-                section="configuration",
-            )
-        self._check_uuid(configuration, position)
-
-    def _check_uuid(self, configuration: Configuration, position: int) -> None:
-        own = self._settings.guest_uuid
-        if configuration.uuid is not None and own is not None and configuration.uuid != own:
-            raise StreamCorrupt(
-                f"the source's UUID {configuration.uuid.hex()} is not this guest's {own.hex()}",
-                position=position,
-                section="configuration/uuid",
-                hint="start the daemon with the source's -uuid",
-            )
-
     def _allocate(self, loader: StreamLoader, blocks: RamBlockList) -> tuple[RamBlock, ...]:
-        specs = tuple(
-            RamBlockSpec(
-                idstr=entry.idstr,
-                used_length=entry.used_length,
-                page_size=loader.page_size,
-                address=entry.address,
-            )
-            for entry in blocks.blocks
-        )
         arrival = loader.arrival
-        identity = _identity(arrival, self._channels.source_uuid if self._channels else None)
+        identity = identity_of(arrival, self._channels.source_uuid if self._channels else None)
+        specs = specs_of(blocks, loader.page_size)
         self._guest = self._berth.allocate(identity, tuple(arrival.devices), specs)
         assert self._postcopy is not None
         self._postcopy.prepare(self._guest.ram)
@@ -468,24 +445,9 @@ class IncomingMigration:
                 )
 
     def _complete(self, loader: StreamLoader) -> HeldGuest:
-        arrival = loader.arrival
         if self._guest is None:
             raise StreamCorrupt("the stream has no RAM section", position=loader.position)
-        devices = arrival.devices
-        if self.owns_guest:
-            # What came behind the package leaves before it: a stored guest leaves by precopy.
-            devices = sorted(devices, key=_is_late)
-        self._guest.complete(
-            devices,
-            arrival.vmdescription,
-            SeenOnArrival(
-                configuration=arrival.configuration is not None,
-                section_footers=arrival.has_footers,
-                vmdescription=arrival.vmdescription is not None
-                or (self.owns_guest and describes_devices(_identity(arrival, None).machine)),
-                switchover_start=arrival.has_switchover_start,
-            ),
-        )
+        complete(self._guest, loader.arrival, by_postcopy=self.owns_guest)
         return self._guest
 
     async def _acknowledge(self, guest: HeldGuest) -> None:
@@ -525,21 +487,3 @@ class IncomingMigration:
         await asyncio.shield(self._on_thread(self._berth.abandon))
         if guest is not None:
             guest.close()
-
-
-def _is_late(device: DeviceState) -> bool:
-    return device.kind == QEMU_VM_SECTION_FULL and not device.is_early
-
-
-def _identity(arrival: Arrival, channel_uuid: bytes | None) -> GuestIdentity:
-    """Who the guest is; multifd tells a UUID also where the configuration has none."""
-    known_uuid = channel_uuid if channel_uuid != bytes(16) else None
-    configuration = arrival.configuration
-    if configuration is None:
-        return GuestIdentity(uuid=known_uuid)
-    return GuestIdentity(
-        machine=configuration.machine,
-        target_page_bits=configuration.target_page_bits,
-        capabilities=configuration.capabilities,
-        uuid=configuration.uuid or known_uuid,
-    )
