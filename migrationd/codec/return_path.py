@@ -79,6 +79,7 @@ _FIXED = {
 }
 
 
+_FRAME = struct.Struct(">HH")
 _REQUEST = struct.Struct(">QI")
 _REQUEST_HEAD = struct.pack(">HH", MIG_RP_MSG_REQ_PAGES, _REQUEST.size)
 
@@ -137,25 +138,31 @@ class ReturnPathDecoder:
             return [RequestPages(start, length)]
         self._data += data
         messages: list[ReturnPathMessage] = []
-        while (found := self._decode_one()) is not None:
+        done = 0
+        while (found := self._decode_one(done)) is not None:
             message, size = found
-            del self._data[:size]
+            done += size
             self._position += size
             messages.append(message)
+        del self._data[:done]
         return messages
 
-    def _decode_one(self) -> tuple[ReturnPathMessage, int] | None:
+    def _decode_one(self, at: int) -> tuple[ReturnPathMessage, int] | None:
         data = self._data
-        if len(data) < 4:
+        if len(data) - at < 4:
             return None
-        kind = int.from_bytes(data[:2], "big")
-        length = int.from_bytes(data[2:4], "big")
+        kind, length = _FRAME.unpack_from(data, at)
+        if kind == MIG_RP_MSG_REQ_PAGES and length == _REQUEST.size:
+            if len(data) - at < 4 + length:
+                return None
+            start, size = _REQUEST.unpack_from(data, at + 4)
+            return RequestPages(start, size), 4 + length
         self._check_frame(kind, length)
-        if len(data) < 4 + length:
+        if len(data) - at < 4 + length:
             return None
-        payload = bytes(data[4 : 4 + length])
+        payload = bytes(data[at + 4 : at + 4 + length])
         if kind == MIG_RP_MSG_RECV_BITMAP:
-            return self._decode_bitmap(payload)
+            return self._decode_bitmap(payload, at)
         return self._decode_payload(kind, payload), 4 + length
 
     def _check_frame(self, kind: int, length: int) -> None:
@@ -182,9 +189,9 @@ class ReturnPathDecoder:
         idstr = self._name(payload[12:]) if kind == MIG_RP_MSG_REQ_PAGES_ID else None
         return RequestPages(start, length, idstr)
 
-    def _decode_bitmap(self, payload: bytes) -> tuple[ReturnPathMessage, int] | None:
+    def _decode_bitmap(self, payload: bytes, begin: int) -> tuple[ReturnPathMessage, int] | None:
         data = self._data
-        at = 4 + len(payload)
+        at = begin + 4 + len(payload)
         if len(data) < at + 8:
             return None
         size = int.from_bytes(data[at : at + 8], "big")
@@ -196,7 +203,8 @@ class ReturnPathDecoder:
         mark = int.from_bytes(data[at + size : at + size + 8], "big")
         if mark != RECV_BITMAP_END_MARK:
             raise self._corrupt(f"received-page bitmap ends with {mark:#x}")
-        return RecvBitmap(self._name(payload), bytes(data[at : at + size])), at + size + 8
+        bitmap = bytes(data[at : at + size])
+        return RecvBitmap(self._name(payload), bitmap), at + size + 8 - begin
 
     def _name(self, raw: bytes) -> str:
         if raw[0] != len(raw) - 1:

@@ -163,6 +163,8 @@ class RequestServer:
         block, first, count = self._locate(request)
         self._stats.postcopy_requests += 1
         self._requests.add(block, first)
+        if self._schedule.blocks[block].taken[first]:
+            return  # under way: not worth waiting for the channel
         try:
             pages, size = writer.answer(block, first, count)
         except ChannelClosed:
