@@ -52,6 +52,7 @@ bench: $(STAMP) qemu ## throughput, monitor latency and CPU seconds beside QEMU'
 	$(BIN)/python -m benchmarks
 	$(BIN)/python -m benchmarks.monitor
 	$(BIN)/python -m benchmarks.files
+	$(BIN)/python -m benchmarks.postcopy
 
 schemas: $(STAMP) ## write schemas/ anew from the models
 	$(BIN)/python -m migrationd.qmp.schema --write

@@ -171,7 +171,7 @@ async def total_time(binary: str, reps: int, root: Path) -> None:
         for _ in range(reps):
             for preempt in (False, True):
                 channels = "preempt" if preempt else "plain"
-                async with bench.target(preempt=preempt) as (qemu, uri):
+                async with bench.target(preempt=preempt) as (_, uri):
                     begin = time.monotonic()
                     await lazily(daemon, uri, preempt=preempt)
                     await daemon.wait_migration("completed", timeout_s=120)
