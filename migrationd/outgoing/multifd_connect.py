@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from migrationd.clock import Clock
 from migrationd.codec.multifd import Hello, encode_hello
+from migrationd.errors import MigrationError
 from migrationd.guest.base import Guest
 from migrationd.migration.dialect import Dialect
 from migrationd.migration.stats import OutgoingStats
@@ -73,10 +74,16 @@ class OutgoingMultifd:
             dialect: Its wire dialect.
 
         Raises:
+            MigrationError: The guest may turn to postcopy, and its destination dies of that.
             ConnectFailed: A connection cannot be made, or has no zero copy.
             ChannelClosed: The destination ended one.
         """
         settings = self._settings
+        if self._sent is not None and dialect.multifd_flush_after_each_section:
+            # 7.2 accepts the pair, but aborts at the end of postcopy: the guest would be lost.
+            raise MigrationError(
+                "Postcopy is not yet compatible with multifd for machine types up to 8.0"
+            )
         if dialect.zero_pages_on_main and settings.zero_page_detection == "multifd":
             settings = replace(settings, zero_page_detection="legacy")
         for number in range(settings.channels):

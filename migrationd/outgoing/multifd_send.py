@@ -11,7 +11,7 @@ destinations read it as well.
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,7 +24,7 @@ from migrationd.codec.multifd import (
     packet_pages,
     set_data_bytes,
 )
-from migrationd.errors import MigrationCancelled
+from migrationd.errors import ChannelClosed, MigrationCancelled
 from migrationd.guest.ram_block import RamBlock
 from migrationd.linux.iovec import Vector, address_of, packet_vector
 from migrationd.migration.stats import OutgoingStats
@@ -42,6 +42,9 @@ ZERO_PACKETS = 64
 
 QUEUED_PAGES = 1 << 19
 """Pages that may wait to be sent: the numbers of 2 GiB, 4 MiB."""
+
+LOOK_S = 0.25
+"""How often somebody looks whether the destination closed a channel."""
 
 Pages = npt.NDArray[np.int64]
 
@@ -181,6 +184,23 @@ class MultifdSender:
                 return
         self.end_round()
 
+    def _try_put(self, block: RamBlock, pages: Pages, is_zero: bool) -> bool:
+        with self._changed:
+            has_room = self._changed.wait_for(
+                lambda: self._queued_pages < QUEUED_PAGES or self._is_stopping(), LOOK_S
+            )
+            if has_room and self._error is None:
+                self._queue.append((block, pages, is_zero))
+                self._queued_pages += len(pages)
+                self._changed.notify_all()
+            return has_room
+
+    def _look_after_channels(self) -> None:
+        """Notice a channel that the destination closed while nothing is sent on it."""
+        for number, worker in enumerate(self._workers):
+            if worker.is_hung_up():
+                self._fail(ChannelClosed(f"the destination closed multifd channel {number}"))
+
     def end_round(self) -> None:
         """Wait until everything is sent.
 
@@ -190,6 +210,8 @@ class MultifdSender:
         with self._changed:
             self._round_ends = True
             self._changed.notify_all()
+        while wait(self._running, LOOK_S).not_done:
+            self._look_after_channels()
         if self._executor is not None:
             self._executor.shutdown(wait=True)
         if self._error is not None:
@@ -292,6 +314,13 @@ class _Worker:
         self._compressor: Compressor | None = compressor(settings.compression, settings.level)
         self._zero_copy = ZeroCopySender(channel) if settings.zero_copy else None
         self._zeros = np.empty(0, np.uint8)
+
+    def is_hung_up(self) -> bool:
+        """Whether the destination closed the channel; not told of one that we closed."""
+        try:
+            return self.channel.is_hung_up()
+        except ChannelClosed:
+            return False
 
     @property
     def packets(self) -> int:

@@ -19,6 +19,7 @@ from migrationd.codec.ram_encode import encode_block_list, encode_eos, encode_mu
 from migrationd.codec.records import RamBlockEntry
 from migrationd.codec.section import encode_section_footer, encode_section_header
 from migrationd.ctl.daemon_process import DaemonProcess
+from migrationd.ctl.qemu_process import qemu_version
 from tests.support.channel_cutter import ChannelCutter
 from tests.support.deadline import until
 from tests.support.moves import Host, check_runs_on, memory_digest, move_on, send
@@ -398,3 +399,22 @@ async def test_cancel_with_channels_that_nobody_reads(
     arrived, qemu = await move_on(daemon, qemu_host, tmp_path)
     closing.append(qemu)
     assert arrived == parked_file[1]
+
+
+async def test_postcopy_with_channels_is_refused_where_it_kills_the_destination(
+    parked_file: tuple[Path, str, str], qemu_host: Host, tmp_path: Path, closing: list[object]
+) -> None:
+    """QEMU 7.2 accepts the pair and aborts at the end of postcopy."""
+    if qemu_version(qemu_host.binary) != "7.2":
+        pytest.skip("a guest of a newer machine type may use both")
+    daemon = await DaemonProcess.start(incoming=f"file:{parked_file[0]}")
+    closing.append(daemon)
+    await daemon.wait_run_state("paused")
+    await daemon.set_capabilities(MULTIFD | {"postcopy-ram": True})
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(f"{tmp_path}/any.sock")
+        listener.listen(4)
+        await daemon.execute("migrate", {"uri": f"unix:{tmp_path}/any.sock"})
+        info = await daemon.wait_migration("failed")
+    assert "not yet compatible with multifd" in str(info["error-desc"])
+    assert await daemon.run_state() == "paused"

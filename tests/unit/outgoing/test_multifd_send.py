@@ -17,6 +17,7 @@ from migrationd.outgoing.multifd_send import MultifdSender, MultifdSettings
 from migrationd.pageops.decompress import decompressor
 from migrationd.transport.channel import Channel
 from migrationd.transport.rate_limit import RateLimiter
+from tests.support.deadline import wait_until
 
 PAGE = 4096
 PAGES = 3000
@@ -214,6 +215,28 @@ def test_a_broken_channel_ends_the_round_and_the_others(block: RamBlock) -> None
         ends.channels[0].send(b"x")
     ends.close()
     ends.theirs[0].close()
+
+
+def test_a_channel_that_the_destination_closed_is_noticed_without_a_send(block: RamBlock) -> None:
+    """One channel is blocked; the other one has nothing to send when it is closed."""
+    ends = Ends(MultifdSettings(2))
+    ends.sender.begin_round()
+    ends.sender.put(block, np.flatnonzero(block.present), is_zero=False)
+    wait_until(lambda: any(has_data(sock) for sock in ends.theirs), "one channel is busy")
+    idle, busy = sorted(ends.theirs, key=has_data)
+    assert not has_data(idle)
+    idle.close()
+    with pytest.raises(ChannelError, match=r"closed multifd channel \d"):
+        ends.sender.end_round()
+    ends.close()
+    busy.close()
+
+
+def has_data(sock: socket.socket) -> bool:
+    try:
+        return bool(sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
+    except BlockingIOError:
+        return False
 
 
 def test_stop_ends_what_is_blocked(block: RamBlock) -> None:
