@@ -131,9 +131,8 @@ class Files:
         ):
             await source.wait_serial(2)
             await source.execute("stop")
-            half_zero = self._content == "half zero"
             memory = self._memory_mib << 20
-            fill_guest(source.pid, memory, GUEST.needed_bytes, half_zero=half_zero)
+            fill_guest(source.pid, memory, GUEST.needed_bytes, self._content)
             await source.migrate(await daemon.listening_uri())
             await source.wait_migration(timeout_s=120)
             await daemon.wait_migration()
