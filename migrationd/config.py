@@ -22,11 +22,27 @@ _SHIFT = {"": 0, "b": 0, "k": 10, "m": 20, "g": 30, "t": 40, "p": 50}
 
 
 @dataclass(frozen=True, slots=True)
+class AddedFd:
+    """``-add-fd``.
+
+    Attributes:
+        fd: An inherited descriptor.
+        fdset_id: The set that it goes to.
+        opaque: What ``query-fdsets`` calls it, or None.
+    """
+
+    fd: int
+    fdset_id: int
+    opaque: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class DaemonConfig:
     """Everything that the daemon is told at its start.
 
     Attributes:
         monitors: Texts of ``-qmp``, in order.
+        added_fds: Of ``-add-fd``.
         incoming: Texts of ``-incoming``: ``defer``, a URI or a JSON MigrationChannel.
         objects: Texts of ``-object``, in order.
         name: Guest name, or None.
@@ -45,6 +61,7 @@ class DaemonConfig:
     """
 
     monitors: tuple[str, ...] = ()
+    added_fds: tuple[AddedFd, ...] = ()
     incoming: tuple[str, ...] = ()
     objects: tuple[str, ...] = ()
     name: str | None = None
@@ -73,6 +90,9 @@ class _Option:
 
 OPTIONS: tuple[_Option, ...] = (
     _Option("qmp", "SPEC", "QMP monitor: unix:PATH, tcp:HOST:PORT[,server=on][,wait=off] or stdio",
+            is_repeatable=True),
+    _Option("qmp-pretty", "SPEC", "the same, with output over indented lines", is_repeatable=True),
+    _Option("add-fd", "fd=N,set=M", "an inherited descriptor for /dev/fdset/M; [,opaque=TEXT]",
             is_repeatable=True),
     _Option("incoming", "ADDR", "take a guest: defer, a migration URI or a JSON MigrationChannel",
             is_repeatable=True),
@@ -240,7 +260,12 @@ def _apply(config: DaemonConfig, name: str, texts: list[str]) -> DaemonConfig:
     text = texts[-1]
     match name:
         case "qmp":
-            return replace(config, monitors=tuple(texts))
+            return replace(config, monitors=config.monitors + tuple(texts))
+        case "qmp-pretty":
+            pretty = tuple(f"{text},pretty=on" for text in texts)
+            return replace(config, monitors=config.monitors + pretty)
+        case "add-fd":
+            return replace(config, added_fds=tuple(_added_fd(text) for text in texts))
         case "incoming":
             return replace(config, incoming=tuple(texts))
         case "object":
@@ -307,6 +332,21 @@ def _host_and_port(name: str, text: str) -> tuple[str, int]:
     if not colon or not port.isascii() or not port.isdigit() or int(port) > 65535:
         raise ConfigError(f"-{name} expects HOST:PORT, not '{text}'")
     return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+def _added_fd(text: str) -> AddedFd:
+    values: dict[str, str] = {}
+    for item in text.split(","):
+        key, _, value = item.partition("=")
+        if key not in ("fd", "set", "opaque"):
+            raise ConfigError(f"-add-fd: unknown setting '{key}'")
+        values[key] = value
+    numbers = [values.get(key, "") for key in ("fd", "set")]
+    if not all(re.fullmatch("[0-9]{1,9}", number) for number in numbers):
+        raise ConfigError(f"-add-fd expects fd=N,set=M[,opaque=TEXT], not '{text}'")
+    if int(numbers[0]) <= 2:
+        raise ConfigError("-add-fd: standard input, output and error cannot be given away")
+    return AddedFd(int(numbers[0]), int(numbers[1]), values.get("opaque"))
 
 
 def _flag(name: str, text: str) -> bool:

@@ -7,6 +7,7 @@ thread while the first client connects.
 import asyncio
 import functools
 import importlib
+import os
 import signal
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -14,11 +15,12 @@ from typing import TYPE_CHECKING
 from migrationd.clock import SystemClock
 from migrationd.config import DaemonConfig
 from migrationd.daemon.passed_sockets import pair_monitors
-from migrationd.errors import MigrationdError
+from migrationd.errors import ConfigError, MigrationdError
 from migrationd.linux.sd_notify import listen_fds, notify
 from migrationd.qmp.event_bus import EventBus
 from migrationd.qmp.monitor_spec import parse_monitor_spec
 from migrationd.qmp.server import Dispatch, MonitorServer
+from migrationd.transport.fdset import FDSETS
 
 if TYPE_CHECKING:
     from migrationd.daemon.control import GuestControl
@@ -51,6 +53,7 @@ class Daemon:
             MigrationdError: What ends the process with status 1; ConfigError: with 2.
         """
         self._ended = asyncio.Event()
+        self._add_fds()
         bus = EventBus(SystemClock())
         dispatch: asyncio.Future[Dispatch] = asyncio.get_running_loop().create_future()
         monitors = pair_monitors(self._monitor_specs, listen_fds())
@@ -81,6 +84,14 @@ class Daemon:
         if self._fatal is not None:
             raise self._fatal
         return 0
+
+    def _add_fds(self) -> None:
+        for added in self._config.added_fds:
+            try:
+                os.set_inheritable(added.fd, False)
+            except OSError as error:
+                raise ConfigError(f"-add-fd fd={added.fd}: {error.strerror}") from None
+            FDSETS.add(added.fd, added.fdset_id, added.opaque)
 
     @property
     def _opens_before_monitors(self) -> bool:

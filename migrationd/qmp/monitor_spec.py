@@ -1,6 +1,6 @@
 """The text of ``-qmp``: where a monitor listens or connects to."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from migrationd.errors import ConfigError
 
@@ -38,32 +38,34 @@ def parse_monitor_spec(text: str) -> MonitorSpec:
     Raises:
         ConfigError: With one clear line.
     """
-    if text == "stdio":
-        return MonitorSpec("stdio")
     kind, _, rest = text.partition(":")
-    place, *options = rest.split(",")
-    if kind not in ("unix", "tcp") or not place:
+    kind, *options = kind.split(",") if kind.startswith("stdio") else (kind,)
+    place = ""
+    if kind != "stdio":
+        place, *options = rest.split(",")
+    if kind not in ("unix", "tcp", "stdio") or bool(place) == (kind == "stdio"):
         raise ConfigError(
             f"-qmp expects unix:PATH, tcp:HOST:PORT or stdio, with options, not '{text}'"
         )
-    flags = {"server": False, "wait": True}
+    flags = {"server": False, "wait": True, "pretty": False}
     for option in options:
         flags |= _flag(option, text)
-    waits = flags["server"] and flags["wait"]
+    spec = MonitorSpec(
+        kind,
+        is_server=flags["server"],
+        waits=flags["server"] and flags["wait"],
+        is_pretty=flags["pretty"],
+    )
+    if kind == "stdio":
+        return replace(spec, is_server=False, waits=False)
     if kind == "unix":
         if len(place.encode()) > UNIX_PATH_LIMIT:
             raise ConfigError(f"-qmp: the path '{place}' is too long for a unix socket")
-        return MonitorSpec("unix", path=place, is_server=flags["server"], waits=waits)
+        return replace(spec, path=place)
     host, separator, port = place.rpartition(":")
     if not separator or not port.isdigit() or int(port) > 65535:
         raise ConfigError(f"-qmp expects tcp:HOST:PORT, not '{text}'")
-    return MonitorSpec(
-        "tcp",
-        host=host.strip("[]"),
-        port=int(port),
-        is_server=flags["server"],
-        waits=waits,
-    )
+    return replace(spec, host=host.strip("[]"), port=int(port))
 
 
 def _flag(option: str, text: str) -> dict[str, bool]:
@@ -72,6 +74,6 @@ def _flag(option: str, text: str) -> dict[str, bool]:
         return {"wait": False}
     if name == "nodelay":
         return {}
-    if name not in ("server", "wait") or (value or "on") not in ("on", "off"):
+    if name not in ("server", "wait", "pretty") or (value or "on") not in ("on", "off"):
         raise ConfigError(f"-qmp: unknown option '{option}' in '{text}'")
     return {name: (value or "on") == "on"}

@@ -5,12 +5,14 @@
 """
 
 import json
+from datetime import datetime
 from pathlib import Path
 
 import pytest
 
 from migrationd.migration.info import MigrationInfo, RamStats
 from migrationd.qmp.hmp import layout
+from migrationd.store.snapshots import Snapshot
 from tests.support.fake_control import FakeControl
 from tests.support.monitor import Monitor
 from tests.support.results import add_row
@@ -196,3 +198,16 @@ async def test_only_the_first_cpu_is_there() -> None:
         (reply,) = await monitor.feed(json.dumps(command).encode())
         assert key in reply
     assert reply["error"]["desc"] == "Parameter 'cpu-index' expects a CPU number"  # type: ignore[index]
+
+
+def test_saved_states() -> None:
+    """Columns as QEMU 11.1's."""
+    saved_s = datetime(2026, 11, 20, 21, 16, 6).timestamp()
+    states = [Snapshot("one", 516 << 10, saved_s), Snapshot("vm-20261120211606", 1, saved_s)]
+    assert layout.snapshots(states).splitlines() == [
+        "List of snapshots present on all disks:",
+        "ID      TAG               VM_SIZE                DATE        VM_CLOCK     ICOUNT",
+        "--      one               516 KiB 2026-11-20 21:16:06  0000:00:00.000         --",
+        "--      vm-20261120211606      1 B 2026-11-20 21:16:06  0000:00:00.000         --",
+    ]
+    assert layout.snapshots([]) == "There is no snapshot available.\n"

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from migrationd.cli import main
-from migrationd.config import load_config, parse_size
+from migrationd.config import AddedFd, load_config, parse_size
 from migrationd.errors import ConfigError
 
 QMP = ("-qmp", "unix:/run/guest.qmp,server=on,wait=off")
@@ -99,3 +99,26 @@ def test_help_lists_each_option(capsys: pytest.CaptureFixture[str]) -> None:
 )
 def test_the_address_of_metrics(text: str, parts: tuple[str, int]) -> None:
     assert load_config([*QMP, "-metrics", text]).metrics == parts
+
+
+def test_pretty_monitors_and_passed_descriptors() -> None:
+    config = load_config(
+        ["-qmp", "unix:/a", "-qmp-pretty", "stdio", "-add-fd", "fd=7,set=2,opaque=x"]
+    )
+    assert config.monitors == ("unix:/a", "stdio,pretty=on")
+    assert config.added_fds == (AddedFd(7, 2, "x"),)
+
+
+@pytest.mark.parametrize(
+    ("text", "refusal"),
+    [
+        ("fd=1,set=0", "standard input"),
+        ("fd=x,set=0", "expects fd=N,set=M"),
+        ("set=0", "expects fd=N,set=M"),
+        ("fd=7,set=-1", "expects fd=N,set=M"),
+        ("fd=7,set=0,mode=1", "unknown setting 'mode'"),
+    ],
+)
+def test_descriptors_that_are_refused(text: str, refusal: str) -> None:
+    with pytest.raises(ConfigError, match=refusal):
+        load_config(["-qmp", "unix:/a", "-add-fd", text])

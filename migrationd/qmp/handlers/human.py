@@ -7,6 +7,7 @@ from pydantic import ValidationError
 
 from migrationd.errors import QMPError
 from migrationd.qmp.command import Invocation
+from migrationd.qmp.context import GuestSnapshots
 from migrationd.qmp.hmp.shell import HumanShell
 from migrationd.qmp.models.control import HumanMonitorCommand
 
@@ -28,6 +29,10 @@ class _Commands:
     @property
     def only_migratable(self) -> bool:
         return self._call.control.only_migratable
+
+    @property
+    def snapshots(self) -> GuestSnapshots:
+        return self._call.control.machine.snapshots
 
     def has(self, name: str) -> bool:
         return name in self._call.commands

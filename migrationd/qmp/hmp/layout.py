@@ -5,7 +5,10 @@ Reference: the layout of QEMU 11.1's ``info`` commands.
 
 import math
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from typing import Any
+
+from migrationd.qmp.context import SavedState
 
 Reply = Mapping[str, Any]
 
@@ -231,6 +234,18 @@ def vcpu_dirty_limits(limits: Sequence[Reply]) -> str:
 def character_devices(devices: Sequence[Reply]) -> str:
     """``info chardev``."""
     return _text([f"{item['label']}: filename={item['filename']}" for item in devices])
+
+
+def snapshots(states: Sequence[SavedState]) -> str:
+    """``info snapshots``; neither clock nor instruction count of the guest is known here."""
+    if not states:
+        return "There is no snapshot available.\n"
+    rows = [("ID", "TAG", "VM_SIZE", "DATE", "VM_CLOCK", "ICOUNT")]
+    for state in states:
+        date = f"{datetime.fromtimestamp(state.saved_s):%Y-%m-%d %H:%M:%S}"
+        rows.append(("--", state.tag, size(state.size_bytes), date, "0000:00:00.000", "--"))
+    table = [f"{a:<7} {b:<16} {c:>8} {d:>19} {e:>15} {f:>10}" for a, b, c, d, e, f in rows]
+    return _text(["List of snapshots present on all disks:", *table])
 
 
 def _on(value: bool) -> str:

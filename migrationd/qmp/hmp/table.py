@@ -7,8 +7,10 @@ Reference: names, arguments and texts of QEMU 11.1.
 
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, Protocol
 
+from migrationd.qmp.context import GuestSnapshots
 from migrationd.qmp.hmp import layout
 from migrationd.qmp.hmp.arguments import Argument, flag, integer, rest, switch, word
 from migrationd.qmp.hmp.errors import PlainError
@@ -23,6 +25,10 @@ class Qmp(Protocol):
     @property
     def only_migratable(self) -> bool:
         """Whether the process was started so."""
+
+    @property
+    def snapshots(self) -> GuestSnapshots:
+        """Saved states of the guest."""
 
     def has(self, name: str) -> bool:
         """Whether there is such a QMP command."""
@@ -166,6 +172,49 @@ async def _info_name(qmp: Qmp, _: Values) -> str:
     return f"{name}\n" if name is not None else ""
 
 
+def _saved_states(qmp: Qmp) -> GuestSnapshots:
+    if not qmp.snapshots.nodes:
+        raise PlainError("no block device can store vmstate for snapshot")
+    return qmp.snapshots
+
+
+async def _has_tag(snapshots: GuestSnapshots, tag: str) -> bool:
+    return tag in [state.tag for state in await snapshots.list()]
+
+
+async def _savevm(qmp: Qmp, values: Values) -> str:
+    snapshots = _saved_states(qmp)
+    tag = values.get("tag") or f"{datetime.now():vm-%Y%m%d%H%M%S}"
+    if await _has_tag(snapshots, tag):
+        await snapshots.delete(tag)  # the new one takes its place, as in QEMU
+    await snapshots.save(tag)
+    return ""
+
+
+async def _loadvm(qmp: Qmp, values: Values) -> str:
+    snapshots, tag = _saved_states(qmp), values["tag"]
+    if not await _has_tag(snapshots, tag):
+        raise PlainError(f"Snapshot '{tag}' does not exist in one or more devices")
+    await snapshots.load(tag)
+    return ""
+
+
+async def _delvm(qmp: Qmp, values: Values) -> str:
+    if qmp.snapshots.nodes:
+        await qmp.snapshots.delete(values["tag"])
+    return ""
+
+
+async def _info_snapshots(qmp: Qmp, _: Values) -> str:
+    return layout.snapshots(await _saved_states(qmp).list())
+
+
+async def _cpu(_: Qmp, values: Values) -> str:
+    if values["index"]:
+        raise PlainError("invalid CPU index\n")
+    return ""
+
+
 _INDENT = "\n\t\t\t "
 
 COMMANDS: tuple[HumanCommand, ...] = (
@@ -189,8 +238,14 @@ COMMANDS: tuple[HumanCommand, ...] = (
     _plain("closefd", "closefd", "close a descriptor that was passed", word("fdname"),
            shown="closefd name"),
     _plain("cont|c", "cont", "let the guest run"),
+    HumanCommand("cpu", (integer("index"),), "index",
+                 "choose a CPU for commands that show one: there is none beside the first",
+                 "human-monitor-command", _cpu),
+    HumanCommand("delvm", (word("tag"),), "tag", "remove a saved state", "snapshot-delete", _delvm),
     _plain("getfd", "getfd", "name a descriptor that was passed", word("fdname"),
            shown="getfd name"),
+    HumanCommand("loadvm", (word("tag"),), "tag", "take up a saved state", "snapshot-load",
+                 _loadvm),
     HumanCommand("migrate", (flag("d", "detach"), flag("r", "resume"), word("uri")),
                  "[-d] [-r] uri",
                  "migrate to URI (using -d to not wait for completion)"
@@ -214,6 +269,9 @@ COMMANDS: tuple[HumanCommand, ...] = (
            "let a running migration go on as postcopy"),
     _plain("object_del", "object-del", "remove an object", word("id"), shown="id"),
     _plain("quit|q", "quit", "end the process"),
+    HumanCommand("savevm", (word("tag", optional=True),), "tag",
+                 "save the guest; without a tag under one that tells the time", "snapshot-save",
+                 _savevm),
     HumanCommand("set_vcpu_dirty_limit",
                  (integer("dirty-rate"), integer("cpu-index", optional=True)),
                  "dirty_rate [cpu_index]", "limit how fast the guest dirties its memory",
@@ -237,6 +295,7 @@ INFO: tuple[HumanCommand, ...] = (
     _info("migrate_parameters", "query-migrate-parameters", "show parameters",
           layout.parameters),
     HumanCommand("name", (), "", "show the guest's name", "query-name", _info_name),
+    HumanCommand("snapshots", (), "", "show saved states", "snapshot-save", _info_snapshots),
     _info("status", "query-status", "show whether the guest runs", layout.status),
     _info("uuid", "query-uuid", "show the guest's UUID", lambda info: f"{info['UUID']}\n"),
     _info("vcpu_dirty_limit", "query-vcpu-dirty-limit", "show limits on dirtied memory",

@@ -149,8 +149,8 @@ def test_descriptors_are_taken_or_closed(
         await asyncio.to_thread(client.negotiate)
         reading, writing = os.pipe()
         before = count()
-        for _ in range(200):
-            send_with_fds(client.sock, b'{"execute": "stop"}', [reading])
+        for _ in range(1000):
+            send_with_fds(client.sock, b'{"execute": "stop"}', [reading, writing])
             await asyncio.to_thread(client.recv)
         assert count() == before
         for _ in range(50):
@@ -455,6 +455,8 @@ def test_what_cannot_be_opened_is_said_in_one_line(tmp_path: Path) -> None:
         ("unix:/a", MonitorSpec("unix", "/a")),
         ("tcp:[::1]:4,server=on,wait=off", MonitorSpec("tcp", host="::1", port=4, is_server=True)),
         ("stdio", MonitorSpec("stdio")),
+        ("stdio,pretty=on", MonitorSpec("stdio", is_pretty=True)),
+        ("unix:/a,pretty=on", MonitorSpec("unix", "/a", is_pretty=True)),
     ],
 )
 def test_specs_in_qemus_spelling(text: str, spec: MonitorSpec) -> None:
@@ -462,7 +464,8 @@ def test_specs_in_qemus_spelling(text: str, spec: MonitorSpec) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "pty", "unix:", "tcp:1", "tcp:h:99999", "unix:/a,server=maybe", "unix:/a,x=on"]
+    "text",
+    ["", "pty", "stdio:x", "unix:", "tcp:1", "tcp:h:99999", "unix:/a,server=maybe", "unix:/a,x=on"],
 )
 def test_specs_that_are_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="-qmp"):
