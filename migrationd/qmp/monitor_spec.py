@@ -40,7 +40,7 @@ def parse_monitor_spec(text: str) -> MonitorSpec:
     """
     kind, _, rest = text.partition(":")
     kind, *options = kind.split(",") if kind.startswith("stdio") else (kind,)
-    place = ""
+    place = rest
     if kind != "stdio":
         place, *options = rest.split(",")
     if kind not in ("unix", "tcp", "stdio") or bool(place) == (kind == "stdio"):

@@ -231,24 +231,6 @@ async def test_mixed_input_split_at_every_byte(target: Target) -> None:
     client.close()
 
 
-async def test_events_do_not_pile_up_for_a_client_that_reads_nothing(target: Target) -> None:
-    silent = (await asyncio.to_thread(Client, target.paths[0])).negotiate()
-    before = target.daemon.resident_bytes
-    busy = (await asyncio.to_thread(Client, target.paths[1])).negotiate()
-    for _ in range(100):
-        commands = b'{"execute": "system_reset"}' * 400
-        busy.sock.sendall(commands)
-        for _ in range(400):
-            await asyncio.to_thread(busy.reply)
-    assert target.daemon.resident_bytes - before < 40 << 20
-    await target.check_others()
-    silent.close()
-    again = (await asyncio.to_thread(Client, target.paths[0])).negotiate()
-    assert again.ask(STATUS)["return"]["status"] == "prelaunch"
-    for client in (busy, again):
-        client.close()
-
-
 async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(PATIENCE_S):
         while not condition():
