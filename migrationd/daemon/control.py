@@ -22,7 +22,7 @@ from migrationd.errors import GuestError, MigrationdError, QMPError
 from migrationd.guest.attached import AttachedGuest
 from migrationd.guest.held import HeldGuest
 from migrationd.guest.parked import ParkedGuest
-from migrationd.guest.run_state import PAUSED, RUNNING, LazyHandOver, Owner
+from migrationd.guest.run_state import PAUSED, PRELAUNCH, RUNNING, LazyHandOver, Owner
 from migrationd.incoming.berth import IncomingSettings
 from migrationd.incoming.driver import IncomingMigration
 from migrationd.migration.convergence import ThrottleSettings
@@ -87,6 +87,7 @@ class GuestControl:
         self._chosen_run_state: str | None = None
         self._expects_guest = bool(config.incoming)
         self._in_switchover = False
+        self._never_ran = False
         self._guest_socket: GuestSocket | None = None
         self._tasks: set[asyncio.Future[None]] = set()
         self.machine = Machine(
@@ -129,7 +130,9 @@ class GuestControl:
             return "finish-migrate"
         if self._guest.owner is not Owner.HELD:
             return "postmigrate"
-        return RUNNING if self.running else PAUSED
+        if self.running:
+            return RUNNING
+        return PRELAUNCH if self._never_ran else PAUSED
 
     @property
     def running(self) -> bool:
@@ -187,6 +190,9 @@ class GuestControl:
         """
         awaits_source = self._guest is None and self._expects_guest
         await asyncio.to_thread(guest.begin, is_destination=awaits_source)
+        if self._config.start_stopped and not awaits_source and guest.is_running:
+            await asyncio.to_thread(guest.stop)
+            self._never_ran = True
         self._shelter.slot.put(guest)
         if not awaits_source:
             self._guest = guest
@@ -223,6 +229,7 @@ class GuestControl:
             raise QMPError("Can't migrate the vm that was paused due to previous migration")
         if guest.live is not None and self.options.capabilities["postcopy-ram"]:
             raise QMPError("Postcopy of an attached guest is not supported in this version")
+        self.options.check_built()
         migration = OutgoingMigration(
             guest,
             dialect_of(guest.identity.machine, guest.seen),
@@ -311,8 +318,12 @@ class GuestControl:
         self.check_incoming_may_start()
         address = channels[0].address
         check_transport(address, self.options.capabilities, self.options.parameters)
+        self.options.check_built()
         incoming = IncomingMigration(
-            self._shelter.berth(), self._incoming_settings, self._on_migration_status
+            self._shelter.berth(),
+            self._incoming_settings,
+            self._on_migration_status,
+            self._arrived,
         )
         self._incoming = incoming
         self._incoming_started = True
@@ -332,8 +343,8 @@ class GuestControl:
             finally:
                 self.options.is_listening = False
             if guest is not None:
-                self._arrived(guest)
-            elif exit_on_error and incoming.error is not None:
+                return
+            if exit_on_error and incoming.error is not None:
                 self._on_fatal(incoming.error)
             else:
                 # Differs from QEMU, whose devices are half loaded then: the next may come.
@@ -457,6 +468,7 @@ class GuestControl:
             self._choose(RUNNING, "RESUME")
         elif not live.is_running:
             await asyncio.to_thread(live.start)
+            self._never_ran = False
             self._bus.emit("RESUME", None)
 
     def quit(self) -> None:
@@ -528,11 +540,11 @@ class GuestControl:
             return
         self._bus.emit("RESUME", None)
 
-    def _arrived(self, guest: HeldGuest) -> None:
+    async def _arrived(self, guest: HeldGuest) -> None:
         self._guest = guest
         self._expects_guest = False
         if isinstance(guest, AttachedGuest):
-            self._spawn(self._start_arrived(guest))
+            await self._start_arrived(guest)
         elif self._chosen_run_state is not None:
             self._set_next_run_state(guest, self._chosen_run_state)
         log.info(
@@ -619,6 +631,7 @@ class GuestControl:
             self._spawn(self._shelter.record_order(guest, order))
 
     def _incoming_settings(self) -> IncomingSettings:
+        self.options.check_built()
         capabilities = self.options.capabilities
         uuid = self._config.uuid
         return IncomingSettings(
@@ -682,6 +695,8 @@ class _OutgoingObserver:
         self._lazy = lazy
 
     def on_status(self, status: str) -> None:
+        if status == "pre-switchover":
+            self._control._in_switchover = True
         self._control._on_migration_status(status)
 
     def on_pass(self, number: int) -> None:

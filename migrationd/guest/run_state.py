@@ -14,6 +14,7 @@ _NAME_BYTES = 32
 
 RUNNING = "running"
 PAUSED = "paused"
+PRELAUNCH = "prelaunch"
 
 
 class Owner(Enum):

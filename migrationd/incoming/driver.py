@@ -14,7 +14,7 @@ Reference: QEMU's destination; sequences in stream format 6.1-6.6.
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar, TypeVarTuple
 
@@ -100,6 +100,7 @@ class IncomingMigration:
         berth: Where the guest goes.
         settings: Read when the stream begins, so that capabilities may be set while listening.
         on_status: Called with each new status.
+        on_whole: Given the guest before the migration counts as completed.
     """
 
     def __init__(
@@ -107,8 +108,10 @@ class IncomingMigration:
         berth: Berth,
         settings: Callable[[], IncomingSettings],
         on_status: Callable[[str], None],
+        on_whole: Callable[[HeldGuest], Awaitable[None]] | None = None,
     ) -> None:
         self._berth = berth
+        self._on_whole = on_whole
         self._settings_now = settings
         self._settings = IncomingSettings()
         self._status = StatusMachine(Role.INCOMING, on_status)
@@ -198,6 +201,8 @@ class IncomingMigration:
             guest = await (
                 self._take_file() if self._settings.mapped_ram else self._receive(loader)
             )
+            if self._on_whole is not None:
+                await self._on_whole(guest)
             self._status.advance(Cause.COMPLETE)
             return guest
         except MigrationdError as error:

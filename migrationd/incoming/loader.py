@@ -99,7 +99,8 @@ class StreamLoader:
     Args:
         channel: Where the stream comes from.
         decoder: A fresh decoder with the limits of this daemon.
-        on_first_bytes: Called once, on the stepping thread, when the stream begins.
+        on_first_bytes: Called once, on the stepping thread, when a stream has begun: what does not
+            begin like one never does.
         multifd: Channels that carry pages besides this stream.
 
     One step runs at a time; between steps the event loop may read every attribute.
@@ -204,6 +205,9 @@ class StreamLoader:
             if self._multifd is not None:
                 self._multifd.check()
             record = self._decoder.next_record()
+            if not self.arrival.first_byte_seen and self._decoder.position:
+                self.arrival.first_byte_seen = True
+                self._on_first_bytes()
             if record is not None:
                 barrier = self._apply(record)
                 if barrier is not None:
@@ -263,9 +267,6 @@ class StreamLoader:
             return 0
         self._quiet_s = 0.0
         self._decoder.received(total)
-        if not self.arrival.first_byte_seen:
-            self.arrival.first_byte_seen = True
-            self._on_first_bytes()
         while total < FILL_BYTES and not is_peek:
             try:
                 count = self._channel.recv_into(self._decoder.receive_view(), 0)

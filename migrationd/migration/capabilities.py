@@ -46,7 +46,7 @@ NOT_BUILT: frozenset[str] = frozenset(
         "dirty-limit",
     )
 )
-"""Capabilities whose engine part is not there: they cannot be turned on."""
+"""Capabilities whose engine part is not there: nothing starts while one is on."""
 
 _SNAPSHOT_EXCLUDES: tuple[str, ...] = (
     "postcopy-ram",
@@ -79,14 +79,11 @@ def check_capabilities(new: Mapping[str, bool], parameters: Mapping[str, Value])
         parameters: Every parameter as it is now.
 
     Raises:
-        QMPError: The first conflict, in QEMU's words; or what is not built.
+        QMPError: The first conflict, in QEMU's words.
     """
     text = _conflict(new, parameters)
     if text is not None:
         raise QMPError(text)
-    for name in CAPABILITIES:
-        if new[name] and name in NOT_BUILT:
-            raise QMPError(f"Capability '{name}' is not supported in this version of migrationd")
 
 
 def _conflict(new: Mapping[str, bool], parameters: Mapping[str, Value]) -> str | None:

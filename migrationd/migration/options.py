@@ -30,7 +30,7 @@ NOT_BUILT_VALUES: tuple[tuple[str, Value], ...] = (
     ("tls-creds", ""),
     ("mode", "normal"),
 )
-"""Parameters that may only keep this value until their engine part is there."""
+"""Parameters with which nothing starts at another value until their engine part is there."""
 
 
 _BEFORE_INCOMING = (
@@ -98,7 +98,22 @@ class MigrationOptions:
             raise QMPError("Mapped-ram only available for non-compressed non-TLS multifd migration")
         for name in CHECKED_LAST:
             check_parameter(new, name)
-        for name, only in NOT_BUILT_VALUES:
-            if new[name] != only:
-                raise QMPError(f"Parameter '{name}' is not supported in this version of migrationd")
         self._parameters = new
+
+    def check_built(self) -> None:
+        """Whether the engine can do what is set, asked before a migration begins.
+
+        Settings themselves follow QEMU's rules alone; so a tool's order of commands is the same,
+        and nothing starts that would leave out what was asked for.
+
+        Raises:
+            QMPError: A capability or value that is set has no engine part yet.
+        """
+        for name in CAPABILITIES:
+            if self._capabilities[name] and name in NOT_BUILT:
+                raise QMPError(
+                    f"Capability '{name}' is not supported in this version of migrationd"
+                )
+        for name, only in NOT_BUILT_VALUES:
+            if self._parameters[name] != only:
+                raise QMPError(f"Parameter '{name}' is not supported in this version of migrationd")

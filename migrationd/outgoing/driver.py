@@ -262,6 +262,8 @@ class OutgoingMigration:
         """
         if not self._status.can(Cause.CANCEL):
             return
+        if self.status == "pre-switchover":
+            self._error = MigrationError("Switchover is interrupted")
         self._status.advance(Cause.CANCEL)
         self._interrupt()
 
@@ -375,7 +377,7 @@ class OutgoingMigration:
             expected_downtime_ms=None
             if completed or self.is_in_postcopy
             else self._stats.expected_downtime_ms(self._downtime_limit_ms),
-            remaining_bytes=ram.remaining,
+            remaining_bytes=None if completed else ram.remaining,
             ram=ram,
             postcopy_latency_ns=latency.mean_ns if latency is not None else None,
             postcopy_latency_dist=latency.distribution() if latency is not None else None,
@@ -604,7 +606,12 @@ class OutgoingMigration:
             self._multifd = self._make_multifd(self._settings.multifd)
             saver = await self._multifd.connect(ram, self._guest, self._dialect)
         start = await self._on_thread(saver.setup_bytes)
-        await self._on_thread(self._write, channel, head + start)
+        try:
+            await self._on_thread(self._write, channel, head + start)
+        except ChannelError:
+            # As in QEMU, which writes through a buffer: the set-up was done, the rest is not.
+            self._advance(Cause.STREAM)
+            raise
         if self._link is not None:
             await self._link.set_up()
         self._setup_s = self._clock.monotonic_s()
@@ -664,7 +671,8 @@ class OutgoingMigration:
     async def _begin_switchover(self, *, is_lazy: bool = False) -> None:
         """Put the hand-over on record; the next byte may be the one that moves the guest."""
         self._stats.dirty_sync_count += 1
-        self._observer.on_pass(self._stats.dirty_sync_count)
+        if self._guest.live is None:
+            self._observer.on_pass(self._stats.dirty_sync_count)
         self._switchover_s = self._switchover_s or self._clock.monotonic_s()
         self._stats.in_switchover = True
         self._guest.check_unchanged()
@@ -701,6 +709,8 @@ class OutgoingMigration:
         self._advance(Cause.STREAM)
         if (live := self._guest.live) is not None:
             # A page has one place: what stands still needs one pass.
+            self._stats.dirty_sync_count += 1
+            self._observer.on_pass(self._stats.dirty_sync_count)
             await self._stop_guest(live)
         await self._on_thread(save.save_ram)
         await self._pause_before_switchover()

@@ -37,7 +37,7 @@ class LiveSaver:
         stats: Counters of the migration.
         clock: Time.
         downtime_limit_s: Asked before each decision.
-        on_pass: Called when a pass begins.
+        on_pass: Called when what was written since the last look is known.
         wait: Called with seconds to wait; raises when the migration ends.
     """
 
@@ -90,6 +90,8 @@ class LiveSaver:
                 self._wait(SHORTEST_PASS_S - elapsed_s)
                 elapsed_s = SHORTEST_PASS_S
             dirty = self._live.tracker.collect()
+            stats.dirty_sync_count += 1
+            self._on_pass()
             rest_bytes = self._count(dirty, elapsed_s)
             done = Pass(rest_bytes, stats.transferred_bytes - before, elapsed_s)
             decision = self._convergence.after(done, self._downtime_limit_s())
@@ -97,8 +99,6 @@ class LiveSaver:
             self._rest = dirty
             if decision is Decision.SWITCH_OVER:
                 return
-            stats.dirty_sync_count += 1
-            self._on_pass()
             send = self._send_rest
 
     def finish(self) -> None:

@@ -39,11 +39,16 @@ def test_turning_off_a_needed_capability_is_refused() -> None:
 
 def test_what_is_not_built_says_so() -> None:
     options = MigrationOptions()
+    options.check_built()
+    options.set_capabilities([("release-ram", True)])
     with pytest.raises(QMPError, match="'release-ram' is not supported in this version"):
-        options.set_capabilities([("release-ram", True)])
+        options.check_built()
     options.set_capabilities([("release-ram", False)])
-    with pytest.raises(QMPError, match="'tls-creds' is not supported in this version"):
-        options.set_parameters({"tls-creds": "tls0"})
+    options.set_parameters({"mode": "cpr-reboot"})
+    with pytest.raises(QMPError, match="'mode' is not supported in this version"):
+        options.check_built()
+    options.set_parameters({"mode": "normal"})
+    options.check_built()
 
 
 @pytest.mark.parametrize(
