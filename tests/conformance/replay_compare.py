@@ -1,0 +1,165 @@
+"""Compares a replayed scenario with its recording: replies to each request, events in order.
+
+What depends on time is not compared: counters, how often a script polled, how many
+MIGRATION_PASS events came, what they fell between. What is compared: class and text of
+errors, members and types of replies, values of settings and states, and the events of each
+connection with their status.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from difflib import SequenceMatcher
+from pathlib import Path
+from typing import Any
+
+BY_VALUE = (
+    "query-migrate-capabilities",
+    "query-migrate-parameters",
+    "query-status",
+    "query-uuid",
+    "query-name",
+    "query-colo-status",
+)
+"""Commands whose replies are compared by value, not by members and types alone."""
+
+Connection = tuple[str, int]
+
+
+@dataclass
+class Dialogue:
+    """One connection.
+
+    Attributes:
+        requests: What was sent, without ids, ports and directories.
+        replies: What came back to each of them.
+        loose: What came back without an id, in order: when it came says nothing.
+        events: Events in order; runs of MIGRATION_PASS count once.
+    """
+
+    requests: list[str] = field(default_factory=list)
+    replies: list[list[str]] = field(default_factory=list)
+    loose: list[str] = field(default_factory=list)
+    events: list[str] = field(default_factory=list)
+
+
+def shape(value: object) -> object:
+    """Members and types."""
+    match value:
+        case dict():
+            return {key: shape(item) for key, item in sorted(value.items())}
+        case list():
+            found: list[object] = []
+            for item in map(shape, value):
+                if item not in found:
+                    found.append(item)
+            return ["list", *found]
+        case bool() | None:
+            return type(value).__name__
+        case int() | float():
+            return "number"
+    return "string"
+
+
+def masked(text: str) -> str:
+    """A text without ports and directories."""
+    text = re.sub(r"/[^ ',\"]*/", "/DIR/", text)
+    return re.sub(r"(?<=[:\"])\d{4,5}(?=[\"',: ]|$)", "PORT", text)
+
+
+def read(path: Path) -> dict[Connection, Dialogue]:
+    """The connections of a recorded scenario."""
+    found: dict[Connection, Dialogue] = {}
+    asked: dict[tuple[Connection, str], int] = {}
+    for line in path.read_text("utf-8").splitlines():
+        record = json.loads(line)
+        if "side" not in record or record["dir"] not in ("send", "raw", "recv", "recv-text"):
+            continue
+        key = (record["side"], record.get("conn", 0))
+        dialogue = found.setdefault(key, Dialogue())
+        message = record["msg"]
+        if record["dir"] in ("send", "raw"):
+            identity = None
+            if isinstance(message, dict):
+                identity = message.get("id")
+                message = {name: message[name] for name in message if name != "id"}
+            dialogue.requests.append(masked(json.dumps(message)))
+            dialogue.replies.append([])
+            asked[key, json.dumps(identity)] = len(dialogue.requests) - 1
+        elif isinstance(message, dict) and "event" in message:
+            _add_event(dialogue, message)
+        elif dialogue.requests:
+            identity = json.dumps(message.get("id")) if isinstance(message, dict) else "null"
+            at = asked.get((key, identity), -1)
+            if identity == "null" or at < 0:
+                dialogue.loose.append(_reply("", message))
+            else:
+                dialogue.replies[at].append(_reply(dialogue.requests[at], message))
+    return found
+
+
+def _add_event(dialogue: Dialogue, message: dict[str, Any]) -> None:
+    data = message.get("data", {})
+    is_pass = message["event"] == "MIGRATION_PASS"
+    value = shape(data) if is_pass or message["event"].startswith("JOB") else data
+    text = f"{message['event']} {json.dumps(value, sort_keys=True)}"
+    if not (is_pass and dialogue.events[-1:] == [text]):
+        dialogue.events.append(text)
+
+
+def _reply(request: str, message: object) -> str:
+    if not isinstance(message, dict):
+        return masked(str(message))
+    if "error" in message:
+        return masked(json.dumps({"error": message["error"]}))
+    if "return" not in message:
+        return json.dumps(shape(message))
+    value = message["return"]
+    is_value = any(f'"execute": "{name}"' in request for name in BY_VALUE)
+    if is_value and isinstance(value, dict | list):
+        return json.dumps(value, sort_keys=True)
+    if isinstance(value, dict) and "status" in value and "query-migrate" in request:
+        return json.dumps([value["status"], shape(value)], sort_keys=True)
+    return json.dumps(shape(value), sort_keys=True)
+
+
+def _polls_once(dialogue: Dialogue) -> Dialogue:
+    """The dialogue with a request that was repeated counted once, with its last replies."""
+    out = Dialogue(loose=dialogue.loose, events=dialogue.events)
+    for request, replies in zip(dialogue.requests, dialogue.replies, strict=True):
+        is_poll = '"query-' in request or '"info ' in request
+        if is_poll and out.requests and out.requests[-1] == request:
+            out.replies[-1] = replies
+        else:
+            out.requests.append(request)
+            out.replies.append(replies)
+    return out
+
+
+def differences(golden: Path, new: Path) -> Iterator[str]:
+    """What differs, a line each; none for an identical dialogue."""
+    ours, theirs = read(new), read(golden)
+    for key in sorted(ours.keys() | theirs.keys()):
+        where = f"{key[0]}/{key[1]}"
+        a = _polls_once(theirs.get(key, Dialogue()))
+        b = _polls_once(ours.get(key, Dialogue()))
+        for tag, i1, i2, j1, j2 in SequenceMatcher(
+            None, a.requests, b.requests, autojunk=False
+        ).get_opcodes():
+            if tag != "equal":
+                for at in range(i1, i2):
+                    yield f"{where} not asked: {a.requests[at]}"
+                for at in range(j1, j2):
+                    yield f"{where} asked as well: {b.requests[at]} -> {b.replies[at]}"
+                continue
+            for i, j in zip(range(i1, i2), range(j1, j2), strict=True):
+                if a.replies[i] != b.replies[j]:
+                    yield (
+                        f"{where} {a.requests[i]}\n    QEMU: {a.replies[i]}"
+                        f"\n    here: {b.replies[j]}"
+                    )
+        if a.loose != b.loose:
+            yield f"{where} without id\n    QEMU: {a.loose}\n    here: {b.loose}"
+        if a.events != b.events:
+            yield f"{where} events\n    QEMU: {a.events}\n    here: {b.events}"

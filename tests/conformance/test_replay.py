@@ -1,0 +1,36 @@
+"""Recorded scenarios of QEMU 11.1, played against migrationd."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.conformance import replay_report as report
+from tests.conformance.replay_differences import DIFFERENCES, NOT_APPLICABLE
+
+QUICK = ("precopy_tcp", "cancel_pre_switchover", "incoming_garbage", "precopy_dst_S")
+"""Played in every run; they take seconds."""
+
+
+@pytest.mark.parametrize("scenario", QUICK)
+def test_a_scenario_is_as_recorded(scenario: str, tmp_path: Path) -> None:
+    outcome = report.judge("11.1", scenario, report.play(scenario, tmp_path))
+    assert outcome.found == ()
+
+
+@pytest.mark.matrix
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize("scenario", [n for n in report.scenarios("11.1") if n not in QUICK])
+def test_no_scenario_differs_without_a_reason(scenario: str, tmp_path: Path) -> None:
+    if scenario in NOT_APPLICABLE:
+        pytest.skip(NOT_APPLICABLE[scenario])
+    outcome = report.judge("11.1", scenario, report.play(scenario, tmp_path))
+    assert bool(outcome.found) == (scenario in DIFFERENCES), outcome.found
+
+
+def test_what_is_compared_is_not_too_little() -> None:
+    """A recording of another release is told from that of 11.1."""
+    for scenario in ("precopy_tcp", "params_invalid", "proto_bad_json"):
+        old = report.RECORDINGS / "7.2" / f"{scenario}.jsonl"
+        assert report.judge("11.1", scenario, old).found
+        new = report.RECORDINGS / "11.1" / f"{scenario}.jsonl"
+        assert not report.judge("11.1", scenario, new).found
