@@ -15,6 +15,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from migrationd.guest.protocol import REQUESTS, Introduction
 from migrationd.qmp.handlers.introspection import entities
 from migrationd.qmp.handlers.table import COMMANDS, EVENTS
 
@@ -56,6 +57,22 @@ def generate() -> dict[str, str]:
     files["types.json"] = _text({"$schema": _DRAFT, "$defs": types})
     files["index.json"] = _text({"commands": commands, "events": events})
     files["introspection.json"] = _lines(entities())
+    files |= _guest_socket()
+    return files
+
+
+def _guest_socket() -> dict[str, str]:
+    """The messages of the guest socket: a workload's introduction, and each request."""
+    introduction: dict[str, object] = {"$schema": _DRAFT, **Introduction.model_json_schema()}
+    files: dict[str, str] = {"guest/introduction.json": _text(introduction)}
+    for name, (arguments, returns) in REQUESTS.items():
+        tree: dict[str, object] = {
+            "$schema": _DRAFT,
+            "title": name,
+            "arguments": arguments.model_json_schema(),
+            "returns": returns.model_json_schema(),
+        }
+        files[f"guest/{name}.json"] = _text(tree)
     return files
 
 

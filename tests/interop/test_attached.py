@@ -2,6 +2,8 @@
 
 import contextlib
 import resource
+import shutil
+import subprocess
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,10 +45,17 @@ class Pair:
 
 @contextlib.asynccontextmanager
 async def pair(
-    directory: Path, *, mib: int = 16, rate_mb_s: float = 40.0, there_program: Path = PROGRAM
+    directory: Path,
+    *,
+    mib: int = 16,
+    rate_mb_s: float = 40.0,
+    there_program: Path = PROGRAM,
+    binary: Path | None = None,
 ) -> AsyncIterator[Pair]:
-    here = DirtierProcess(directory, "here", mib=mib, rate_mb_s=rate_mb_s)
-    there = DirtierProcess(directory, "there", mib=mib, rate_mb_s=rate_mb_s, program=there_program)
+    here = DirtierProcess(directory, "here", mib=mib, rate_mb_s=rate_mb_s, binary=binary)
+    there = DirtierProcess(
+        directory, "there", mib=mib, rate_mb_s=rate_mb_s, program=there_program, binary=binary
+    )
     async with contextlib.AsyncExitStack() as stack:
         source = await stack.enter_async_context(
             await DaemonProcess.start(arguments=here.daemon_arguments)
@@ -87,6 +96,23 @@ async def test_it_goes_on_where_it_was_and_has_lost_nothing(
         assert isinstance(info["downtime"], int)
         with pytest.raises(QMPError, match="Can't migrate the vm"):
             await two.source.execute("migrate", {"uri": "tcp:127.0.0.1:1"})
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler: apt-get install gcc")
+async def test_a_program_in_c_moves_as_well(tmp_path: Path) -> None:
+    binary = tmp_path / "counter"
+    source = PROGRAM.parent / "c" / "counter.c"
+    command = ["cc", "-Wall", "-Wextra", "-Werror", "-O2", "-o", binary, source, "-lpthread"]
+    subprocess.run(command, check=True)
+    async with pair(tmp_path, binary=binary) as two:
+        await two.here.wait_passes(1)
+        await two.begin()
+        await two.source.wait_migration("completed")
+        last = two.here.progress()
+        after = await two.there.wait_passes(2)
+        assert last is not None
+        assert after.place > last.place
+        assert two.here.progress() == last
 
 
 async def test_a_workload_that_stands_still_arrives_so(tmp_path: Path) -> None:

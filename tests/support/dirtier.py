@@ -37,6 +37,7 @@ class DirtierProcess:
         mib: Memory that it writes.
         rate_mb_s: Memory that it writes a second.
         program: Its source.
+        binary: A compiled program instead, with a size and rate of its own.
     """
 
     def __init__(
@@ -47,12 +48,15 @@ class DirtierProcess:
         mib: int = 16,
         rate_mb_s: float = 40.0,
         program: Path = PROGRAM,
+        binary: Path | None = None,
     ) -> None:
         self.socket = directory / f"{name}.guest"
         self._report = directory / f"{name}.json"
         self._command = [sys.executable, str(program), str(self.socket)]
         self._command += ["--mib", str(mib), "--rate-mb-s", str(rate_mb_s)]
         self._command += ["--report", str(self._report)]
+        if binary is not None:
+            self._command = [str(binary), str(self.socket), str(self._report)]
         self.process: asyncio.subprocess.Process
 
     @property

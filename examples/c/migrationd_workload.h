@@ -1,0 +1,440 @@
+/*
+ * A C program as a guest of migrationd: one header, no library.
+ *
+ *     struct mw_workload *w = mw_create("counter");
+ *     uint8_t *heap = mw_add_block(w, "heap", 64 << 20);
+ *     mw_add_device(w, "counter", 1, fields, 2, &state);
+ *     if (mw_attach(w, "/run/counter.guest") < 0) perror("attach");
+ *     for (;;) {
+ *         mw_enter(w);            // waits while the guest is stopped
+ *         heap[state.at] += 1;    // memory and state change only in here
+ *         mw_leave(w);
+ *     }
+ *
+ * Fields are unsigned integers of 1, 2, 4 or 8 bytes. The messages are those of the guest
+ * socket, see migrationd/guest/protocol.py. Link with -lpthread. Linux 6.7 or later.
+ */
+#ifndef MIGRATIOND_WORKLOAD_H
+#define MIGRATIOND_WORKLOAD_H
+
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE
+#endif
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/userfaultfd.h>
+#include <pthread.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/socket.h>
+#include <sys/syscall.h>
+#include <sys/un.h>
+#include <time.h>
+#include <unistd.h>
+
+#define MW_MAX_BLOCKS 16
+#define MW_MAX_DEVICES 16
+#define MW_MAX_FIELDS 32
+#define MW_PACKET_BYTES (256 << 10)
+#define MW_SLICE_NS 10000000LL
+
+/* An unsigned integer in a structure; its size is that of the member. */
+struct mw_field {
+    const char *name;
+    size_t offset;
+    size_t size;
+};
+#define MW_FIELD(type, member) {#member, offsetof(type, member), sizeof(((type *)0)->member)}
+
+struct mw_device {
+    const char *name;
+    int version_id;
+    const struct mw_field *fields;
+    int field_count;
+    void *state;
+};
+
+struct mw_block {
+    const char *name;
+    size_t size;
+    int fd;
+    void *memory;
+};
+
+struct mw_workload {
+    const char *name;
+    struct mw_block blocks[MW_MAX_BLOCKS];
+    int block_count;
+    struct mw_device devices[MW_MAX_DEVICES];
+    int device_count;
+    pthread_mutex_t lock;
+    pthread_cond_t changed;
+    int inside;
+    bool is_open;
+    int throttle_percentage;
+    int socket;
+    int userfaultfd;
+    void (*on_loaded)(void *); /* called after a state was loaded */
+    void *on_loaded_argument;
+};
+
+static inline struct mw_workload *mw_create(const char *name)
+{
+    struct mw_workload *w = calloc(1, sizeof(*w));
+    if (!w)
+        return NULL;
+    w->name = name;
+    w->is_open = true;
+    w->socket = w->userfaultfd = -1;
+    pthread_mutex_init(&w->lock, NULL);
+    pthread_cond_init(&w->changed, NULL);
+    return w;
+}
+
+/* Memory that is shared with the daemon, zero at first; NULL and errno on failure. */
+static inline void *mw_add_block(struct mw_workload *w, const char *name, size_t size)
+{
+    long page = sysconf(_SC_PAGESIZE);
+    size = (size + page - 1) / page * page;
+    if (w->block_count == MW_MAX_BLOCKS) {
+        errno = ENOSPC;
+        return NULL;
+    }
+    int fd = memfd_create(name, MFD_CLOEXEC | MFD_ALLOW_SEALING);
+    if (fd < 0)
+        return NULL;
+    /* The daemon maps it too: it must not shrink under its reads. */
+    if (ftruncate(fd, size) < 0 || fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW) < 0) {
+        close(fd);
+        return NULL;
+    }
+    void *memory = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    if (memory == MAP_FAILED) {
+        close(fd);
+        return NULL;
+    }
+    w->blocks[w->block_count++] = (struct mw_block){name, size, fd, memory};
+    return memory;
+}
+
+/* Declare a device; fields and state must live as long as the workload. */
+static inline int mw_add_device(struct mw_workload *w, const char *name, int version_id,
+                                const struct mw_field *fields, int field_count, void *state)
+{
+    if (w->device_count == MW_MAX_DEVICES || field_count > MW_MAX_FIELDS) {
+        errno = ENOSPC;
+        return -1;
+    }
+    w->devices[w->device_count++] =
+        (struct mw_device){name, version_id, fields, field_count, state};
+    return 0;
+}
+
+/* Wait until the guest may run; it is not stopped before mw_leave(). */
+static inline void mw_enter(struct mw_workload *w)
+{
+    int percentage = w->throttle_percentage;
+    if (percentage > 0) {
+        struct timespec now;
+        clock_gettime(CLOCK_MONOTONIC, &now);
+        long long cycle = MW_SLICE_NS * 100 / (100 - percentage);
+        long long at = (now.tv_sec * 1000000000LL + now.tv_nsec) % cycle;
+        if (at > MW_SLICE_NS) {
+            struct timespec rest = {(cycle - at) / 1000000000LL, (cycle - at) % 1000000000LL};
+            nanosleep(&rest, NULL);
+        }
+    }
+    pthread_mutex_lock(&w->lock);
+    while (!w->is_open)
+        pthread_cond_wait(&w->changed, &w->lock);
+    w->inside++;
+    pthread_mutex_unlock(&w->lock);
+}
+
+static inline void mw_leave(struct mw_workload *w)
+{
+    pthread_mutex_lock(&w->lock);
+    w->inside--;
+    pthread_cond_broadcast(&w->changed);
+    pthread_mutex_unlock(&w->lock);
+}
+
+static inline void mw_set_open(struct mw_workload *w, bool is_open)
+{
+    pthread_mutex_lock(&w->lock);
+    w->is_open = is_open;
+    while (!is_open && w->inside)
+        pthread_cond_wait(&w->changed, &w->lock);
+    pthread_cond_broadcast(&w->changed);
+    pthread_mutex_unlock(&w->lock);
+}
+
+static inline int mw_send(struct mw_workload *w, const char *text, const int *fds, int count)
+{
+    char control[CMSG_SPACE(4 * sizeof(int))] = {0};
+    struct iovec iov = {(void *)text, strlen(text)};
+    struct msghdr message = {.msg_iov = &iov, .msg_iovlen = 1};
+    if (count) {
+        message.msg_control = control;
+        message.msg_controllen = CMSG_SPACE(count * sizeof(int));
+        struct cmsghdr *head = CMSG_FIRSTHDR(&message);
+        head->cmsg_level = SOL_SOCKET;
+        head->cmsg_type = SCM_RIGHTS;
+        head->cmsg_len = CMSG_LEN(count * sizeof(int));
+        memcpy(CMSG_DATA(head), fds, count * sizeof(int));
+    }
+    return sendmsg(w->socket, &message, MSG_NOSIGNAL) < 0 ? -1 : 0;
+}
+
+static inline uint64_t mw_load(const void *at, size_t size)
+{
+    uint64_t value = 0;
+    memcpy(&value, at, size); /* little-endian hosts */
+    return value;
+}
+
+static inline void mw_describe_fields(FILE *out, const struct mw_device *d, const char *format)
+{
+    for (int i = 0; i < d->field_count; i++)
+        fprintf(out, format, i ? ", " : "", d->fields[i].name, (int)d->fields[i].size * 8,
+                (int)d->fields[i].size);
+}
+
+/* Watch all blocks for writes; without it the guest can only migrate while it is stopped. */
+static inline int mw_watch(struct mw_workload *w)
+{
+    int fd = syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK);
+    if (fd < 0)
+        return -1;
+    struct uffdio_api api = {.api = UFFD_API, .features = (1 << 15) | (1 << 13) | (1 << 12)};
+    int result = ioctl(fd, UFFDIO_API, &api);
+    for (int i = 0; i < w->block_count && result == 0; i++) {
+        struct uffdio_register range = {
+            .range = {(uintptr_t)w->blocks[i].memory, w->blocks[i].size},
+            .mode = UFFDIO_REGISTER_MODE_WP,
+        };
+        result = ioctl(fd, UFFDIO_REGISTER, &range);
+    }
+    if (result < 0) {
+        close(fd);
+        return -1;
+    }
+    return w->userfaultfd = fd;
+}
+
+static inline int mw_introduce(struct mw_workload *w)
+{
+    char *text = NULL;
+    size_t length = 0;
+    int fds[2], count = 0;
+    if (mw_watch(w) >= 0) {
+        fds[0] = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
+        fds[1] = w->userfaultfd;
+        count = fds[0] < 0 ? 0 : 2;
+    }
+    FILE *out = open_memstream(&text, &length);
+    fprintf(out,
+            "{\"hello\": {\"version\": 1, \"name\": \"%s\", \"page_size\": %ld, "
+            "\"running\": %s, \"devices\": [",
+            w->name, sysconf(_SC_PAGESIZE), w->is_open ? "true" : "false");
+    for (int i = 0; i < w->device_count; i++) {
+        const struct mw_device *d = &w->devices[i];
+        fprintf(out,
+                "%s{\"name\": \"%s\", \"instance_id\": 0, \"version_id\": %d, "
+                "\"minimum_version_id\": %d, \"fields\": [",
+                i ? ", " : "", d->name, d->version_id, d->version_id);
+        mw_describe_fields(out, d, "%s{\"name\": \"%s\", \"type\": \"uint%d\"}");
+        fprintf(out, "]}");
+    }
+    fprintf(out, "]}}");
+    fclose(out);
+    int result = mw_send(w, text, fds, count);
+    free(text);
+    if (count)
+        close(fds[0]);
+    for (int i = 0; i < w->block_count && result == 0; i++) {
+        char block[512];
+        snprintf(block, sizeof(block),
+                 "{\"block\": {\"name\": \"%s\", \"size\": %zu, \"address\": %llu}}",
+                 w->blocks[i].name, w->blocks[i].size,
+                 (unsigned long long)(uintptr_t)w->blocks[i].memory);
+        result = mw_send(w, block, &w->blocks[i].fd, 1);
+    }
+    return result < 0 ? result : mw_send(w, "{\"ready\": {}}", NULL, 0);
+}
+
+static inline void mw_save(struct mw_workload *w, long id)
+{
+    char *text = NULL;
+    size_t length = 0;
+    int fd = memfd_create("devices", MFD_CLOEXEC);
+    FILE *out = open_memstream(&text, &length);
+    fprintf(out, "{\"id\": %ld, \"return\": {\"devices\": [", id);
+    for (int i = 0; i < w->device_count; i++) {
+        const struct mw_device *d = &w->devices[i];
+        size_t total = 0;
+        for (int f = 0; f < d->field_count; f++) {
+            size_t size = d->fields[f].size;
+            uint64_t value = mw_load((char *)d->state + d->fields[f].offset, size);
+            for (size_t byte = size; byte-- > 0;) {
+                uint8_t out_byte = value >> (8 * byte);
+                if (write(fd, &out_byte, 1) != 1)
+                    break;
+            }
+            total += size;
+        }
+        fprintf(out,
+                "%s{\"name\": \"%s\", \"instance_id\": 0, \"version_id\": %d, \"length\": %zu}",
+                i ? ", " : "", d->name, d->version_id, total);
+    }
+    fprintf(out, "], \"description\": [");
+    for (int i = 0; i < w->device_count; i++) {
+        const struct mw_device *d = &w->devices[i];
+        fprintf(out,
+                "%s{\"name\": \"%s\", \"instance_id\": 0, \"vmsd_name\": \"%s\", "
+                "\"version\": %d, \"fields\": [",
+                i ? ", " : "", d->name, d->name, d->version_id);
+        mw_describe_fields(out, d, "%s{\"name\": \"%s\", \"type\": \"uint%d\", \"size\": %d}");
+        fprintf(out, "]}");
+    }
+    fprintf(out, "]}}");
+    fclose(out);
+    mw_send(w, text, &fd, 1);
+    free(text);
+    close(fd);
+}
+
+/* Devices come in the order in which they were declared: the daemon checked that before. */
+static inline bool mw_load_devices(struct mw_workload *w, int fd)
+{
+    off_t at = 0;
+    for (int i = 0; i < w->device_count; i++)
+        for (int f = 0; f < w->devices[i].field_count; f++) {
+            const struct mw_field *field = &w->devices[i].fields[f];
+            uint8_t bytes[8];
+            uint64_t value = 0;
+            if (pread(fd, bytes, field->size, at) != (ssize_t)field->size)
+                return false;
+            at += field->size;
+            for (size_t byte = 0; byte < field->size; byte++)
+                value = value << 8 | bytes[byte];
+            memcpy((char *)w->devices[i].state + field->offset, &value, field->size);
+        }
+    if (w->on_loaded)
+        w->on_loaded(w->on_loaded_argument);
+    return true;
+}
+
+static inline long mw_number(const char *text, const char *name)
+{
+    const char *found = strstr(text, name);
+    return found ? strtol(found + strlen(name), NULL, 10) : 0;
+}
+
+static inline bool mw_names(const char *text, const char *request)
+{
+    char wanted[64];
+    snprintf(wanted, sizeof(wanted), "\"execute\": \"%s\"", request);
+    return strstr(text, wanted) != NULL;
+}
+
+/* Whether the source's devices are exactly these: names, versions and fields in order. */
+static inline bool mw_same_devices(struct mw_workload *w, const char *text)
+{
+    for (int i = 0; i < w->device_count; i++) {
+        char wanted[320];
+        const struct mw_device *d = &w->devices[i];
+        snprintf(wanted, sizeof(wanted), "\"name\": \"%s\"", d->name);
+        if (!(text = strstr(text, wanted)) || mw_number(text, "\"version_id\": ") != d->version_id)
+            return false;
+        for (int f = 0; f < d->field_count; f++) {
+            snprintf(wanted, sizeof(wanted), "{\"name\": \"%s\", \"type\": \"uint%d\"}",
+                     d->fields[f].name, (int)d->fields[f].size * 8);
+            if (!(text = strstr(text, wanted)))
+                return false;
+        }
+    }
+    return true;
+}
+
+static inline void *mw_serve(void *argument)
+{
+    struct mw_workload *w = argument;
+    char *text = malloc(MW_PACKET_BYTES + 1);
+    for (;;) {
+        char control[CMSG_SPACE(4 * sizeof(int))];
+        struct iovec iov = {text, MW_PACKET_BYTES};
+        struct msghdr message = {.msg_iov = &iov, .msg_iovlen = 1, .msg_control = control,
+                                 .msg_controllen = sizeof(control)};
+        ssize_t length = recvmsg(w->socket, &message, MSG_CMSG_CLOEXEC);
+        if (length < 0 && errno == EINTR)
+            continue;
+        if (length <= 0)
+            break; /* the daemon is gone: a guest that runs goes on alone */
+        text[length] = 0;
+        int fd = -1;
+        struct cmsghdr *head = CMSG_FIRSTHDR(&message);
+        if (head && head->cmsg_type == SCM_RIGHTS)
+            memcpy(&fd, CMSG_DATA(head), sizeof(fd));
+        long id = mw_number(text, "\"id\": ");
+        const char *error = NULL;
+        if (mw_names(text, "save")) {
+            mw_save(w, id);
+            continue;
+        }
+        if (mw_names(text, "stop") || (mw_names(text, "begin") && strstr(text, "destination")))
+            mw_set_open(w, false);
+        else if (mw_names(text, "start"))
+            mw_set_open(w, true);
+        else if (mw_names(text, "throttle"))
+            w->throttle_percentage = mw_number(text, "\"percentage\": ");
+        else if (mw_names(text, "check") && !mw_same_devices(w, text))
+            error = "the source's devices are not those of this program";
+        else if (mw_names(text, "load") && !mw_load_devices(w, fd))
+            error = "the state of the devices is cut short";
+        if (fd >= 0)
+            close(fd);
+        char reply[256];
+        snprintf(reply, sizeof(reply), error ? "{\"id\": %ld, \"error\": \"%s\"}"
+                                             : "{\"id\": %ld, \"return\": {}}", id, error);
+        mw_send(w, reply, NULL, 0);
+        if (mw_names(text, "quit"))
+            exit(0);
+    }
+    free(text);
+    return NULL;
+}
+
+/* Connect to the daemon and answer it on a thread from now on; -1 and errno on failure. */
+static inline int mw_attach(struct mw_workload *w, const char *path)
+{
+    struct sockaddr_un address = {.sun_family = AF_UNIX};
+    pthread_t thread;
+    if (strlen(path) >= sizeof(address.sun_path)) {
+        errno = ENAMETOOLONG;
+        return -1;
+    }
+    strcpy(address.sun_path, path);
+    for (int attempt = 0;; attempt++) {
+        w->socket = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
+        if (w->socket < 0)
+            return -1;
+        if (connect(w->socket, (struct sockaddr *)&address, sizeof(address)) == 0)
+            break;
+        close(w->socket);
+        if ((errno != ENOENT && errno != ECONNREFUSED) || attempt == 1000)
+            return -1;
+        usleep(10000);
+    }
+    if (mw_introduce(w) < 0)
+        return -1;
+    return pthread_create(&thread, NULL, mw_serve, w) ? -1 : 0;
+}
+
+#endif
