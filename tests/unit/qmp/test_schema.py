@@ -30,7 +30,9 @@ def test_every_command_event_and_type_is_there() -> None:
     assert set(index["commands"]) == set(COMMANDS)
     assert set(index["events"]) == set(EVENTS)
     types = json.loads(files["types.json"])["$defs"]
-    for text in files.values():
+    for name, text in files.items():
+        if name.startswith("guest/"):
+            continue  # each of these is whole by itself
         for reference in find_references(json.loads(text)):
             assert reference.rpartition("/")[2] in types
 
