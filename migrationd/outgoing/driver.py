@@ -329,6 +329,7 @@ class OutgoingMigration:
         """
         if not self.may_be_taken_back or self._resumed is None or self._resumed.done():
             raise InvalidState("Migration is not finalized yet")
+        self._status.advance(Cause.FAIL)
         self._resumed.set_exception(MigrationError("the guest was taken back"))
 
     def continue_switchover(self) -> None:
@@ -791,7 +792,8 @@ class OutgoingMigration:
         self._error = error
         log.error("migration failed: %s", error)
         self._warn_of_two_owners()
-        self._status.advance(Cause.FAIL)
+        if self._status.can(Cause.FAIL):
+            self._status.advance(Cause.FAIL)
         await self._observer.kept()
         self._status.advance(Cause.CLEANED_UP)
 

@@ -157,7 +157,8 @@ async def test_a_resume_that_fails_can_be_tried_again(
     for paused, cut in enumerate(CUTS if version != "7.2" else ()):
         listening = tmp_path / f"again{cut}"
         await recover(target, f"unix:{listening}")
-        async with Relay(tmp_path / f"relay{cut}", listening, cut_after_bytes=cut) as relay:
+        async with Relay(tmp_path / f"relay{cut}", listening) as relay:
+            relay.cut_after(cut)
             await daemon.execute("migrate", {"uri": relay.uri, "resume": True})
             await wait_paused(daemon, target, paused + 2)
     await daemon.set_parameters({"max-postcopy-bandwidth": 0})
