@@ -19,12 +19,15 @@ class RamBlockSpec:
         used_length: Bytes.
         page_size: Target page size in bytes.
         address: Guest-physical address, where the stream carries one.
+        backing_page_size: Bytes of the huge pages behind the block, where a postcopy spoke of
+            them; a destination of a postcopy must have the same.
     """
 
     idstr: str
     used_length: int
     page_size: int
     address: int | None = None
+    backing_page_size: int | None = None
 
 
 class RamBlock:
@@ -43,6 +46,7 @@ class RamBlock:
         self.used_length = spec.used_length
         self.page_size = spec.page_size
         self.address = spec.address
+        self.backing_page_size = spec.backing_page_size
         self.memory = memory
         self._bitmap: npt.NDArray[np.uint8] | None = None
         self._present: npt.NDArray[np.bool_] = np.zeros(self.page_count, np.bool_)

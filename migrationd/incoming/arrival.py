@@ -71,6 +71,7 @@ def specs_of(blocks: RamBlockList, page_size: int) -> tuple[RamBlockSpec, ...]:
             used_length=entry.used_length,
             page_size=page_size,
             address=entry.address,
+            backing_page_size=entry.page_size,
         )
         for entry in blocks.blocks
     )

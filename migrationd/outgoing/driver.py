@@ -577,6 +577,7 @@ class OutgoingMigration:
             wait=self._wait,
             should_stop=self._is_postcopy_requested,
             sent=self._sent_pages(),
+            names_page_sizes=self._postcopy is not None,
             part_bytes=PART_BYTES if self._settings.multifd is None else None,
         )
 

@@ -124,7 +124,12 @@ class PostcopySource:
         self.stats = stats
         self.clock = clock
         self.section_id = free_section_id(list(guest.devices))
-        self.schedule = PageSchedule([BlockPages(b.idstr, b.present) for b in guest.ram])
+        self.schedule = PageSchedule(
+            [
+                BlockPages(b.idstr, b.present, (b.backing_page_size or b.page_size) // b.page_size)
+                for b in guest.ram
+            ]
+        )
         self.latency = LatencyStats()
         self.requests = RequestLog()
         self.pacer = Pacer(settings.max_bandwidth_bytes_per_s)

@@ -126,6 +126,8 @@ class PageWriter:
             self._batch = self._prepare(batch)
         prepared = self._batch
         begin = prepared.done
+        # A host page is put together at the destination: nothing may come between its parts.
+        window_pages = max(window_pages, self._schedule.blocks[batch.block].host_pages)
         pages = batch.pages[begin : begin + window_pages]
         prepared.done += len(pages)
         self._turn.acquire()

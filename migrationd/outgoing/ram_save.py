@@ -54,6 +54,7 @@ class RamSaver:
         limiter: Bandwidth limit; shared with the monitor, which may change its rate.
         wait: Called with seconds to wait for the limit; raises when the migration ends.
         should_stop: Asked before each batch: postcopy is to send the rest.
+        names_page_sizes: Whether the block list tells huge pages: in postcopy.
         sent: By block name one bool per page, set for pages that went out; or None.
     """
 
@@ -72,6 +73,7 @@ class RamSaver:
         batch_pages: int = 512,
         should_stop: Callable[[], bool] = lambda: False,
         sent: Mapping[str, npt.NDArray[np.bool_]] | None = None,
+        names_page_sizes: bool = False,
         part_bytes: int | None = PART_BYTES,
     ) -> None:
         self._channel = channel
@@ -86,6 +88,7 @@ class RamSaver:
         self._batch_pages = batch_pages
         self._should_stop = should_stop
         self._sent = sent
+        self._names_page_sizes = names_page_sizes
         self._part_limit = part_bytes
         self._named_block: RamBlock | None = None
         self._part_bytes = 0
@@ -96,7 +99,14 @@ class RamSaver:
         return (
             encode_section_header(QEMU_VM_SECTION_START, self._section_id, "ram", 0, 4)
             + encode_block_list(
-                tuple(RamBlockEntry(block.idstr, block.used_length) for block in self._blocks)
+                tuple(
+                    RamBlockEntry(
+                        block.idstr,
+                        block.used_length,
+                        block.backing_page_size if self._names_page_sizes else None,
+                    )
+                    for block in self._blocks
+                )
             )
             + mark
             + encode_eos()

@@ -5,7 +5,12 @@ import threading
 import numpy as np
 import pytest
 
+from migrationd.guest.memory import AnonymousMemory
+from migrationd.guest.ram_block import RamBlock, RamBlockSpec
 from migrationd.outgoing.postcopy_schedule import Batch, BlockPages, PageSchedule
+from migrationd.outgoing.postcopy_writer import PageWriter
+from migrationd.transport.channel import Channel
+from tests.unit.transport.support import unix_pair
 
 
 def block(bits: str, host_pages: int = 1) -> BlockPages:
@@ -156,3 +161,21 @@ def test_a_large_hole_is_crossed() -> None:
     present = np.zeros(3 << 20, np.bool_)
     present[[0, -1]] = True
     assert push(PageSchedule([BlockPages("m", present)])) == [(0, 0), (0, (3 << 20) - 1)]
+
+
+def test_a_window_never_divides_a_host_page() -> None:
+    ours, theirs = unix_pair()
+    block = RamBlock(RamBlockSpec("m", 8 * 4096, 4096), AnonymousMemory(8 * 4096, 4096))
+    block.present[1] = True
+    schedule = PageSchedule([BlockPages("m", block.present, 4)])
+    channel = Channel(ours.detach())
+    with theirs:
+        writer = PageWriter(channel, [block], schedule, 4096)
+        writer.open(b"")
+        batch = schedule.next_batch(1)
+        assert batch is not None
+        pages, sent, size = writer.push(batch, 2)
+        assert (pages, sent) == (4, 4)
+        # Zero, whole, and two zero pages: in this order, whole records.
+        assert size == len(theirs.recv(1 << 20)) == (8 + 2 + 1) + (8 + 2 + 4096) + (8 + 2 + 1) + 9
+        channel.close()

@@ -1,0 +1,54 @@
+"""A guest in huge pages in by postcopy, and out by postcopy into huge pages."""
+
+from pathlib import Path
+
+import pytest
+
+from migrationd.ctl.daemon_process import DaemonProcess
+from migrationd.ctl.qemu_process import find_qemu
+from tests.support import postcopy_in
+from tests.support.moves import VIRTIO, Host, check_runs_on
+from tests.support.postcopy import send_lazily, start_target
+
+pytestmark = pytest.mark.interop
+
+VERSIONS = ("7.2", "10.0", "11.1")
+MEMORY_MIB = 64
+HUGE_PAGES = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages")
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("preempt", [False, True], ids=["plain", "preempt"])
+@pytest.mark.parametrize("version", VERSIONS)
+async def test_huge_pages_go_whole(
+    version: str, preempt: bool, tmp_path: Path, closing: list[object]
+) -> None:
+    binary = find_qemu(version)
+    if binary is None:
+        pytest.skip(f"QEMU {version} is not installed (tests/support/install-qemus brings it)")
+    if not HUGE_PAGES.exists() or int(HUGE_PAGES.read_text()) < MEMORY_MIB:
+        pytest.skip(f"{MEMORY_MIB} huge pages: sysctl vm.nr_hugepages sets some aside")
+    backend = f"memory-backend-memfd,id=ram0,size={MEMORY_MIB}M,hugetlb=on,hugetlbsize=2M"
+    host = Host(
+        binary, "pc,memory-backend=ram0", memory_mib=MEMORY_MIB,
+        arguments=(*VIRTIO, "-object", backend),
+    )  # fmt: skip
+    source = await host.start("QEMU A")
+    closing.append(source)
+    daemon = await DaemonProcess.start(incoming="defer")
+    closing.append(daemon)
+    await source.wait_serial(3)
+    await postcopy_in.begin(source, daemon, f"unix:{tmp_path}/in.sock", preempt=preempt)
+    await daemon.wait_migration("completed")
+    await source.wait_migration("completed")
+    before = source.serial
+    await source.close()
+    target = await start_target(host, f"unix:{tmp_path}/out", preempt=preempt)
+    closing.append(target)
+    await send_lazily(
+        daemon, f"unix:{tmp_path}/out", preempt=preempt,
+        parameters={"max-postcopy-bandwidth": 16 << 20},
+    )  # fmt: skip
+    await daemon.wait_migration("completed")
+    await target.wait_migration("completed")
+    await check_runs_on(before, target, host)
