@@ -454,6 +454,12 @@ class PostcopyLink:
                 raise StreamCorrupt("RESUME_ACK without RESUME", section="return path")
             self._main.open(self._source.part_bytes())
             self._server.writer = self._urgent
+        elif isinstance(message, RecvBitmap) and self._server.writer is not None:
+            raise StreamCorrupt(
+                f"received-page bitmap of {len(message.bitmap)} bytes outside a recovery",
+                section="return path",
+                block=message.idstr,
+            )
         self._loop.call_soon_threadsafe(self._take, message)
 
     def _take(self, message: ReturnPathMessage) -> None:

@@ -15,6 +15,7 @@ from migrationd.codec.return_path import (
     Shut,
     encode_return_path,
 )
+from migrationd.codec.stream import StreamDecoder
 from migrationd.ctl.daemon_process import DaemonProcess
 from migrationd.ctl.peer_process import PeerProcess
 from tests.support.fake_destination import FakeDestination
@@ -147,3 +148,34 @@ async def test_a_hostile_recovery_falls_back_and_a_good_one_works(
     await daemon.wait_migration("completed")
     await target.wait_migration("completed")
     await check_runs_on(parked_file[2], target, qemu_host)
+
+
+def all_bitmaps(path: Path) -> bytes:
+    """The answers to every question about a saved guest: nothing came."""
+    decoder = StreamDecoder()
+    with open(path, "rb") as file:
+        while not decoder.blocks:
+            decoder.feed(file.read(1 << 12))
+            while decoder.next_record() is not None and not decoder.blocks:
+                pass
+    return b"".join(
+        encode_return_path(RecvBitmap(b.idstr, bytes(bitmap_bytes(b.used_length // 4096))))
+        for b in decoder.blocks
+    )
+
+
+async def test_received_pages_are_taken_in_a_recovery_only(
+    parked_file: tuple[Path, str, str], daemon: DaemonProcess, tmp_path: Path
+) -> None:
+    """They would change who has which page while pages flow."""
+    async with FakeDestination(tmp_path / "first") as peer:
+        await send_lazily(daemon, f"unix:{tmp_path}/first", preempt=False, parameters=SLOW)
+        await daemon.wait_migration("postcopy-active")
+        assert peer.taken_bytes
+        await daemon.execute("migrate-pause")
+        await daemon.wait_migration("postcopy-paused")
+    answers = (all_bitmaps(parked_file[0]), encode_return_path(ResumeAck(1)) + bitmaps())
+    async with FakeDestination(tmp_path / "bad", at_resume=answers, is_recovery=True):
+        await daemon.execute("migrate", {"uri": f"unix:{tmp_path}/bad", "resume": True})
+        info = await daemon.wait_migration("postcopy-paused")
+        assert "1024 bytes outside a recovery" in str(info["error-desc"])
