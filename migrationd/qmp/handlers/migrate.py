@@ -1,6 +1,6 @@
 """Commands that start and steer migrations."""
 
-from pydantic import TypeAdapter
+from pydantic import ConfigDict, TypeAdapter
 
 from migrationd.errors import QMPError
 from migrationd.migration.info import MigrationInfo, RamStats
@@ -18,7 +18,9 @@ from migrationd.qmp.models.migration import (
 )
 from migrationd.transport.address import address_from_qapi, parse_uri
 
-_ADDRESSES: TypeAdapter[SocketAddress] = TypeAdapter(SocketAddress)
+_ADDRESSES: TypeAdapter[SocketAddress] = TypeAdapter(
+    SocketAddress, config=ConfigDict(defer_build=True)
+)
 
 
 def migrate(call: Invocation, arguments: Migrate) -> None:
