@@ -107,6 +107,12 @@ class Machine:
         return self._chardevs
 
     @property
+    def is_migrating(self) -> bool:
+        """Whether an outgoing migration is in progress."""
+        outgoing, _ = self._migrations()
+        return outgoing is not None and outgoing.is_running
+
+    @property
     def is_migration_yankable(self) -> bool:
         """Whether a migration has connections that can be cut off."""
         return any(item is not None and item.is_running for item in self._migrations())

@@ -196,6 +196,10 @@ class Machine(Protocol):
         """Character devices by label."""
 
     @property
+    def is_migrating(self) -> bool:
+        """Whether an outgoing migration is in progress."""
+
+    @property
     def is_migration_yankable(self) -> bool:
         """Whether a migration has connections that can be cut off."""
 

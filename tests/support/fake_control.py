@@ -51,6 +51,7 @@ class FakeMachine:
     type_name: str | None = None
     base_memory_bytes: int = 0
     ram_bytes: int = 0
+    is_migrating: bool = False
     is_migration_yankable: bool = False
     dirty_rate: DirtyRate = field(default_factory=FakeDirtyRate)
     devices: dict[str, FakeChardev] = field(default_factory=dict)

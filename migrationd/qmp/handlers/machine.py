@@ -89,6 +89,8 @@ def no_balloon(call: Invocation, _: object) -> None:
 
 def device_add(call: Invocation, arguments: models.DeviceAdd) -> None:
     """``device_add``: no device model is known."""
+    if call.control.machine.is_migrating:
+        raise QMPError("device_add not allowed while migrating")
     raise QMPError(f"'{arguments.driver}' is not a valid device model name")
 
 
@@ -130,6 +132,11 @@ def system_powerdown(call: Invocation, _: object) -> None:
 def system_wakeup(call: Invocation, _: object) -> None:
     """``system_wakeup``."""
     raise QMPError("wake-up from suspend is not supported by this guest")
+
+
+def inject_nmi(call: Invocation, _: object) -> None:
+    """``inject-nmi``."""
+    raise QMPError("machine does not provide NMIs")
 
 
 def exit_preconfig(call: Invocation, _: object) -> None:
@@ -175,6 +182,8 @@ COMMANDS: tuple[CommandSpec, ...] = (
     command("set_link", set_link, models.SetLink),
     command("set-action", accepted, models.SetAction),
     command("watchdog-set-action", accepted, models.WatchdogSetAction),
+    command("rtc-reset-reinjection", accepted),
+    command("inject-nmi", inject_nmi),
     command("announce-self", announce_self, models.AnnounceSelf),
     command("client_migrate_info", client_migrate_info, models.ClientMigrateInfo),
     command("system_reset", system_reset),

@@ -87,5 +87,7 @@ def test_only_what_runs_is_yanked() -> None:
     assert not machine.is_migration_yankable
     machine = make([], None, done, running)
     assert machine.is_migration_yankable
+    assert not machine.is_migrating
+    assert make([], None, running, done).is_migrating
     machine.yank_migration()
     assert (done.yanked, running.yanked) == (False, True)

@@ -95,6 +95,7 @@ NO_BALLOON = refused("No balloon device has been activated", "DeviceNotActive")
             {"protocol": "vnc", "hostname": "h"},
             refused("Parameter 'protocol' expects 'spice'"),
         ),
+        ("inject-nmi", {}, refused("machine does not provide NMIs")),
         ("device_del", {"id": "no"}, refused("Device 'no' not found", "DeviceNotFound")),
         (
             "device_add",
@@ -141,6 +142,7 @@ async def test_refusals(
     [
         ("announce-self", {"initial": 50, "max": 550, "rounds": 1, "step": 10, "id": "a"}),
         ("set-action", {"shutdown": "pause"}),
+        ("rtc-reset-reinjection", {}),
         ("watchdog-set-action", {"action": "pause"}),
         ("cancel-vcpu-dirty-limit", {}),
         ("xen-set-global-dirty-log", {"enable": True}),
@@ -150,6 +152,13 @@ async def test_refusals(
 )
 async def test_accepted(monitor: Monitor, name: str, arguments: dict[str, object]) -> None:
     assert await ask(monitor, name, **arguments) == {}
+
+
+async def test_no_device_while_a_migration_runs(monitor: Monitor, control: FakeControl) -> None:
+    control.machine.is_migrating = True
+    assert await ask(monitor, "device_add", driver="virtio-rng-pci") == refused(
+        "device_add not allowed while migrating"
+    )
 
 
 async def test_power_and_reset_reach_the_machine(monitor: Monitor, control: FakeControl) -> None:
