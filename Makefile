@@ -51,6 +51,7 @@ coverage: $(STAMP) ## branch coverage of the unit and conformance tests
 bench: $(STAMP) qemu ## throughput, monitor latency and CPU seconds beside QEMU's, interleaved
 	$(BIN)/python -m benchmarks
 	$(BIN)/python -m benchmarks.monitor
+	$(BIN)/python -m benchmarks.multifd
 	$(BIN)/python -m benchmarks.files
 	$(BIN)/python -m benchmarks.postcopy
 

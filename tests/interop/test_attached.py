@@ -51,6 +51,7 @@ async def pair(
     rate_mb_s: float = 40.0,
     there_program: Path = PROGRAM,
     binary: Path | None = None,
+    multifd: str | None = None,
 ) -> AsyncIterator[Pair]:
     here = DirtierProcess(directory, "here", mib=mib, rate_mb_s=rate_mb_s, binary=binary)
     there = DirtierProcess(
@@ -63,6 +64,10 @@ async def pair(
         destination = await stack.enter_async_context(
             await DaemonProcess.start(incoming="defer", arguments=there.daemon_arguments)
         )
+        if multifd is not None:
+            for daemon in (source, destination):
+                await daemon.set_capabilities({"multifd": True})
+                await daemon.set_parameters({"multifd-compression": multifd})
         await destination.execute(
             "migrate-incoming", {"uri": "tcp:127.0.0.1:0", "exit-on-error": False}
         )
@@ -113,6 +118,23 @@ async def test_a_program_in_c_moves_as_well(tmp_path: Path) -> None:
         assert last is not None
         assert after.place > last.place
         assert two.here.progress() == last
+
+
+@pytest.mark.parametrize("method", ["none", "zlib"])
+async def test_pass_after_pass_over_multifd(tmp_path: Path, method: str) -> None:
+    async with pair(tmp_path, multifd=method) as two:
+        await two.here.wait_running()
+        await two.begin(max_bandwidth=60 << 20 if method == "none" else 0)
+        await two.source.wait_migration("completed")
+        await two.destination.wait_run_state("running")
+        last = two.here.progress()
+        after = await two.there.wait_passes(2)
+        assert last is not None
+        assert after.place > last.place
+        ram = (await two.source.query_migrate())["ram"]
+        assert isinstance(ram, dict)
+        assert ram["multifd-bytes"] > 0
+        assert ram["dirty-sync-count"] >= 2
 
 
 async def test_a_workload_that_stands_still_arrives_so(tmp_path: Path) -> None:
