@@ -579,6 +579,7 @@ class GuestControl:
             postcopy_blocktime=capabilities["postcopy-blocktime"],
             file=self._file_settings(),
             multifd=self._multifd_settings(),
+            detects_zero_pages=parameters["zero-page-detection"] != "none",
             throttle=self._throttle_settings(),
         )
 

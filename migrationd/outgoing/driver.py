@@ -104,6 +104,7 @@ class OutgoingSettings:
     file: FileSettings | None = None
     """How a mapped-ram file is written; None without the capability."""
     multifd: MultifdSettings | None = None
+    detects_zero_pages: bool = True
 
 
 class Observer(Protocol):
@@ -579,6 +580,7 @@ class OutgoingMigration:
             sent=self._sent_pages(),
             names_page_sizes=self._postcopy is not None,
             part_bytes=PART_BYTES if self._settings.multifd is None else None,
+            detects_zeros=self._settings.detects_zero_pages,
         )
 
     def _is_postcopy_requested(self) -> bool:

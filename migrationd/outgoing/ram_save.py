@@ -50,6 +50,7 @@ class RamSaver:
         section_id: Id of the ``ram`` section.
         has_footers: Whether sections end with a footer.
         batch_pages: Pages of one gather write.
+        detects_zeros: Whether zero pages go as such; else whole (``zero-page-detection=none``).
         part_bytes: A PART is closed after about this much; None: only by :meth:`end_parts`.
         limiter: Bandwidth limit; shared with the monitor, which may change its rate.
         wait: Called with seconds to wait for the limit; raises when the migration ends.
@@ -75,6 +76,7 @@ class RamSaver:
         sent: Mapping[str, npt.NDArray[np.bool_]] | None = None,
         names_page_sizes: bool = False,
         part_bytes: int | None = PART_BYTES,
+        detects_zeros: bool = True,
     ) -> None:
         self._channel = channel
         self._blocks = blocks
@@ -90,6 +92,9 @@ class RamSaver:
         self._sent = sent
         self._names_page_sizes = names_page_sizes
         self._part_limit = part_bytes
+        self._zeros: npt.NDArray[np.uint8] | None = None
+        if not detects_zeros:
+            self._zeros = np.zeros(batch_pages * page_size, np.uint8)
         self._named_block: RamBlock | None = None
         self._part_bytes = 0
         self._prefix = b""
@@ -161,7 +166,8 @@ class RamSaver:
         """
         start = 0
         while start < len(pages) and not self._should_stop():
-            count = ZERO_BATCH_PAGES if is_zero else self._allowed_pages()
+            is_record = is_zero and self._zeros is None
+            count = ZERO_BATCH_PAGES if is_record else self._allowed_pages()
             if self._part_limit is not None and self._part_bytes >= self._part_limit:
                 self._prefix += self._part_end() + self._part_header()
             prefix, self._prefix = self._prefix, b""
@@ -187,6 +193,9 @@ class RamSaver:
 
     def _send_batch(self, block: RamBlock, pages: Pages, is_zero: bool, prefix: bytes) -> None:
         self._throttle()
+        content, places = block.memory.view, pages
+        if is_zero and self._zeros is not None:
+            content, places, is_zero = self._zeros, np.arange(len(pages)), False
         named = 0
         if block is not self._named_block:
             prefix += self._name_block(block, int(pages[0]), is_zero)
@@ -198,13 +207,13 @@ class RamSaver:
             return
         if named:
             # The named record's content follows its header at once.
-            begin = int(pages[0]) * self._page_size
-            prefix += block.memory.view[begin : begin + self._page_size].tobytes()
+            begin = int(places[0]) * self._page_size
+            prefix += content[begin : begin + self._page_size].tobytes()
         size = self._channel.send_pages(
             prefix,
             page_headers(pages[named:], self._page_size),
-            block.memory.view,
-            pages[named:],
+            content,
+            places[named:],
             self._page_size,
         )
         self._account(size, normal=len(pages))
