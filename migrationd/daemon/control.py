@@ -18,6 +18,7 @@ from migrationd.config import DaemonConfig
 from migrationd.daemon.guest_socket import GuestSocket
 from migrationd.daemon.machine import Machine
 from migrationd.daemon.shelter import Shelter
+from migrationd.daemon.tls import MigrationTls
 from migrationd.errors import GuestError, MigrationdError, QMPError
 from migrationd.guest.attached import AttachedGuest
 from migrationd.guest.held import HeldGuest
@@ -74,6 +75,7 @@ class GuestControl:
     ) -> None:
         self.options = options
         self.objects = ObjectRegistry()
+        self._tls = MigrationTls(options, self.objects)
         self._config = config
         self._bus = bus
         self._clock = clock
@@ -240,7 +242,7 @@ class GuestControl:
         self._outgoing = migration
         migration.begin()
         if not is_opened_now(address):
-            self._spawn(migration.run(lambda: connect(address)))
+            self._spawn(migration.run(self._tls.outgoing(lambda: connect(address), address)))
             return
         try:
             keep = guest.file.identity if guest.file is not None else None
@@ -249,16 +251,16 @@ class GuestControl:
             failure = error
             self._spawn(migration.run(lambda: _fail(failure)))
             raise
-        self._spawn(migration.run(lambda: _ready(channel)))
+        self._spawn(migration.run(self._tls.outgoing(lambda: _ready(channel), address)))
 
     def _resume(self, address: Address, fds: FdLookup) -> None:
         if self._outgoing is None or self._outgoing.status != "postcopy-paused":
             raise QMPError("Cannot resume if there is no paused migration")
         if is_opened_now(address):
             channel = open_now(address, fds)
-            self._outgoing.resume(lambda: _ready(channel))
+            self._outgoing.resume(self._tls.outgoing(lambda: _ready(channel), address))
         else:
-            self._outgoing.resume(lambda: connect(address))
+            self._outgoing.resume(self._tls.outgoing(lambda: connect(address), address))
 
     def migrate_start_postcopy(self) -> None:
         """``migrate-start-postcopy``.
@@ -329,7 +331,7 @@ class GuestControl:
         self._incoming_started = True
         incoming.begin()
         try:
-            incoming.listen_on(await listen(address, fds))
+            incoming.listen_on(self._tls.incoming(await listen(address, fds)))
         except MigrationdError:
             # Differs from QEMU, which stays in setup for ever: another address may be tried.
             self._incoming = None
@@ -368,7 +370,7 @@ class GuestControl:
             ChannelError: The address cannot be bound or opened.
         """
         incoming = self._paused_incoming()
-        listener = await listen(address, fds)
+        listener = self._tls.incoming(await listen(address, fds))
         if incoming.status != "postcopy-paused":
             listener.close()
         self._paused_incoming().recover_on(listener)

@@ -7,6 +7,7 @@ address and length, the kernel's ``struct iovec``.
 import ctypes
 import errno
 import os
+from collections.abc import Callable
 from typing import cast
 
 import numpy as np
@@ -48,6 +49,14 @@ _writev.restype = ctypes.c_ssize_t
 _pwritev = _libc.pwritev
 _pwritev.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_int64)
 _pwritev.restype = ctypes.c_ssize_t
+_process_vm_readv = _libc.process_vm_readv
+_process_vm_writev = _libc.process_vm_writev
+for _call in (_process_vm_readv, _process_vm_writev):
+    _call.argtypes = (
+        ctypes.c_int,
+        *(ctypes.c_void_p, ctypes.c_ulong, ctypes.c_void_p, ctypes.c_ulong, ctypes.c_ulong),
+    )
+    _call.restype = ctypes.c_ssize_t
 
 
 def address_of(array: npt.NDArray[np.uint8]) -> int:
@@ -179,6 +188,65 @@ def _runs(
     vector[:, 0] += np.uint64(address_of(memory))
     vector[:, 1] = np.diff(bounds) * page_size
     return vector
+
+
+def joined(vector: Vector) -> Vector:
+    """The same bytes with neighbouring entries made one; entries without bytes are left out."""
+    vector = vector[vector[:, 1] > 0]
+    if len(vector) < 2:
+        return vector
+    ends = vector[:, 0] + vector[:, 1]
+    firsts = np.concatenate(([0], np.flatnonzero(vector[1:, 0] != ends[:-1]) + 1))
+    result = np.empty((len(firsts), 2), np.uint64)
+    result[:, 0] = vector[firsts, 0]
+    result[:, 1] = np.add.reduceat(vector[:, 1], firsts)
+    return result
+
+
+def head_of(vector: Vector, size: int) -> Vector:
+    """The entries of the first ``size`` bytes of a vector that has at least as many."""
+    ends = np.cumsum(vector[:, 1])
+    last = int(np.searchsorted(ends, size))
+    head = vector[: last + 1].copy()
+    head[last, 1] -= ends[last] - np.uint64(size)
+    return head
+
+
+def view_of(address: int, size: int) -> memoryview:
+    """A view of memory of this process; who asks keeps that memory alive."""
+    return memoryview((ctypes.c_ubyte * size).from_address(address)).cast("B")
+
+
+def gather(vector: Vector, into: npt.NDArray[np.uint8]) -> None:
+    """Copy what a vector points to, one entry behind the other, into an array of its size."""
+    _copy_own(_process_vm_readv, vector, into, is_gather=True)
+
+
+def scatter(data: npt.NDArray[np.uint8], vector: Vector) -> None:
+    """Copy an array to where a vector of its size points."""
+    _copy_own(_process_vm_writev, vector, data, is_gather=False)
+
+
+def _copy_own(
+    call: Callable[..., int], vector: Vector, flat: npt.NDArray[np.uint8], *, is_gather: bool
+) -> None:
+    """One system call for up to ``IOV_MAX`` entries, instead of a Python call for each."""
+    address = address_of(flat)
+    for start in range(0, len(vector), IOV_MAX):
+        part = np.ascontiguousarray(vector[start : start + IOV_MAX])
+        size = int(part[:, 1].sum())
+        ours = np.array([[address, size]], np.uint64)
+        pointers = (ours.__array_interface__["data"][0], part.__array_interface__["data"][0])
+        if call(os.getpid(), pointers[0], 1, pointers[1], len(part), 0) != size:
+            # Some sandboxes do not have the call; memory itself cannot be at fault.
+            _copy_each(part, address, is_gather=is_gather)
+        address += size
+
+
+def _copy_each(part: Vector, address: int, *, is_gather: bool) -> None:
+    for other, size in part.tolist():
+        ctypes.memmove(address if is_gather else other, other if is_gather else address, size)
+        address += size
 
 
 def rest_of(vector: Vector, done: int) -> Vector:

@@ -26,10 +26,7 @@ from migrationd.migration.parameters import (
 
 __all__ = ("CAPABILITIES", "NOT_BUILT", "PARAMETERS", "MigrationOptions", "Value")
 
-NOT_BUILT_VALUES: tuple[tuple[str, Value], ...] = (
-    ("tls-creds", ""),
-    ("mode", "normal"),
-)
+NOT_BUILT_VALUES: tuple[tuple[str, Value], ...] = (("mode", "normal"),)
 """Parameters with which nothing starts at another value until their engine part is there."""
 
 

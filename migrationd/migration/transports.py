@@ -35,3 +35,5 @@ def check_transport(
             raise QMPError("Migration requires multi-channel URIs (e.g. tcp)")
     if capabilities["multifd"] and parameters["direct-io"] and not is_file:
         raise QMPError("Migration requires a transport that allows for extra fds (e.g. file)")
+    if capabilities["mapped-ram"] and parameters["tls-creds"]:
+        raise QMPError("Cannot use TLS with mapped-ram")

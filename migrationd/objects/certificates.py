@@ -48,6 +48,11 @@ def distinguished_name(name: x509.Name) -> str:
     return x509.Name([attribute for part in parts for attribute in part]).rfc4514_string()
 
 
+def name_of(certificate: bytes) -> str:
+    """Distinguished name of a certificate in DER."""
+    return distinguished_name(x509.load_der_x509_certificate(certificate).subject)
+
+
 def _load(path: str) -> list[x509.Certificate]:
     try:
         return x509.load_pem_x509_certificates(read_small_file(path))

@@ -4,6 +4,7 @@ Reference: ``object-add``, ``object-del`` and ``-object`` of QEMU, texts of 11.1
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 from migrationd.errors import ObjectError
 from migrationd.objects.authorization import Authorization, AuthzList, AuthzSimple
@@ -106,7 +107,7 @@ class ObjectRegistry:
             authorization = self.find(authorization_id)
             if not isinstance(authorization, Authorization):
                 raise ObjectError(f"Cannot find authorization object '{authorization_id}'")
-            authorize = authorization.is_allowed
+            authorize = partial(_authorize, authorization)
         return TlsServer(credentials.context(), authorize)
 
     def _credentials(self, credentials_id: str, *, is_server: bool) -> TlsCredentials:
@@ -119,3 +120,11 @@ class ObjectRegistry:
             end = "server" if is_server else "client"
             raise ObjectError(f"Expected TLS credentials for a {end} endpoint")
         return credentials
+
+
+def _authorize(authorization: Authorization, certificate: bytes | None) -> None:
+    from migrationd.objects.certificates import name_of
+
+    name = name_of(certificate) if certificate is not None else ""
+    if not authorization.is_allowed(name):
+        raise ObjectError(f"TLS x509 authz check for {name} is denied")

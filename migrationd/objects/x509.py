@@ -82,7 +82,7 @@ class X509Credentials(TlsCredentials):
 
     def _load(self, password: bytes) -> ssl.SSLContext:
         context = self._new_context()
-        context.check_hostname = False
+        context.check_hostname = not self.is_server and self.verify_peer
         context.verify_mode = ssl.CERT_REQUIRED if self.verify_peer else ssl.CERT_NONE
         try:
             context.load_verify_locations(self._authorities)

@@ -261,6 +261,17 @@ class Channel:
             except OSError as error:
                 raise self._broken("read from", error) from error
 
+    def peer_text(self) -> str:
+        """The other end in words."""
+        with contextlib.suppress(OSError), self._in_use:
+            if self._socket is not None:
+                name = self._socket.getpeername()
+                if isinstance(name, tuple):
+                    host = f"[{name[0]}]" if ":" in str(name[0]) else name[0]
+                    return f"{host}:{name[1]}"
+                return "a unix socket's peer"
+        return "the peer"
+
     def is_hung_up(self) -> bool:
         """Whether the peer has closed its end, although there may be bytes to read."""
         with self._in_use:
@@ -493,6 +504,22 @@ class Channel:
         """
         with self._in_use:
             yield self._fd
+
+    def detach(self) -> int:
+        """Give the descriptor up; the channel is closed, the connection is not.
+
+        Raises:
+            ChannelClosed: The channel was shut down.
+        """
+        with self._lock:
+            self._refuse_if_down()
+            fd = self._fd
+            if self._socket is not None:
+                self._socket.detach()
+            self._socket = None
+            self._fd = -1
+        self.close()
+        return fd
 
     def shutdown(self) -> None:
         """End every blocked and future data call; from any thread, any number of times."""

@@ -6,11 +6,13 @@ Reference: QEMU's ``migrate-incoming``, texts of 11.1.
 import asyncio
 import contextlib
 import errno
+import logging
 import os
 import socket
 import stat
+from collections.abc import Awaitable, Callable
 
-from migrationd.errors import AddressError, ConnectFailed
+from migrationd.errors import AddressError, ConnectFailed, MigrationdError
 from migrationd.transport.address import (
     Address,
     ExecAddress,
@@ -36,9 +38,13 @@ from migrationd.transport.connect import (
 from migrationd.transport.fdset import open_file
 from migrationd.transport.resolve import SocketTarget, resolve
 
+log = logging.getLogger(__name__)
+
 BACKLOG = 512
 """More than the channels of one migration; the kernel may allow fewer."""
 
+_HANDSHAKES_LIMIT = 512
+_ORDER_WAIT_S = 0.5
 _PORT_LIMIT = 65535
 _SKIPPED_ACCEPT_ERRORS = (errno.ECONNABORTED, errno.EPROTO, errno.ENETDOWN, errno.EHOSTUNREACH)
 
@@ -56,6 +62,8 @@ class Listener:
 
     Attributes:
         addresses: Where it listens, with the real ports, in the order of binding.
+        secure: Makes an encrypted channel of one that was accepted, or gives it back; its
+            errors end that connection, and the next may come.
     """
 
     def __init__(
@@ -74,6 +82,9 @@ class Listener:
         self._ready = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._is_closed = False
+        self._is_single = channel is not None
+        self._handshakes: dict[asyncio.Task[Channel], None] = {}
+        self.secure: Callable[[Channel], Awaitable[Channel]] | None = None
         self.addresses: tuple[Address, ...] = tuple(_bound_address(sock) for sock in sockets)
 
     def qapi_addresses(self) -> list[dict[str, object]]:
@@ -86,6 +97,53 @@ class Listener:
         Raises:
             ConnectFailed: The listener broke or was closed, or its only channel is taken.
         """
+        if self.secure is None:
+            return await self._accept()
+        if self._is_single:
+            return await self.secure(await self._accept())
+        while True:
+            if (channel := await self._secured()) is not None:
+                return channel
+            accepting = asyncio.ensure_future(self._accept())
+            try:
+                await asyncio.wait(
+                    {accepting, *self._handshakes}, return_when=asyncio.FIRST_COMPLETED
+                )
+            finally:
+                accepting.cancel()
+                await asyncio.wait({accepting})
+                if not accepting.cancelled() and accepting.exception() is None:
+                    self._shake_hands(accepting.result())
+            if not accepting.cancelled() and not self._handshakes:
+                accepting.result()
+
+    def _shake_hands(self, channel: Channel) -> None:
+        assert self.secure is not None
+        if self._is_closed or len(self._handshakes) >= _HANDSHAKES_LIMIT:
+            channel.close()
+            return
+        self._handshakes[asyncio.create_task(_call(self.secure, channel))] = None
+
+    async def _secured(self) -> Channel | None:
+        """The first encrypted channel that is ready; one that came before it has a moment more."""
+        done = [task for task in self._handshakes if task.done()]
+        if done and done[0] is not next(iter(self._handshakes)):
+            earlier = list(self._handshakes)[: list(self._handshakes).index(done[0])]
+            await asyncio.wait(earlier, timeout=_ORDER_WAIT_S)
+            done = [task for task in self._handshakes if task.done()]
+        for task in done:
+            del self._handshakes[task]
+            if task.cancelled():
+                continue
+            error = task.exception()
+            if error is None:
+                return task.result()
+            if not isinstance(error, MigrationdError):
+                raise error
+            log.warning("a connection was refused: %s", error)
+        return None
+
+    async def _accept(self) -> Channel:
         if self._channel is not None:
             channel, self._channel = self._channel, None
             return channel
@@ -111,6 +169,10 @@ class Listener:
         self._ready.set()
         for sock in self._sockets:
             sock.close()
+        for task in self._handshakes:
+            task.cancel()
+            task.add_done_callback(_close_result)
+        self._handshakes.clear()
         if self._path is not None and self._path_status is not None:
             status = _status(self._path)
             # Somebody else may listen there by now.
@@ -146,6 +208,19 @@ class Listener:
             with contextlib.suppress(OSError):
                 set_keep_alive(connection, self._address)
         return connection
+
+
+async def _call(secure: Callable[[Channel], Awaitable[Channel]], channel: Channel) -> Channel:
+    try:
+        return await secure(channel)
+    except BaseException:
+        channel.close()
+        raise
+
+
+def _close_result(task: asyncio.Task[Channel]) -> None:
+    if not task.cancelled() and task.exception() is None:
+        task.result().close()
 
 
 async def listen(address: Address, fds: FdLookup) -> Listener:

@@ -26,9 +26,9 @@ class TlsServer:
 
     Attributes:
         context: With certificates or keys loaded.
-        authorize: Tells whether the distinguished name of a client's certificate may come in;
-            None lets every valid one in.
+        authorize: Called with the client's certificate (DER); raises an error of ours where it
+            may not come in. None lets every valid one in.
     """
 
     context: ssl.SSLContext
-    authorize: Callable[[str], bool] | None = None
+    authorize: Callable[[bytes | None], None] | None = None
