@@ -266,7 +266,7 @@ class MultifdSender:
         window_bytes = self._limiter.window_bytes
         if window_bytes is not None and not lists_zeros:
             # A window is shared by all channels: none may take it alone.
-            share = window_bytes // (2 * len(self._workers) * self._page_size)
+            share = window_bytes // (len(self._workers) * self._page_size)
             limit = max(1, min(limit, share))
         taken = pages[:limit]
         if len(pages) > limit:

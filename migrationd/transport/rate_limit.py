@@ -1,12 +1,27 @@
-"""A byte budget per time window, as QEMU counts it: bandwidth / 10 per 100 ms."""
+"""A byte budget over time, for all channels of a migration together.
 
-WINDOW_S = 0.1
+What is sent runs up a debt that time pays off; nothing is sent while there is one. A write is
+at most one window, and time that was not used is kept for two: so in no second more than 3 %
+above the rate is sent, and a thread that woke late makes good for it.
+
+QEMU counts windows of 100 ms, each from nothing: it may send a tenth more in a second.
+"""
+
+WINDOW_S = 0.01
+"""Longest time that one write is worth."""
+
+CREDIT_S = 2 * WINDOW_S
+"""Unused time that is kept."""
+
+_SHORTEST_WAIT_S = 1e-4
+_LONGEST_WAIT_S = 0.1
+"""The rate may change while somebody waits."""
 
 
 class RateLimiter:
     """Budget of one migration; pure, the time is handed in.
 
-    One thread charges and asks; the rate may be set from another at any time.
+    One thread at a time charges and asks; the rate may be set from another at any time.
 
     Args:
         bytes_per_s: The limit; 0 is unlimited.
@@ -14,8 +29,8 @@ class RateLimiter:
 
     def __init__(self, bytes_per_s: int) -> None:
         self._rate = bytes_per_s
-        self._window_start_s: float | None = None
-        self._spent = 0
+        self._asked_s: float | None = None
+        self._debt = 0.0
 
     @property
     def window_bytes(self) -> int | None:
@@ -23,30 +38,25 @@ class RateLimiter:
         return int(self._rate * WINDOW_S) if self._rate else None
 
     def set_rate(self, bytes_per_s: int) -> None:
-        """Change the limit at once."""
-        self._rate = bytes_per_s
+        """Change the limit at once; what was sent under the old one is forgotten."""
+        if bytes_per_s != self._rate:
+            self._rate = bytes_per_s
+            self._asked_s = None
 
     def charge(self, byte_count: int) -> None:
         """Account for bytes that were sent."""
-        self._spent += byte_count
+        self._debt += byte_count
 
     def delay_s(self, now_s: float) -> float:
-        """Seconds until bytes may be sent again; 0 when they may now.
-
-        What a window was overdrawn by is paid back by the next ones.
-        """
+        """Seconds until bytes may be sent again; 0 when they may now."""
         rate = self._rate
-        if not rate:
-            self._window_start_s = None
-            self._spent = 0
+        if not rate or self._asked_s is None:
+            self._asked_s = now_s
+            self._debt = 0.0
             return 0.0
-        if self._window_start_s is None:
-            self._window_start_s = now_s
-        budget = rate * WINDOW_S
-        passed = int((now_s - self._window_start_s) / WINDOW_S + 1e-9)
-        if passed > 0:
-            self._window_start_s += passed * WINDOW_S
-            self._spent = max(0, self._spent - int(passed * budget))
-        if self._spent < budget:
+        paid = self._debt - (now_s - self._asked_s) * rate
+        self._debt = max(paid, -CREDIT_S * rate)
+        self._asked_s = now_s
+        if self._debt <= 0:
             return 0.0
-        return max(self._window_start_s + WINDOW_S - now_s, 1e-4)
+        return min(max(self._debt / rate, _SHORTEST_WAIT_S), _LONGEST_WAIT_S)

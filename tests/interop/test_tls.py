@@ -1,5 +1,6 @@
 """TLS between real QEMUs and migrationd: every connection is encrypted, or none is made."""
 
+import ssl
 from dataclasses import replace
 from pathlib import Path
 
@@ -86,6 +87,45 @@ async def test_move(
     if TABLE not in request.config.stash.get(TABLES, {}):
         add_row(request.config, TABLE, HEAD)
     add_row(request.config, TABLE, row)
+
+
+@pytest.mark.parametrize("priority", ["NORMAL", "NORMAL:-VERS-TLS1.3"])
+@pytest.mark.parametrize("version", [pytest.param(v, marks=pytest.mark.matrix) for v in VERSIONS])
+async def test_pre_shared_keys(
+    version: str, priority: str, tmp_path: Path, closing: list[object]
+) -> None:
+    if not getattr(ssl, "HAS_PSK", False):
+        pytest.skip("TLS with pre-shared keys needs Python 3.13 or later")
+    binary = find_qemu(version)
+    if binary is None:
+        pytest.skip(f"QEMU {version} is not installed (tests/support/install-qemus brings it)")
+    (tmp_path / "keys.psk").write_text("qemu:" + "0123456789abcdef" * 4 + "\n")
+    both = tuple(
+        word
+        for end in ("server", "client")
+        for word in (
+            "-object",
+            f"tls-creds-psk,id={end},dir={tmp_path},endpoint={end},priority={priority}",
+        )
+    )
+    host = replace(Host(binary), arguments=(*Host(binary).arguments, *both))
+    capabilities = {"events": True, "return-path": True}
+    source = await host.start("QEMU A")
+    closing.append(source)
+    daemon = await DaemonProcess.start(incoming="defer", arguments=both)
+    closing.append(daemon)
+    await source.wait_serial(3)
+    await source.execute("stop")
+    digest = await memory_digest(source, host)
+    uri = await listen(daemon, "tcp", tmp_path / "in.sock", capabilities)
+    await connect(source, uri, capabilities)
+    await daemon.wait_run_state("paused")
+    target = await host.start("QEMU B", incoming="defer", paused=True)
+    closing.append(target)
+    uri = await listen(target, "tcp", tmp_path / "out.sock", capabilities)
+    await connect(daemon, uri, capabilities)
+    await target.wait_migration("completed")
+    assert await memory_digest(target, host) == digest
 
 
 @pytest.mark.parametrize(
