@@ -3,21 +3,34 @@
 import asyncio
 import json
 from collections.abc import Iterator
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import BaseModel
 
 from migrationd.qmp.handlers.table import COMMANDS
 from tests.support.fake_control import FakeControl
 from tests.support.monitor import Monitor
 
 NAMES = sorted(set(COMMANDS) - {"qmp_capabilities"})
+
+
+def models(annotation: Any) -> Iterator[type[BaseModel]]:  # noqa: ANN401
+    """The models of an annotation: one, or those of a union."""
+    if isinstance(annotation, type):
+        yield annotation
+    for part in get_args(annotation):
+        yield from models(part)
+
+
 MEMBERS = sorted(
     {
         str(field.alias)
         for spec in COMMANDS.values()
-        for field in spec.arguments.model_fields.values()
+        for model in models(spec.arguments)
+        for field in model.model_fields.values()
     }
 )
 TEXT = st.text(st.characters(exclude_categories=("Cs",), max_codepoint=0x2FF), max_size=12)
