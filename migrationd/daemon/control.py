@@ -89,7 +89,6 @@ class GuestControl:
         self._chosen_run_state: str | None = None
         self._expects_guest = bool(config.incoming)
         self._in_switchover = False
-        self._never_ran = False
         self._guest_socket: GuestSocket | None = None
         self._tasks: set[asyncio.Future[None]] = set()
         self.machine = Machine(
@@ -134,7 +133,8 @@ class GuestControl:
             return "postmigrate"
         if self.running:
             return RUNNING
-        return PRELAUNCH if self._never_ran else PAUSED
+        live = self._guest.live
+        return PRELAUNCH if live is not None and live.never_ran else PAUSED
 
     @property
     def running(self) -> bool:
@@ -194,7 +194,7 @@ class GuestControl:
         await asyncio.to_thread(guest.begin, is_destination=awaits_source)
         if self._config.start_stopped and not awaits_source and guest.is_running:
             await asyncio.to_thread(guest.stop)
-            self._never_ran = True
+            guest.never_ran = True
         self._shelter.slot.put(guest)
         if not awaits_source:
             self._guest = guest
@@ -470,7 +470,6 @@ class GuestControl:
             self._choose(RUNNING, "RESUME")
         elif not live.is_running:
             await asyncio.to_thread(live.start)
-            self._never_ran = False
             self._bus.emit("RESUME", None)
 
     def quit(self) -> None:
@@ -530,10 +529,11 @@ class GuestControl:
 
     async def _start_arrived(self, guest: AttachedGuest) -> None:
         """Let a workload run that arrived, as it did at its source."""
-        wanted = self._chosen_run_state or (
-            PAUSED if self._config.start_stopped else guest.next_run_state
-        )
+        wanted = self._chosen_run_state or guest.next_run_state
+        if wanted == RUNNING and self._config.start_stopped and self._chosen_run_state is None:
+            wanted = PAUSED
         if wanted != RUNNING:
+            guest.never_ran = wanted == PRELAUNCH
             return
         try:
             await asyncio.to_thread(guest.start)

@@ -16,7 +16,14 @@ from migrationd.guest.dirty import DirtyTracker, NoTracker, PagemapTracker
 from migrationd.guest.memory import Pages, SharedMemory
 from migrationd.guest.protocol import Begin, Check, Saved, SavedDevice, Throttle
 from migrationd.guest.ram_block import RamBlock, RamBlockSpec
-from migrationd.guest.run_state import PAUSED, RUNNING, Owner, decode_run_state, encode_run_state
+from migrationd.guest.run_state import (
+    PAUSED,
+    PRELAUNCH,
+    RUNNING,
+    Owner,
+    decode_run_state,
+    encode_run_state,
+)
 from migrationd.guest.workload_link import Introduced, WorkloadLink
 
 DECLARATIONS = "migrationd/declarations"
@@ -41,6 +48,7 @@ class AttachedGuest:
 
     Attributes:
         tracker: Which pages it writes.
+        never_ran: Whether it stands still since it came, rather than again.
     """
 
     def __init__(self, link: WorkloadLink, introduced: Introduced) -> None:
@@ -49,6 +57,7 @@ class AttachedGuest:
         hello = introduced.hello
         self.name = hello.name
         self.is_running = hello.running
+        self.never_ran = False
         self.identity = GuestIdentity(machine=f"migrationd-{hello.name}")
         self.devices: tuple[DeviceState, ...] = (self.declarations(),)
         self.vmdescription: bytes | None = None
@@ -156,6 +165,7 @@ class AttachedGuest:
         """
         self._link.request("start")
         self.is_running = True
+        self.never_ran = False
 
     def throttle(self, percentage: int) -> None:
         """Let it give up this share of its time.
@@ -190,7 +200,8 @@ class AttachedGuest:
             GuestError: A device cannot be saved.
         """
         saved, bodies = self._link.save()
-        state = encode_run_state(bytes(104), RUNNING if was_running else PAUSED)
+        stopped = PRELAUNCH if self.never_ran else PAUSED
+        state = encode_run_state(bytes(104), RUNNING if was_running else stopped)
         devices = [DeviceState(GLOBAL_STATE, 0, 1, state, _FULL, 0)]
         described: list[object] = [
             {

@@ -6,6 +6,7 @@ said. Exit status 1 where a scenario of 11.1 differs without a reason in
 """
 
 import argparse
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -58,23 +59,39 @@ def scenarios(version: str) -> list[str]:
     return sorted(path.stem for path in (RECORDINGS / version).glob("*.jsonl"))
 
 
-def play(scenario: str, directory: Path) -> Path:
-    """Play a script against migrationd.
+def launcher(guest: str, *options: str) -> str:
+    """The command that stands in for a QEMU."""
+    words = [sys.executable, "-m", "tests.conformance.replay_launcher", "--guest", guest, *options]
+    return shlex.join(words)
+
+
+def play(
+    scenario: str, directory: Path, *, source: str | None = None, destination: str | None = None
+) -> Path:
+    """Play a script.
+
+    Args:
+        scenario: Its name.
+        directory: For the recording and all else.
+        source: Command of the source; migrationd by default.
+        destination: Command of the destination; as the source by default.
 
     Returns:
         The recording.
     """
-    guest = "parked" if scenario in PARKED_GUEST else "attached"
-    launcher = f"{sys.executable} -m tests.conformance.replay_launcher --guest {guest}"
-    subprocess.run(
-        [sys.executable, str(RECORDER), "run", "--qemu", launcher, "--out", str(directory),
-         "--workdir", str(directory / "work"), "--accel", "tcg", "--only", scenario],
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        timeout=LIMIT_S,
-        check=False,
-    )  # fmt: skip
+    source = source or launcher("parked" if scenario in PARKED_GUEST else "attached")
+    command = [sys.executable, str(RECORDER), "run", "--only", scenario, "--accel", "tcg"]
+    command += ["--qemu", source, "--dst-qemu", destination or source, "--out", str(directory)]
+    # The path of a socket is short.
+    with tempfile.TemporaryDirectory(prefix="replay") as work:
+        subprocess.run(
+            [*command, "--workdir", work],
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            timeout=LIMIT_S,
+            check=False,
+        )
     return directory / f"{scenario}.jsonl"
 
 

@@ -15,6 +15,7 @@ from migrationd.qmp.models.migration import (
     MigrationChannelModel,
     MigrationInfoModel,
     MigrationStats,
+    XBZRLECacheStats,
 )
 from migrationd.transport.address import address_from_qapi, parse_uri
 
@@ -78,7 +79,22 @@ def query_migrate(call: Invocation, _: object) -> MigrationInfoModel:
     for info in (call.control.incoming_info(), call.control.outgoing_info()):
         if info is not None:
             members |= _info_members(info)
+    if "ram" in members and call.control.options.capabilities["xbzrle"]:
+        members["xbzrle_cache"] = _unused_cache(call)
     return MigrationInfoModel.make(**members)
+
+
+def _unused_cache(call: Invocation) -> XBZRLECacheStats:
+    """Counters of XBZRLE: pages go out whole, whatever the capability allows."""
+    return XBZRLECacheStats.make(
+        cache_size=call.control.options.parameters["xbzrle-cache-size"],
+        bytes=0,
+        pages=0,
+        cache_miss=0,
+        cache_miss_rate=0.0,
+        encoding_rate=0.0,
+        overflow=0,
+    )
 
 
 def _info_members(info: MigrationInfo) -> dict[str, object]:

@@ -147,6 +147,11 @@ async def test_both_parts_of_query_migrate(monitor: Monitor, control: FakeContro
     assert reply["total-time"] == 12
     assert reply["ram"]["mbps"] == 2.5
     assert len(reply["ram"]) == 17
+    assert "xbzrle-cache" not in reply
+    control.options.set_capabilities([("xbzrle", True)])
+    cache = (await ask(monitor, "query-migrate"))["return"]["xbzrle-cache"]
+    assert cache["cache-size"] == control.options.parameters["xbzrle-cache-size"]
+    assert len(cache) == 7
     control.outgoing = replace(control.outgoing, error_desc="x", blocked_reasons=("y",), ram=None)
     reply = (await ask(monitor, "query-migrate"))["return"]
     assert (reply["error-desc"], reply["blocked-reasons"]) == ("x", ["y"])
