@@ -33,7 +33,7 @@ DIFFERENCES: dict[str, str] = {
     "postcopy_preempt": PARKED,
     "postcopy_states": PARKED,
     "postcopy_success": PARKED,
-    "precopy_dirty_guest": "the workload writes more than the recorded firmware: still 'active' later",
+    "precopy_dirty_guest": "the workload writes more than the firmware: 'active' for longer",
     "proto_events_order": NO_MACHINE,
     "query_basics": NO_MACHINE + "; " + OLD_TOOLS,
     "query_command_line": NO_MACHINE,
