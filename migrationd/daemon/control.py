@@ -418,6 +418,9 @@ class GuestControl:
             parameters = self.options.parameters
             self._outgoing.set_max_bandwidth(_number(parameters["max-bandwidth"]))
             self._outgoing.set_downtime_limit(_number(parameters["downtime-limit"]))
+            self._outgoing.set_avail_switchover_bandwidth(
+                _number(parameters["avail-switchover-bandwidth"])
+            )
             self._outgoing.set_max_postcopy_bandwidth(_number(parameters["max-postcopy-bandwidth"]))
 
     def outgoing_info(self) -> MigrationInfo | None:
@@ -570,6 +573,7 @@ class GuestControl:
             uuid=uuid.bytes if capabilities["validate-uuid"] and uuid is not None else None,
             max_bandwidth_bytes_per_s=_number(parameters["max-bandwidth"]),
             downtime_limit_ms=_number(parameters["downtime-limit"]),
+            avail_switchover_bytes_per_s=_number(parameters["avail-switchover-bandwidth"]),
             postcopy=PostcopySettings(
                 preempt=capabilities["postcopy-preempt"],
                 at_once=self._config.start_postcopy,

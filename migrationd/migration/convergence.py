@@ -78,17 +78,23 @@ class Convergence:
         self._fitting_passes = 0
         self._high_passes = 0
         self._stalled_s = 0.0
+        self._available_bytes_per_s = 0
         self.bytes_per_s = 0.0
         self.throttle_percentage = 0
         self.stall: str | None = None
 
-    def after(self, done: Pass, downtime_limit_s: float) -> Decision:
+    def after(
+        self, done: Pass, downtime_limit_s: float, available_bytes_per_s: int = 0
+    ) -> Decision:
         """Look at a pass.
 
         Args:
             done: The pass that has just ended.
             downtime_limit_s: Longest downtime that is allowed, as it is now.
+            available_bytes_per_s: Rate that somebody promises for the switchover
+                (``avail-switchover-bandwidth``); 0 to go by what was measured.
         """
+        self._available_bytes_per_s = available_bytes_per_s
         self._measure(done)
         before, self._before = self._before, done
         expected_s = self.expected_downtime_s(done.rest_bytes)
@@ -108,7 +114,8 @@ class Convergence:
         """Time that a rest takes; infinite before the rate is known."""
         if not rest_bytes:
             return 0.0
-        return rest_bytes / self.bytes_per_s if self.bytes_per_s else float("inf")
+        rate = self._available_bytes_per_s or self.bytes_per_s
+        return rest_bytes / rate if rate else float("inf")
 
     def _measure(self, done: Pass) -> None:
         if done.duration_s <= 0 or not done.sent_bytes:

@@ -97,6 +97,7 @@ class OutgoingSettings:
     uuid: bytes | None = None
     max_bandwidth_bytes_per_s: int = 0
     downtime_limit_ms: int = 300
+    avail_switchover_bytes_per_s: int = 0
     throttle: ThrottleSettings | None = None
     postcopy: PostcopySettings | None = None
     postcopy_blocktime: bool = False
@@ -175,6 +176,7 @@ class OutgoingMigration:
         )
         self._limiter = RateLimiter(settings.max_bandwidth_bytes_per_s)
         self._downtime_limit_ms = settings.downtime_limit_ms
+        self._available_bytes_per_s = settings.avail_switchover_bytes_per_s
         self._live_saver: LiveSaver | None = None
         self._was_running = False
         self._continue = asyncio.Event()
@@ -338,8 +340,9 @@ class OutgoingMigration:
         self._continue.set()
 
     def set_max_bandwidth(self, bytes_per_s: int) -> None:
-        """Change the limit at once; 0 is unlimited."""
-        self._limiter.set_rate(bytes_per_s)
+        """Change the limit at once; 0 is unlimited, as the rest of a stopped guest is anyway."""
+        if not (self._stats.in_switchover and self._guest.live is not None):
+            self._limiter.set_rate(bytes_per_s)
 
     def set_max_postcopy_bandwidth(self, bytes_per_s: int) -> None:
         """Change the limit of the background push at once; 0 is unlimited."""
@@ -349,6 +352,10 @@ class OutgoingMigration:
     def set_downtime_limit(self, limit_ms: int) -> None:
         """Change the limit that the expected downtime starts from."""
         self._downtime_limit_ms = limit_ms
+
+    def set_avail_switchover_bandwidth(self, bytes_per_s: int) -> None:
+        """Change the rate that the switchover is planned with; 0 is the measured one."""
+        self._available_bytes_per_s = bytes_per_s
 
     def info(self) -> MigrationInfo | None:
         """The source's part of ``query-migrate``; None before anything happened."""
@@ -649,6 +656,8 @@ class OutgoingMigration:
         self._advance(None)
         self._switchover_s = self._clock.monotonic_s()
         self._stats.in_switchover = True
+        # The guest stands still: what is left goes as fast as it can, as at QEMU.
+        self._limiter.set_rate(0)
         self._was_running = live.is_running
         if self._was_running:
             await self._on_thread(live.stop)
@@ -668,6 +677,7 @@ class OutgoingMigration:
             stats=self._stats,
             clock=self._clock,
             downtime_limit_s=lambda: self._downtime_limit_ms / 1000,
+            available_bytes_per_s=lambda: self._available_bytes_per_s,
             on_pass=on_pass,
             wait=self._wait,
         )

@@ -37,6 +37,7 @@ class LiveSaver:
         stats: Counters of the migration.
         clock: Time.
         downtime_limit_s: Asked before each decision.
+        available_bytes_per_s: Asked before each decision; ``avail-switchover-bandwidth``.
         on_pass: Called when what was written since the last look is known.
         wait: Called with seconds to wait; raises when the migration ends.
     """
@@ -51,6 +52,7 @@ class LiveSaver:
         stats: OutgoingStats,
         clock: Clock,
         downtime_limit_s: Callable[[], float],
+        available_bytes_per_s: Callable[[], int],
         on_pass: Callable[[], None],
         wait: Callable[[float], None],
     ) -> None:
@@ -62,6 +64,7 @@ class LiveSaver:
         self._clock = clock
         self._rest: list[Pages] = []
         self._downtime_limit_s = downtime_limit_s
+        self._available_bytes_per_s = available_bytes_per_s
         self._on_pass = on_pass
         self._wait = wait
 
@@ -94,7 +97,9 @@ class LiveSaver:
             self._on_pass()
             rest_bytes = self._count(dirty, elapsed_s)
             done = Pass(rest_bytes, stats.transferred_bytes - before, elapsed_s)
-            decision = self._convergence.after(done, self._downtime_limit_s())
+            decision = self._convergence.after(
+                done, self._downtime_limit_s(), self._available_bytes_per_s()
+            )
             self._slow_down()
             self._rest = dirty
             if decision is Decision.SWITCH_OVER:

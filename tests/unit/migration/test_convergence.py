@@ -31,6 +31,17 @@ def test_an_empty_or_tiny_rest_ends_at_once() -> None:
     assert Convergence().after(Pass(GIB // 1000, GIB, 1.0), LIMIT_S) is Decision.SWITCH_OVER
 
 
+def test_a_promised_rate_counts_in_place_of_the_measured_one() -> None:
+    slow = Pass(GIB // 5, GIB // 100, 1.0)
+    assert Convergence().after(slow, LIMIT_S) is Decision.GO_ON
+    convergence = Convergence()
+    convergence.after(slow, LIMIT_S, 4 * GIB)
+    assert convergence.expected_downtime_s(GIB) == 0.25
+    assert convergence.after(slow, LIMIT_S, 4 * GIB) is Decision.SWITCH_OVER
+    assert Convergence().after(Pass(GIB // 16, GIB, 1.0), LIMIT_S, 1 << 20) is Decision.GO_ON
+    assert convergence.after(slow, LIMIT_S, 0) is Decision.GO_ON
+
+
 def test_extra_passes_are_bounded() -> None:
     convergence = Convergence()
     rest = GIB // 5
