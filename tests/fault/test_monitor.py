@@ -124,13 +124,14 @@ async def test_a_thousand_clients_that_vanish_in_the_middle(target: Target) -> N
     await target.check_others()
     before = target.open_fds()
 
-    def vanish(number: int) -> None:
-        client = Client(target.paths[number % MONITORS])
-        client.sock.sendall((b"", STATUS[:9], NEGOTIATE + STATUS, b'{"execute": "')[number % 4])
-        client.close()
+    def vanish() -> None:
+        pieces = (b"", STATUS[:9], NEGOTIATE + STATUS, b'{"execute": "')
+        for number in range(1000):
+            client = Client(target.paths[number % MONITORS])
+            client.sock.sendall(pieces[(number + number // MONITORS) % len(pieces)])
+            client.close()
 
-    for number in range(1000):
-        await asyncio.to_thread(vanish, number)
+    await asyncio.to_thread(vanish)
     await target.check_others()
     await until(lambda: target.open_fds() <= before)
 
