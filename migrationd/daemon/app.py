@@ -6,6 +6,7 @@ thread while the first client connects.
 
 import asyncio
 import functools
+import gc
 import importlib
 import os
 import signal
@@ -16,6 +17,7 @@ from migrationd.clock import SystemClock
 from migrationd.config import DaemonConfig
 from migrationd.daemon.passed_sockets import pair_monitors
 from migrationd.errors import ConfigError, MigrationdError
+from migrationd.linux.malloc import trim
 from migrationd.linux.sd_notify import listen_fds, notify
 from migrationd.qmp.event_bus import EventBus
 from migrationd.qmp.monitor_spec import parse_monitor_spec
@@ -117,6 +119,9 @@ class Daemon:
             chardevs={f"compat_monitor{n}": server for n, server in enumerate(servers)},
         )
         dispatch.set_result(functools.partial(answer, control))
+        gc.collect()
+        gc.freeze()  # what was made so far stays, and is never looked at again
+        trim()
         return control
 
     async def _serve_metrics(
