@@ -154,6 +154,9 @@ class MonitorClient:
         self._in_turn = True
         try:
             self._perform()
+        except BaseException:
+            self._end()  # a defect of ours must not leave the next client waiting
+            raise
         finally:
             self._in_turn = False
         if not self._ended.done():

@@ -141,6 +141,8 @@ class MonitorServer:
             ).serve()
         except OSError as error:
             log.debug("monitor client lost: %s", error)
+        except Exception:  # a defect of ours must not end the monitor
+            log.exception("internal error while a monitor client was served")
         finally:
             self._client = None
 
