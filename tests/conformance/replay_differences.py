@@ -14,6 +14,7 @@ PARKED = (
     "meant so: a parked guest executes nowhere here, so nothing stops at its source or runs at "
     "its destination"
 )
+PARKED_ENDS = PARKED + "; the script waits for RESUME and ends there: the rest is not played"
 NOT_BUILT = "not built, refused by a typed error when it would begin: "
 
 DIFFERENCES: dict[str, str] = {
@@ -31,9 +32,9 @@ DIFFERENCES: dict[str, str] = {
     "only_migratable": NO_MACHINE,
     "pause_before_switchover": "a migrate-continue meets 'device', where QEMU was faster",
     "postcopy_never_started": PARKED,
-    "postcopy_pause_recover": PARKED,
+    "postcopy_pause_recover": PARKED_ENDS,
     "postcopy_preempt": PARKED,
-    "postcopy_states": PARKED,
+    "postcopy_states": PARKED_ENDS,
     "postcopy_success": PARKED,
     "precopy_dirty_guest": "the workload writes more than the firmware: 'active' for longer",
     "proto_events_order": NO_MACHINE,
