@@ -45,6 +45,9 @@ TURN_COMMANDS = 8
 
 SEND_BYTES = 256 << 10
 DRAIN_S = 0.5
+SETTLE_S = 0.001
+"""The loop tells the kernel late that a descriptor is no longer watched: were it closed before,
+the next client with its number might be the one that is not watched."""
 
 
 @dataclass(slots=True)
@@ -117,6 +120,9 @@ class MonitorClient:
             self._waiting.clear()
             try:
                 await self._drain()
+                self._is_gone = True
+                self._connection.watch_output(None)
+                await asyncio.sleep(SETTLE_S)
             finally:
                 self._is_gone = True
                 self._connection.close()
