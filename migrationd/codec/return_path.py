@@ -131,7 +131,7 @@ class ReturnPathDecoder:
         Raises:
             StreamCorrupt: Unknown type, wrong length or wrong end mark.
         """
-        if len(data) == 16 and data.startswith(_REQUEST_HEAD) and not self._data:
+        if len(data) == 16 and data[: len(_REQUEST_HEAD)] == _REQUEST_HEAD and not self._data:
             # What comes ten thousand times a second, alone in its packet.
             self._position += 16
             start, length = _REQUEST.unpack_from(data, 4)

@@ -17,6 +17,7 @@ from migrationd.clock import Clock
 from migrationd.config import DaemonConfig
 from migrationd.daemon.guest_socket import GuestSocket
 from migrationd.daemon.machine import Machine
+from migrationd.daemon.settings import incoming_settings, number, outgoing_settings
 from migrationd.daemon.shelter import Shelter
 from migrationd.daemon.tls import MigrationTls
 from migrationd.errors import GuestError, MigrationdError, QMPError
@@ -26,15 +27,13 @@ from migrationd.guest.parked import ParkedGuest
 from migrationd.guest.run_state import PAUSED, PRELAUNCH, RUNNING, LazyHandOver, Owner
 from migrationd.incoming.berth import IncomingSettings
 from migrationd.incoming.driver import IncomingMigration
-from migrationd.migration.convergence import ThrottleSettings
 from migrationd.migration.dialect import dialect_of
 from migrationd.migration.info import MigrationInfo
 from migrationd.migration.options import MigrationOptions
 from migrationd.migration.transports import check_transport
 from migrationd.objects.registry import ObjectRegistry
-from migrationd.outgoing.driver import PAUSABLE, OutgoingMigration, OutgoingSettings
-from migrationd.outgoing.file_save import FileSettings
-from migrationd.outgoing.multifd_send import MultifdSettings
+from migrationd.outgoing.contract import OutgoingSettings
+from migrationd.outgoing.driver import PAUSABLE, OutgoingMigration
 from migrationd.outgoing.postcopy import PostcopySettings
 from migrationd.outgoing.postcopy_learned import Order
 from migrationd.qmp.context import Chardev, FdLookup, MigrationChannel
@@ -416,12 +415,12 @@ class GuestControl:
         """Make changed parameters take effect on a running migration."""
         if self._outgoing is not None:
             parameters = self.options.parameters
-            self._outgoing.set_max_bandwidth(_number(parameters["max-bandwidth"]))
-            self._outgoing.set_downtime_limit(_number(parameters["downtime-limit"]))
+            self._outgoing.set_max_bandwidth(number(parameters["max-bandwidth"]))
+            self._outgoing.set_downtime_limit(number(parameters["downtime-limit"]))
             self._outgoing.set_avail_switchover_bandwidth(
-                _number(parameters["avail-switchover-bandwidth"])
+                number(parameters["avail-switchover-bandwidth"])
             )
-            self._outgoing.set_max_postcopy_bandwidth(_number(parameters["max-postcopy-bandwidth"]))
+            self._outgoing.set_max_postcopy_bandwidth(number(parameters["max-postcopy-bandwidth"]))
 
     def outgoing_info(self) -> MigrationInfo | None:
         """The source's part of ``query-migrate``."""
@@ -564,65 +563,11 @@ class GuestControl:
         self._spawn(asyncio.to_thread(guest.give_back_zeros))
 
     def _outgoing_settings(self) -> OutgoingSettings:
-        capabilities = self.options.capabilities
-        parameters = self.options.parameters
-        uuid = self.guest_uuid
-        return OutgoingSettings(
-            return_path=capabilities["return-path"],
-            pause_before_switchover=capabilities["pause-before-switchover"],
-            uuid=uuid.bytes if capabilities["validate-uuid"] and uuid is not None else None,
-            max_bandwidth_bytes_per_s=_number(parameters["max-bandwidth"]),
-            downtime_limit_ms=_number(parameters["downtime-limit"]),
-            avail_switchover_bytes_per_s=_number(parameters["avail-switchover-bandwidth"]),
-            postcopy=PostcopySettings(
-                preempt=capabilities["postcopy-preempt"],
-                at_once=self._config.start_postcopy,
-                max_bandwidth_bytes_per_s=_number(parameters["max-postcopy-bandwidth"]),
-                learned=self._learned_order(),
-            )
-            if capabilities["postcopy-ram"]
-            else None,
-            postcopy_blocktime=capabilities["postcopy-blocktime"],
-            file=self._file_settings(),
-            multifd=self._multifd_settings(),
-            detects_zero_pages=parameters["zero-page-detection"] != "none",
-            throttle=self._throttle_settings(),
-        )
-
-    def _throttle_settings(self) -> ThrottleSettings | None:
-        parameters = self.options.parameters
-        if not self.options.capabilities["auto-converge"]:
-            return None
-        return ThrottleSettings(
-            initial=_number(parameters["cpu-throttle-initial"]),
-            increment=_number(parameters["cpu-throttle-increment"]),
-            maximum=_number(parameters["max-cpu-throttle"]),
-            trigger_threshold=_number(parameters["throttle-trigger-threshold"]),
-        )
-
-    def _file_settings(self) -> FileSettings | None:
-        capabilities, parameters = self.options.capabilities, self.options.parameters
-        if not capabilities["mapped-ram"]:
-            return None
-        return FileSettings(
-            writers=_number(parameters["multifd-channels"]) if capabilities["multifd"] else 1,
-            direct_io=bool(parameters["direct-io"]),
-        )
-
-    def _multifd_settings(self) -> MultifdSettings | None:
-        capabilities, parameters = self.options.capabilities, self.options.parameters
-        if not capabilities["multifd"] or capabilities["mapped-ram"]:
-            return None
-        compression = _text(parameters["multifd-compression"])
-        level = parameters.get(f"multifd-{compression}-level")
-        uuid = self.guest_uuid
-        return MultifdSettings(
-            channels=_number(parameters["multifd-channels"]),
-            compression=compression,
-            level=_number(level) if level is not None else 0,
-            zero_copy=capabilities["zero-copy-send"],
-            zero_page_detection=_text(parameters["zero-page-detection"]),
-            uuid=uuid.bytes if uuid is not None else bytes(16),
+        return outgoing_settings(
+            self.options,
+            self.guest_uuid,
+            starts_postcopy_at_once=self._config.start_postcopy,
+            learned=self._learned_order(),
         )
 
     def _learned_order(self) -> Order | None:
@@ -638,22 +583,8 @@ class GuestControl:
             self._spawn(self._shelter.record_order(guest, order))
 
     def _incoming_settings(self) -> IncomingSettings:
-        self.options.check_built()
-        capabilities = self.options.capabilities
-        uuid = self._config.uuid
-        return IncomingSettings(
-            ram_limit_bytes=self._config.ram_limit_bytes,
-            switchover_ack=capabilities["switchover-ack"],
-            guest_uuid=uuid.bytes if uuid is not None else None,
-            mapped_ram=capabilities["mapped-ram"],
-            postcopy_ram=capabilities["postcopy-ram"],
-            postcopy_preempt=capabilities["postcopy-preempt"],
-            multifd_channels=(
-                _number(self.options.parameters["multifd-channels"])
-                if capabilities["multifd"] and not capabilities["mapped-ram"]
-                else 0
-            ),
-            multifd_compression=_text(self.options.parameters["multifd-compression"]),
+        return incoming_settings(
+            self.options, self._config.uuid, ram_limit_bytes=self._config.ram_limit_bytes
         )
 
     def _on_migration_status(self, status: str) -> None:
@@ -749,13 +680,3 @@ async def _ready(channel: Channel) -> Channel:
 
 async def _fail(error: MigrationdError) -> Channel:
     raise error
-
-
-def _number(value: object) -> int:
-    assert isinstance(value, int)
-    return value
-
-
-def _text(value: object) -> str:
-    assert isinstance(value, str)
-    return value

@@ -23,8 +23,7 @@ import logging
 import threading
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Protocol, TypeVar, TypeVarTuple
+from typing import TypeVar, TypeVarTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -42,11 +41,12 @@ from migrationd.errors import (
 )
 from migrationd.guest.base import Guest, Live
 from migrationd.guest.run_state import LazyHandOver
-from migrationd.migration.convergence import Convergence, ThrottleSettings
+from migrationd.migration.convergence import Convergence
 from migrationd.migration.dialect import Dialect
 from migrationd.migration.info import MigrationInfo
 from migrationd.migration.stats import OutgoingStats
 from migrationd.migration.status import Cause, Role, StatusMachine
+from migrationd.outgoing.contract import Observer, OutgoingSettings
 from migrationd.outgoing.device_save import free_section_id, stream_head, stream_tail
 from migrationd.outgoing.file_save import FileSave, FileSettings
 from migrationd.outgoing.live_save import LiveSaver
@@ -56,10 +56,8 @@ from migrationd.outgoing.multifd_send import MultifdSettings
 from migrationd.outgoing.postcopy import (
     OpenChannel,
     PostcopyLink,
-    PostcopySettings,
     PostcopySource,
 )
-from migrationd.outgoing.postcopy_learned import Order
 from migrationd.outgoing.ram_save import PART_BYTES, RamSaver
 from migrationd.outgoing.return_path import ReturnPath
 from migrationd.transport.channel import Channel
@@ -86,61 +84,6 @@ _POSTCOPY = frozenset(
 _STATUSES_WITH_RAM = _POSTCOPY | {"active", "cancelling", "pre-switchover", "device", "completed"}
 PAUSABLE = ("postcopy-active", "postcopy-recover")
 """Statuses in which ``migrate-pause`` is possible."""
-
-
-@dataclass(frozen=True, slots=True)
-class OutgoingSettings:
-    """Capabilities and parameters as they were when ``migrate`` was accepted."""
-
-    return_path: bool = False
-    pause_before_switchover: bool = False
-    uuid: bytes | None = None
-    max_bandwidth_bytes_per_s: int = 0
-    downtime_limit_ms: int = 300
-    avail_switchover_bytes_per_s: int = 0
-    throttle: ThrottleSettings | None = None
-    postcopy: PostcopySettings | None = None
-    postcopy_blocktime: bool = False
-    """Show how long requests took; QEMU shows at its destination how long the guest waited."""
-    file: FileSettings | None = None
-    """How a mapped-ram file is written; None without the capability."""
-    multifd: MultifdSettings | None = None
-    detects_zero_pages: bool = True
-
-
-class Observer(Protocol):
-    """What the daemon wants to know, called on the event loop."""
-
-    def on_status(self, status: str) -> None:
-        """The status changed."""
-
-    def on_pass(self, number: int) -> None:
-        """A pass over the dirty bitmap began."""
-
-    def on_stopped(self) -> None:
-        """The guest was stopped for the switchover."""
-
-    async def before_switchover(self, lazy: LazyHandOver | None) -> None:
-        """Put on record that the guest is being handed over (before status ``device``).
-
-        Args:
-            lazy: How, if it goes by postcopy.
-
-        Raises:
-            StoreError: It cannot be put on record; the migration fails.
-        """
-
-    def running_there(self) -> None:
-        """The destination runs the guest, whose memory is still here."""
-
-    def on_learned(self, order: Order) -> None:
-        """A postcopy is complete: the order in which the guest asks for its pages."""
-
-    async def handed_over(self) -> None:
-        """The destination holds the guest (before status ``completed``)."""
-
-    async def kept(self) -> None:
-        """The guest stays here (before status ``failed`` or ``cancelled``)."""
 
 
 class OutgoingMigration:

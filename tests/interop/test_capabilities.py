@@ -165,7 +165,7 @@ async def test_pause_before_switchover_on_the_way_out(
     await daemon.wait_migration("pre-switchover")
     with pytest.raises(Exception, match="not in expected state"):
         await daemon.execute("migrate-continue", {"state": "device"})
-    assert await daemon.run_state() == "paused"
+    assert await daemon.run_state() == "finish-migrate"
     await daemon.execute("migrate-continue", {"state": "pre-switchover"})
     await daemon.wait_migration("completed")
     await target.wait_migration("completed")

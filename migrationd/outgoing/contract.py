@@ -1,0 +1,66 @@
+"""What an outgoing migration is given, and what it tells the daemon."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from migrationd.guest.run_state import LazyHandOver
+from migrationd.migration.convergence import ThrottleSettings
+from migrationd.outgoing.file_save import FileSettings
+from migrationd.outgoing.multifd_send import MultifdSettings
+from migrationd.outgoing.postcopy import PostcopySettings
+from migrationd.outgoing.postcopy_learned import Order
+
+
+@dataclass(frozen=True, slots=True)
+class OutgoingSettings:
+    """Capabilities and parameters as they were when ``migrate`` was accepted."""
+
+    return_path: bool = False
+    pause_before_switchover: bool = False
+    uuid: bytes | None = None
+    max_bandwidth_bytes_per_s: int = 0
+    downtime_limit_ms: int = 300
+    avail_switchover_bytes_per_s: int = 0
+    throttle: ThrottleSettings | None = None
+    postcopy: PostcopySettings | None = None
+    postcopy_blocktime: bool = False
+    """Show how long requests took; QEMU shows at its destination how long the guest waited."""
+    file: FileSettings | None = None
+    """How a mapped-ram file is written; None without the capability."""
+    multifd: MultifdSettings | None = None
+    detects_zero_pages: bool = True
+
+
+class Observer(Protocol):
+    """What the daemon wants to know, called on the event loop."""
+
+    def on_status(self, status: str) -> None:
+        """The status changed."""
+
+    def on_pass(self, number: int) -> None:
+        """A pass over the dirty bitmap began."""
+
+    def on_stopped(self) -> None:
+        """The guest was stopped for the switchover."""
+
+    async def before_switchover(self, lazy: LazyHandOver | None) -> None:
+        """Put on record that the guest is being handed over (before status ``device``).
+
+        Args:
+            lazy: How, if it goes by postcopy.
+
+        Raises:
+            StoreError: It cannot be put on record; the migration fails.
+        """
+
+    def running_there(self) -> None:
+        """The destination runs the guest, whose memory is still here."""
+
+    def on_learned(self, order: Order) -> None:
+        """A postcopy is complete: the order in which the guest asks for its pages."""
+
+    async def handed_over(self) -> None:
+        """The destination holds the guest (before status ``completed``)."""
+
+    async def kept(self) -> None:
+        """The guest stays here (before status ``failed`` or ``cancelled``)."""
