@@ -45,9 +45,6 @@ TURN_COMMANDS = 8
 
 SEND_BYTES = 256 << 10
 DRAIN_S = 0.5
-SETTLE_S = 0.001
-"""The loop tells the kernel late that a descriptor is no longer watched: were it closed before,
-the next client with its number might be the one that is not watched."""
 
 
 @dataclass(slots=True)
@@ -120,9 +117,6 @@ class MonitorClient:
             self._waiting.clear()
             try:
                 await self._drain()
-                self._is_gone = True
-                self._connection.watch_output(None)
-                await asyncio.sleep(SETTLE_S)
             finally:
                 self._is_gone = True
                 self._connection.close()
@@ -141,18 +135,33 @@ class MonitorClient:
                     await self._drained.wait()
 
     def _on_input(self) -> None:
+        if not self._receive():
+            return
+        self._turn()
+        # Of a client that sent something and has gone uvloop tells only once.
+        if self._wants_input and not self._ended.done() and self._receive():
+            self._connection.watch_input(None)
+            self._turn_later()
+
+    def _receive(self) -> bool:
+        """Take what is there; False if that is nothing, or the end."""
         try:
             data, fds = self._connection.recv()
         except BlockingIOError:
-            return
+            return False
         if not data:
             self._end()
-            return
+            return False
         if fds:
             self._passed.release()
             self._passed = PassedFds(fds)
         self._input = memoryview(data)
-        self._turn()
+        return True
+
+    @property
+    def _wants_input(self) -> bool:
+        """Whether all that was read has at least its place."""
+        return not self._read and not self._input and self._has_place
 
     def _turn(self) -> None:
         """Do what can be done now, but leave others their share."""
@@ -166,8 +175,7 @@ class MonitorClient:
         finally:
             self._in_turn = False
         if not self._ended.done():
-            wants_input = not self._read and not self._input and self._has_place
-            self._connection.watch_input(self._on_input if wants_input else None)
+            self._connection.watch_input(self._on_input if self._wants_input else None)
         self._flush()
 
     def _perform(self) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import select
 import socket
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -162,6 +163,25 @@ def test_descriptors_are_taken_or_closed(
         for fd in (reading, writing):
             os.close(fd)
         client.close()
+
+    run(loop, tmp_path, talk)
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("data", [b"", b'{"exec', b'{"execute": "qmp_capabilities"}'])
+def test_a_client_that_goes_without_reading_makes_room(
+    loop: Callable[[], asyncio.AbstractEventLoop], tmp_path: Path, data: bytes
+) -> None:
+    async def talk(bus: EventBus, path: Path) -> None:
+        with socket.socket(socket.AF_UNIX) as first:
+            first.connect(str(path))
+            while not select.select([first], [], [], 0)[0]:
+                await asyncio.sleep(0.001)
+            # The daemon sees what it sends and that it has gone, at once.
+            first.sendall(data)
+        second = await asyncio.wait_for(asyncio.to_thread(Client, path), 5)
+        await asyncio.wait_for(asyncio.to_thread(second.negotiate), 5)
+        second.close()
 
     run(loop, tmp_path, talk)
 
