@@ -9,7 +9,7 @@ import contextlib
 import json
 from collections.abc import Sequence
 
-from migrationd.errors import GuestError, InvalidState
+from migrationd.errors import GuestError
 from migrationd.guest.base import GuestIdentity, SeenOnArrival
 from migrationd.guest.device import DeviceState
 from migrationd.guest.dirty import DirtyTracker, NoTracker, PagemapTracker
@@ -20,7 +20,7 @@ from migrationd.guest.run_state import (
     PAUSED,
     PRELAUNCH,
     RUNNING,
-    Owner,
+    Owned,
     decode_run_state,
     encode_run_state,
 )
@@ -33,7 +33,7 @@ GLOBAL_STATE = "globalstate"
 _FULL = 0x04
 
 
-class AttachedGuest:
+class AttachedGuest(Owned):
     """One workload process.
 
     Engines read it on the outgoing thread; requests block for up to seconds, so that the
@@ -63,7 +63,6 @@ class AttachedGuest:
         self.vmdescription: bytes | None = None
         self.seen = SeenOnArrival()
         self._page_size = hello.page_size
-        self._owner = Owner.HELD
         blocks: list[RamBlock] = []
         try:
             for block, fd in introduced.blocks:
@@ -115,21 +114,6 @@ class AttachedGuest:
         return sum(
             int(self.touched_runs(block)[:, 1].sum()) * block.page_size for block in self.ram
         )
-
-    @property
-    def owner(self) -> Owner:
-        """Who may run the workload.
-
-        Raises:
-            InvalidState: On assignment of an owner that the present one cannot become.
-        """
-        return self._owner
-
-    @owner.setter
-    def owner(self, owner: Owner) -> None:
-        if owner is not self._owner and not self._owner.may_become(owner):
-            raise InvalidState(f"a guest that is {self._owner.value} cannot be {owner.value} next")
-        self._owner = owner
 
     def begin(self, *, is_destination: bool) -> None:
         """Tell the workload what it is for; a destination stands still and is empty then.

@@ -6,7 +6,7 @@ It takes its shape from the stream; device sections are the bytes that came.
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from migrationd.errors import GuestError, InvalidState
+from migrationd.errors import GuestError
 from migrationd.guest.base import GuestIdentity, SeenOnArrival
 from migrationd.guest.device import DeviceState
 from migrationd.guest.guest_file import GuestFile
@@ -15,6 +15,7 @@ from migrationd.guest.ram_block import RamBlock, RamBlockSpec
 from migrationd.guest.run_state import (
     RUNNING,
     LazyHandOver,
+    Owned,
     Owner,
     decode_run_state,
     encode_run_state,
@@ -23,7 +24,7 @@ from migrationd.guest.run_state import (
 _GLOBAL_STATE = "globalstate"
 
 
-class ParkedGuest:
+class ParkedGuest(Owned):
     """RAM blocks, device sections and run state of a held guest.
 
     Filled by one loading thread, then completed, then only read; run state and owner
@@ -49,7 +50,6 @@ class ParkedGuest:
         self.seen = SeenOnArrival()
         self.lazy: LazyHandOver | None = None
         self.page_order: Pages | None = None
-        self._owner = Owner.HELD
 
     @classmethod
     def create(
@@ -92,21 +92,6 @@ class ParkedGuest:
     def rest_in(self, file: GuestFile) -> None:
         """Take over the file that all pages are in; it is closed with the guest."""
         self.file = file
-
-    @property
-    def owner(self) -> Owner:
-        """Who owns the guest; only the changes that :class:`Owner` draws are possible.
-
-        Raises:
-            InvalidState: On assignment of an owner that the present one cannot become.
-        """
-        return self._owner
-
-    @owner.setter
-    def owner(self, owner: Owner) -> None:
-        if owner is not self._owner and not self._owner.may_become(owner):
-            raise InvalidState(f"a guest that is {self._owner.value} cannot be {owner.value} next")
-        self._owner = owner
 
     def restore_owner(self, owner: Owner) -> None:
         """Take over what is on record of a guest that was found at rest."""

@@ -9,6 +9,8 @@ Reference: the ``globalstate`` section, stream format 7.3; 104 bytes in all vers
 from dataclasses import dataclass
 from enum import Enum
 
+from migrationd.errors import InvalidState
+
 GLOBAL_STATE_BYTES = 104
 _NAME_BYTES = 32
 
@@ -49,6 +51,27 @@ _NEXT = {
     Owner.HANDING_OVER: (Owner.HELD, Owner.HANDED_OVER),
     Owner.HANDED_OVER: (Owner.HELD,),
 }
+
+
+class Owned:
+    """A guest that somebody owns: whoever holds it, or its destination."""
+
+    _owner = Owner.HELD
+
+    @property
+    def owner(self) -> Owner:
+        """Who owns the guest; only the changes that :class:`Owner` draws are possible.
+
+        Raises:
+            InvalidState: On assignment of an owner that the present one cannot become.
+        """
+        return self._owner
+
+    @owner.setter
+    def owner(self, owner: Owner) -> None:
+        if owner is not self._owner and not self._owner.may_become(owner):
+            raise InvalidState(f"a guest that is {self._owner.value} cannot be {owner.value} next")
+        self._owner = owner
 
 
 @dataclass(frozen=True, slots=True)

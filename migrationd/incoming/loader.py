@@ -7,7 +7,6 @@ nothing comes for a while. RAM pages never leave the thread.
 Reference: order and meaning of the elements follow stream format 1.4, 2 and 6.1-6.2.
 """
 
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -17,7 +16,7 @@ from migrationd.codec.constants import (
     QEMU_VM_SECTION_FULL,
     QEMU_VM_SECTION_START,
 )
-from migrationd.codec.ram import RamDecoder
+from migrationd.codec.ram import RamDecoder, inflate_page
 from migrationd.codec.records import (
     Command,
     CompressedPage,
@@ -351,21 +350,14 @@ class StreamLoader:
 
     def _apply_compressed(self, record: CompressedPage) -> None:
         block = self._block(record.block)
-        inflater = zlib.decompressobj()
         try:
-            page = inflater.decompress(record.compressed, block.page_size + 1)
-        except zlib.error as error:
+            page = inflate_page(record.compressed, block.page_size)
+        except ValueError as error:
             raise StreamCorrupt(
                 f"compressed page {record.page}: {error}",
                 position=self.position,
                 block=block.idstr,
             ) from None
-        if len(page) != block.page_size or not inflater.eof:
-            raise StreamCorrupt(
-                f"compressed page {record.page} is not one page",
-                position=self.position,
-                block=block.idstr,
-            )
         block.write_page(record.page, page)
 
     def _begin_section(self, header: SectionHeader) -> None:

@@ -14,26 +14,17 @@ import struct
 
 from migrationd.errors import GuestError
 
-FEATURE_WP = 1 << 0
-FEATURE_MISSING_SHMEM = 1 << 5
-FEATURE_MINOR_SHMEM = 1 << 10
 FEATURE_WP_HUGETLBFS_SHMEM = 1 << 12
 FEATURE_WP_UNPOPULATED = 1 << 13
 FEATURE_WP_ASYNC = 1 << 15
 
-MODE_MISSING = 1 << 0
 MODE_WP = 1 << 1
-MODE_MINOR = 1 << 2
 
 _NR_USERFAULTFD = {"x86_64": 323, "aarch64": 282, "riscv64": 282}
 _USER_MODE_ONLY = 1
 _API = 0xAA
 _UFFDIO_API = 0xC018AA3F
 _UFFDIO_REGISTER = 0xC020AA00
-_UFFDIO_UNREGISTER = 0x8010AA01
-_UFFDIO_WRITEPROTECT = 0xC018AA06
-_UFFDIO_CONTINUE = 0xC020AA07
-_WRITEPROTECT_WP = 1
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -83,25 +74,6 @@ def register(fd: int, address: int, length: int, mode: int) -> None:
         GuestError: The range cannot be watched so.
     """
     _ioctl(fd, _UFFDIO_REGISTER, struct.pack("QQQQ", address, length, mode, 0), "register")
-
-
-def unregister(fd: int, address: int, length: int) -> None:
-    """Stop watching a range.
-
-    Raises:
-        GuestError: It was not watched.
-    """
-    _ioctl(fd, _UFFDIO_UNREGISTER, struct.pack("QQ", address, length), "unregister")
-
-
-def write_protect(fd: int, address: int, length: int, *, on: bool) -> None:
-    """Protect a watched range against writes, or let them through again.
-
-    Raises:
-        GuestError: The range is not watched for writes.
-    """
-    mode = _WRITEPROTECT_WP if on else 0
-    _ioctl(fd, _UFFDIO_WRITEPROTECT, struct.pack("QQQ", address, length, mode), "write-protect")
 
 
 def _ioctl(fd: int, request: int, argument: bytes, what: str) -> None:

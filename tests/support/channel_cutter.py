@@ -3,15 +3,14 @@
 import asyncio
 import contextlib
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from tests.support.peers import CHUNK_BYTES
+from tests.support.unix_server import UnixServer
 
 CLOSE_S = 1.0
 
 
-class ChannelCutter:
+class ChannelCutter(UnixServer):
     """A unix-socket proxy for migrations with several connections.
 
     Args:
@@ -28,30 +27,12 @@ class ChannelCutter:
     def __init__(
         self, listen_path: Path, connect_path: Path, *, victim: int = -1, cut_after_bytes: int = 0
     ) -> None:
-        self._listen_path = listen_path
+        super().__init__(listen_path)
         self._connect_path = connect_path
         self._victim = victim
         self._cut_after_bytes = cut_after_bytes
-        self._server: asyncio.Server | None = None
-        self._tasks: set[asyncio.Task[None]] = set()
         self.passed_bytes: list[int] = []
         self.was_cut = False
-
-    async def __aenter__(self) -> Self:
-        self._server = await asyncio.start_unix_server(self._accept, self._listen_path)
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        assert self._server is not None
-        self._server.close()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         number = len(self.passed_bytes)

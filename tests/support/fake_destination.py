@@ -4,17 +4,16 @@ import asyncio
 import contextlib
 from collections.abc import Coroutine
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from migrationd.codec.postcopy import encode_ping, encode_resume, encode_run
 from migrationd.codec.return_path import Pong, encode_return_path
+from tests.support.unix_server import UnixServer
 
 PACKAGE_END = encode_run() + encode_ping(4)
 RESUME = encode_resume()
 
 
-class FakeDestination:
+class FakeDestination(UnixServer):
     """Takes connections one after the other on one path.
 
     Args:
@@ -37,30 +36,12 @@ class FakeDestination:
         is_loading: bool = True,
         is_recovery: bool = False,
     ) -> None:
-        self._path = path
+        super().__init__(path)
         self._at_package = at_package
         self._at_resume = at_resume
         self._is_loading = is_loading
-        self._server: asyncio.Server | None = None
-        self._tasks: set[asyncio.Task[None]] = set()
         self._is_first = not is_recovery
         self.taken_bytes = 0
-
-    async def __aenter__(self) -> Self:
-        self._server = await asyncio.start_unix_server(self._accept, self._path)
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        assert self._server is not None
-        self._server.close()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         serve = self._first if self._is_first else self._again

@@ -7,10 +7,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from tests.support.unix_server import UnixServer
+
 CHUNK_BYTES = 64 << 10
 
 
-class CuttingProxy:
+class CuttingProxy(UnixServer):
     """A unix-socket proxy that breaks the connection after an exact number of stream bytes.
 
     Bytes of the return path pass unless they are held back.
@@ -36,31 +38,13 @@ class CuttingProxy:
         at_cut: Callable[[], Awaitable[object]] | None = None,
         withholds_answers: bool = False,
     ) -> None:
-        self._listen_path = listen_path
+        super().__init__(listen_path)
         self._connect_path = connect_path
         self._left = cut_after_bytes
         self._at_cut = at_cut
         self._withholds_answers = withholds_answers
-        self._server: asyncio.Server | None = None
-        self._tasks: set[asyncio.Task[None]] = set()
         self.passed_bytes = 0
         self.answers = bytearray()
-
-    async def __aenter__(self) -> Self:
-        self._server = await asyncio.start_unix_server(self._accept, self._listen_path)
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        assert self._server is not None
-        self._server.close()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.create_task(self._serve(reader, writer))
