@@ -77,6 +77,8 @@ struct mw_workload {
     pthread_cond_t changed;
     int inside;
     bool is_open;
+    bool has_begun; /* the daemon has said what it wants the workload for */
+    bool is_gone;
     int throttle_percentage;
     int socket;
     int userfaultfd;
@@ -363,6 +365,14 @@ static inline bool mw_same_devices(struct mw_workload *w, const char *text)
     return true;
 }
 
+static inline void mw_tell(struct mw_workload *w, bool *flag)
+{
+    pthread_mutex_lock(&w->lock);
+    *flag = true;
+    pthread_cond_broadcast(&w->changed);
+    pthread_mutex_unlock(&w->lock);
+}
+
 static inline void *mw_serve(void *argument)
 {
     struct mw_workload *w = argument;
@@ -406,12 +416,16 @@ static inline void *mw_serve(void *argument)
         mw_send(w, reply, NULL, 0);
         if (mw_names(text, "quit"))
             exit(0);
+        if (mw_names(text, "begin"))
+            mw_tell(w, &w->has_begun);
     }
     free(text);
+    mw_tell(w, &w->is_gone);
     return NULL;
 }
 
-/* Connect to the daemon and answer it on a thread from now on; -1 and errno on failure. */
+/* Connect to the daemon and answer it on a thread from now on; -1 and errno on failure.
+ * Returns when the daemon has begun: a destination does not run for a moment first. */
 static inline int mw_attach(struct mw_workload *w, const char *path)
 {
     struct sockaddr_un address = {.sun_family = AF_UNIX};
@@ -434,7 +448,15 @@ static inline int mw_attach(struct mw_workload *w, const char *path)
     }
     if (mw_introduce(w) < 0)
         return -1;
-    return pthread_create(&thread, NULL, mw_serve, w) ? -1 : 0;
+    if (pthread_create(&thread, NULL, mw_serve, w))
+        return -1;
+    pthread_mutex_lock(&w->lock);
+    while (!w->has_begun && !w->is_gone)
+        pthread_cond_wait(&w->changed, &w->lock);
+    bool has_begun = w->has_begun;
+    pthread_mutex_unlock(&w->lock);
+    errno = ECONNREFUSED;
+    return has_begun ? 0 : -1;
 }
 
 #endif

@@ -4,64 +4,30 @@ The workload (``examples/dirtier.py``) writes its memory all the time, checks ev
 before it writes it, and is never told that it moves.
 """
 
-import asyncio
 import contextlib
-import json
-import sys
+import shutil
 from dataclasses import dataclass
-from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from migrationd.ctl.daemon_process import DaemonProcess
+from migrationd.ctl.dirtier_process import PROGRAM, DirtierProcess
 from migrationd.ctl.peer_process import PeerError
 from migrationd.ctl.progress import Progress, duration_text, rate_text, size_text
 from migrationd.ctl.watch import follow, make_display
 from migrationd.errors import GuestError
 
-PROGRAM = Path(__file__).resolve().parents[2] / "examples" / "dirtier.py"
 _MIB = 128
 _RATE_MB_S = 40
-_WAIT_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
-class _State:
-    """What the workload last said of itself."""
+class _End:
+    """A workload and its daemon."""
 
-    passes: int
-    at: int
-    mistakes: int
-    t: float
-
-    @property
-    def place(self) -> tuple[int, int]:
-        return self.passes, self.at
-
-
-class _Workload:
-    """A dirtier and its daemon."""
-
-    def __init__(self, daemon: DaemonProcess, report: Path) -> None:
-        self.daemon = daemon
-        self._report = report
-
-    def state(self) -> _State | None:
-        try:
-            return _State(**json.loads(self._report.read_text()))
-        except FileNotFoundError:
-            return None
-
-    async def wait_beyond(self, place: tuple[int, int]) -> _State:
-        """Wait until it is beyond a place."""
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + _WAIT_S
-        while (state := self.state()) is None or state.place <= place:
-            if loop.time() > deadline:
-                raise GuestError("the workload does not go on")
-            await asyncio.sleep(0.02)
-        return state
+    daemon: DaemonProcess
+    work: DirtierProcess
 
 
 async def run_workload_demo(console: Console, bandwidth_bytes_per_s: int) -> None:
@@ -80,7 +46,7 @@ async def run_workload_demo(console: Console, bandwidth_bytes_per_s: int) -> Non
     async with contextlib.AsyncExitStack() as stack:
         here = await _start(stack, incoming=None)
         there = await _start(stack, incoming="tcp:127.0.0.1:0")
-        before = await here.wait_beyond((2, 0))
+        before = await here.work.wait_passes(1)
         say(
             f"[bold]1[/] a process with {_MIB} MiB of memory writes {_RATE_MB_S} MB/s and checks "
             f"every page: pass {before.passes}"
@@ -95,12 +61,10 @@ async def run_workload_demo(console: Console, bandwidth_bytes_per_s: int) -> Non
             progress = await follow(source.query_migrate, display)
         if progress.status != "completed":
             raise PeerError(f"it ended as '{progress.status}': {progress.error or 'no reason'}")
-        last = here.state()
+        last = here.work.progress()
         assert last is not None
-        after = await there.wait_beyond((last.passes + 2, last.at))
-        if after.mistakes:
-            raise GuestError(f"{after.mistakes} pages do not hold what was written to them")
-        if here.state() != last:
+        after = await there.work.wait_passes(2)
+        if here.work.progress() != last:
             raise GuestError("the source still runs")
         say(
             f"[bold]3[/] it stopped there in pass {last.passes} at page {last.at} "
@@ -113,30 +77,17 @@ async def run_workload_demo(console: Console, bandwidth_bytes_per_s: int) -> Non
         )
 
 
-async def _start(stack: contextlib.AsyncExitStack, *, incoming: str | None) -> _Workload:
+async def _start(stack: contextlib.AsyncExitStack, *, incoming: str | None) -> _End:
     directory = DaemonProcess.make_directory()
-    path, report = directory / "guest.sock", directory / "state.json"
+    stack.callback(shutil.rmtree, directory, ignore_errors=True)
+    work = DirtierProcess(directory, "demo", mib=_MIB, rate_mb_s=_RATE_MB_S)
     daemon = await stack.enter_async_context(
-        await DaemonProcess.start(incoming=incoming, arguments=["-guest", f"attach:{path}"])
+        await DaemonProcess.start(incoming=incoming, arguments=work.daemon_arguments)
     )
-    arguments = ["--mib", str(_MIB), "--rate-mb-s", str(_RATE_MB_S), "--report", str(report)]
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, str(PROGRAM), str(path), *arguments
-    )
-
-    async def end() -> None:
-        if process.returncode is None:
-            process.kill()
-        await process.wait()
-        for left in (report, path):
-            left.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):
-            directory.rmdir()
-
-    stack.push_async_callback(end)
+    await stack.enter_async_context(work)
     if incoming is None:
         await daemon.wait_run_state("running")
-    return _Workload(daemon, report)
+    return _End(daemon, work)
 
 
 def _print_table(console: Console, progress: Progress) -> None:

@@ -94,6 +94,7 @@ class Workload:
         self._gate = _Gate()
         self._path = ""
         self._is_attached = False
+        self._begun = threading.Event()
         self._userfaultfd = -1
 
     def add_block(self, name: str, size: int) -> mmap.mmap:
@@ -186,9 +187,12 @@ class Workload:
     def attach(self, path: str, *, timeout_s: float = 10.0) -> None:
         """Connect to the daemon and answer it on a thread from now on.
 
+        Returns when the daemon has said what it wants this workload for: one that is to be
+        a destination does not run for a moment first.
+
         Args:
             path: The daemon's guest socket.
-            timeout_s: How long to wait for the daemon to be there.
+            timeout_s: How long to wait for the daemon to be there, and for its word.
 
         Raises:
             GuestError: Nobody listens, or the daemon refused this workload.
@@ -201,6 +205,8 @@ class Workload:
         except OSError as error:
             raise GuestError(f"guest socket '{path}': {error.strerror}") from error
         threading.Thread(target=self._serve, args=(sock,), name="guest socket", daemon=True).start()
+        if not self._begun.wait(timeout_s):
+            raise GuestError(f"the daemon behind '{path}' does not take this workload")
 
     def _introduce(self, sock: socket.socket) -> None:
         trackers: list[int] = []
@@ -275,6 +281,7 @@ class Workload:
             case "begin":
                 if arguments["role"] == "destination":
                     self._stop()
+                self._begun.set()
             case "stop":
                 self._stop()
             case "start":

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -69,6 +70,7 @@ def attached(
             link = WorkloadLink(sock.accept()[0])
             assert link.check_peer() == process.pid
             guest = AttachedGuest(link, link.introduction())
+            guest.begin(is_destination=False)
             try:
                 yield guest, process
             finally:
@@ -140,6 +142,26 @@ def test_devices_that_do_not_fit_are_named(
         guest.check_declarations(b"{")
 
 
+def test_nothing_runs_before_the_daemon_has_begun(
+    listener: tuple[socket.socket, str],
+) -> None:
+    sock, path = listener
+    with start(path) as process:
+        try:
+            link = WorkloadLink(sock.accept()[0])
+            guest = AttachedGuest(link, link.introduction())
+            time.sleep(0.1)
+            guest.begin(is_destination=True)
+            assert process.stdout is not None
+            assert process.stdout.readline() == "attached\n"
+            guest.stop()
+            guest.save_devices(was_running=False)
+            assert int.from_bytes(guest.devices[2].body, "big") == 7
+            guest.close()
+        finally:
+            process.kill()
+
+
 def test_a_destination_is_empty_and_stands_still(
     attached: "tuple[AttachedGuest, subprocess.Popen[str]]",
 ) -> None:
@@ -173,6 +195,7 @@ def test_a_workload_that_hangs_is_an_error_and_goes_on_later(
         try:
             link = WorkloadLink(sock.accept()[0])
             guest = AttachedGuest(link, link.introduction())
+            guest.begin(is_destination=False)
             wait_until(lambda: guest.ram[0].memory.view[5 * 4096] > 0, "that it is at work")
             with pytest.raises(GuestError, match="does not answer"):
                 guest.stop()
