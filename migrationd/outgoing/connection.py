@@ -1,0 +1,153 @@
+"""One connection of an outgoing migration: its channels, its threads, its end.
+
+A migration has one, and a postcopy one more for each time that it is resumed. Lives on
+the event loop; what blocks runs on its threads, and ends because its channel is shut down.
+"""
+
+import asyncio
+import threading
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, TypeVar, TypeVarTuple
+
+from migrationd.errors import ChannelError, MigrationCancelled
+from migrationd.outgoing.postcopy import OpenChannel, PostcopyLink
+from migrationd.outgoing.return_path import ReturnPath
+from migrationd.transport.channel import Channel
+
+if TYPE_CHECKING:
+    from migrationd.outgoing.multifd_connect import OutgoingMultifd
+
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
+
+_LAST_WORD_S = 0.2
+"""How long a destination that closed may take to have said why."""
+
+
+class OutgoingConnection:
+    """Owns the main channel and what was opened beside it.
+
+    Args:
+        channel: Main channel, connected.
+        open_channel: Opens another connection to the same destination.
+
+    Attributes:
+        channel: Main channel.
+        open_channel: As given.
+        executor: Runs what blocks: the sending thread, and two more for a postcopy.
+        link: The postcopy's part, if the migration may become one.
+        multifd: The multifd channels, once there are some.
+        tail_started: Set when the last byte of the stream may be on its way.
+    """
+
+    def __init__(
+        self, channel: Channel, open_channel: OpenChannel, tail_started: threading.Event
+    ) -> None:
+        self.channel = channel
+        self.open_channel = open_channel
+        self.executor = ThreadPoolExecutor(3, thread_name_prefix="outgoing")
+        self.link: PostcopyLink | None = None
+        self.multifd: OutgoingMultifd | None = None
+        self.tail_started = tail_started
+        self._stop = threading.Event()
+
+    async def on_thread(self, call: Callable[[*Ts], T], *args: *Ts) -> T:
+        """Run a step on the sending thread."""
+        return await asyncio.get_running_loop().run_in_executor(self.executor, call, *args)
+
+    def check(self) -> None:
+        """Raise if the connection is ended.
+
+        Raises:
+            MigrationCancelled: It is.
+        """
+        if self._stop.is_set():
+            raise MigrationCancelled("cancelled")
+
+    def wait(self, delay_s: float) -> None:
+        """Wait, on a thread, unless the connection ends.
+
+        Raises:
+            MigrationCancelled: It ends.
+        """
+        if self._stop.wait(delay_s):
+            raise MigrationCancelled("cancelled")
+
+    @property
+    def is_connecting(self) -> bool:
+        """Whether a further connection is being made, which only a cancelled task ends."""
+        return self.multifd is not None and self.multifd.is_connecting
+
+    @property
+    def may_have_package(self) -> bool:
+        """Whether the destination of a postcopy has all that it needs to run the guest."""
+        return self.link is not None and self.link.may_run_there
+
+    async def stream(self, send: Callable[[], Awaitable[None]], *, has_return_path: bool) -> None:
+        """Send, and read what the destination says until it has said all.
+
+        Raises:
+            MigrationdError: What ended it; the destination's own word first.
+        """
+        if not has_return_path:
+            await send()
+            await self.on_thread(self.channel.finish)
+            return
+        tail_started = self.tail_started.is_set
+        read = self.link.read if self.link else ReturnPath(self.channel, tail_started).run
+        reader = asyncio.create_task(read(), name="return path")
+        sender = asyncio.ensure_future(send())
+        try:
+            await asyncio.wait((reader, sender), return_when=asyncio.FIRST_COMPLETED)
+            if reader.done() and reader.exception() is not None:
+                reader.result()
+            try:
+                await sender
+            except ChannelError:
+                # The destination's own word says more than a broken pipe.
+                await asyncio.wait((reader,), timeout=_LAST_WORD_S)
+                if reader.done():
+                    reader.result()
+                raise
+            await reader
+        finally:
+            self._stop.set()
+            self.break_off()
+            for task in (reader, sender):
+                task.cancel()
+            await asyncio.gather(reader, sender, return_exceptions=True)
+
+    def break_off(self) -> None:
+        """End every call on the main channel and the postcopy's, as a lost connection would."""
+        for end in (self.channel, self.link):
+            if end is not None:
+                end.shutdown()
+
+    def cancel(self) -> None:
+        """End what runs, without its end being an error of the connection."""
+        self._stop.set()
+        for end in (self.channel, self.multifd):
+            if end is not None:
+                end.shutdown()
+
+    def shutdown(self) -> None:
+        """End every call on every channel."""
+        self._stop.set()
+        for end in (self.channel, self.multifd, self.link):
+            if end is not None:
+                end.shutdown()
+
+    async def aclose(self) -> None:
+        """End the threads, then close everything."""
+        self.shutdown()
+        # A multifd channel's thread ends with the packet that it compresses.
+        await asyncio.to_thread(self._end_threads)
+        for end in (self.channel, self.multifd, self.link):
+            if end is not None:
+                end.close()
+
+    def _end_threads(self) -> None:
+        if self.multifd is not None:
+            self.multifd.stop()
+        self.executor.shutdown(wait=True)

@@ -1,0 +1,380 @@
+"""The source's stream from its first to its last byte. The only place with this order.
+
+    set-up      head of the stream, block list
+    RAM         every page once; of a guest that executes, pass after pass
+    switchover  the guest stands still; device state, or a postcopy's package
+    completion  the destination holds the guest
+
+The coroutines here keep the order; what moves bytes runs on the connection's thread.
+
+Reference: QEMU's source; sequences in stream format 6.1-6.6, events in QEMU 11.1's order.
+"""
+
+import asyncio
+import logging
+import threading
+
+import numpy as np
+import numpy.typing as npt
+
+from migrationd.clock import Clock
+from migrationd.codec.constants import FILE_HEADER_BYTES
+from migrationd.errors import ChannelError, GuestError
+from migrationd.guest.base import Guest, Live
+from migrationd.guest.run_state import LazyHandOver
+from migrationd.migration.convergence import Convergence
+from migrationd.migration.dialect import Dialect
+from migrationd.migration.stats import OutgoingStats
+from migrationd.migration.status import Cause, StatusMachine
+from migrationd.outgoing.connection import OutgoingConnection
+from migrationd.outgoing.contract import Observer, OutgoingSettings
+from migrationd.outgoing.device_save import free_section_id, stream_head, stream_tail
+from migrationd.outgoing.file_save import FileSave, FileSettings
+from migrationd.outgoing.live_save import LiveSaver
+from migrationd.outgoing.multifd_connect import OutgoingMultifd
+from migrationd.outgoing.multifd_save import MultifdSaver
+from migrationd.outgoing.multifd_send import MultifdSettings
+from migrationd.outgoing.postcopy import PostcopyLink, PostcopySource
+from migrationd.outgoing.progress import OutgoingProgress
+from migrationd.outgoing.ram_save import PART_BYTES, RamSaver
+from migrationd.transport.rate_limit import RateLimiter
+
+log = logging.getLogger(__name__)
+
+Saver = RamSaver | MultifdSaver
+Sent = dict[str, npt.NDArray[np.bool_]]
+"""By block name one bool per page, set for pages that went out."""
+
+
+class Phases:
+    """What one migration sends, over one connection after the other.
+
+    Args:
+        guest: The guest; only read.
+        dialect: Wire dialect of the guest.
+        settings: Capabilities and parameters.
+        clock: Time.
+        observer: Told of passes and the points of no return.
+        status: Outgoing status.
+
+    Attributes:
+        progress: How far it is.
+        postcopy: Who has which page, if the migration may become a postcopy.
+        downtime_limit_ms: What the expected downtime starts from.
+        available_bytes_per_s: Rate that the switchover is planned with; 0 is the measured one.
+        tail_started: Set when the whole guest is on its way.
+    """
+
+    def __init__(
+        self,
+        guest: Guest,
+        dialect: Dialect,
+        settings: OutgoingSettings,
+        clock: Clock,
+        observer: Observer,
+        status: StatusMachine,
+    ) -> None:
+        self._guest = guest
+        self._dialect = dialect
+        self._settings = settings
+        self._clock = clock
+        self._observer = observer
+        self._status = status
+        self._stats = OutgoingStats(
+            page_size=guest.page_size,
+            total_bytes=sum(block.used_length for block in guest.ram),
+        )
+        self.progress = OutgoingProgress(self._stats, clock)
+        self._limiter = RateLimiter(settings.max_bandwidth_bytes_per_s)
+        self.downtime_limit_ms = settings.downtime_limit_ms
+        self.available_bytes_per_s = settings.avail_switchover_bytes_per_s
+        self.postcopy: PostcopySource | None = None
+        if settings.postcopy is not None and guest.live is None:
+            self.postcopy = PostcopySource(guest, dialect, settings.postcopy, self._stats, clock)
+        self.tail_started = threading.Event()
+        self._continue = asyncio.Event()
+        self._live_saver: LiveSaver | None = None
+        self._was_running = False
+        self._connection: OutgoingConnection
+
+    @property
+    def has_return_path(self) -> bool:
+        """Whether the destination's word is waited for."""
+        return self._settings.return_path or self.postcopy is not None
+
+    @property
+    def stall(self) -> str | None:
+        """Why it does not converge, if it does not."""
+        return self._live_saver.stall if self._live_saver is not None else None
+
+    def continue_switchover(self) -> None:
+        """Go on from ``pre-switchover``."""
+        self._continue.set()
+
+    def set_max_bandwidth(self, bytes_per_s: int) -> None:
+        """Change the limit at once; 0 is unlimited, as the rest of a stopped guest is anyway."""
+        if not (self._stats.in_switchover and self._guest.live is not None):
+            self._limiter.set_rate(bytes_per_s)
+
+    def use(self, connection: OutgoingConnection, *, is_recovery: bool) -> None:
+        """Send over this connection from now on.
+
+        Args:
+            connection: Just made.
+            is_recovery: Whether it is a new one for a paused postcopy.
+        """
+        self._connection = connection
+        if self.postcopy is not None:
+            connection.link = PostcopyLink(
+                self.postcopy,
+                connection.channel,
+                connection.open_channel,
+                connection.executor,
+                self.package_loaded,
+                is_recovery=is_recovery,
+            )
+
+    async def send(self) -> None:
+        """The stream from its first to its last byte, phase by phase."""
+        self._guest.check_unchanged()
+        if self._settings.file is not None:
+            await self._save_file(self._settings.file)
+            return
+        saver = await self._set_up()
+        await self._save_ram(saver)
+        await self._pause_before_switchover()
+        is_lazy = self._is_postcopy_requested()
+        await self._begin_switchover(is_lazy=is_lazy)
+        if is_lazy:
+            link = self._connection.link
+            assert link is not None
+            self._status.advance(Cause.POSTCOPY)
+            await link.switch()
+            await link.push()
+        else:
+            await self._switch_over(saver)
+
+    async def recover(self) -> None:
+        """The stream of a new connection in postcopy."""
+        link = self._connection.link
+        assert link is not None
+        self._status.advance(Cause.RECOVER)
+        await link.recover()
+        self._status.advance(Cause.RECOVERED)
+        self._mark_running_there()
+        await link.push()
+
+    def package_loaded(self) -> None:
+        """The destination of a postcopy has loaded the devices: it runs the guest."""
+        if self._status.can(Cause.PACKAGE_LOADED):
+            self._status.advance(Cause.PACKAGE_LOADED)
+            self._mark_running_there()
+
+    def _mark_running_there(self) -> None:
+        assert self.postcopy is not None
+        self.postcopy.is_loaded = True
+        self.progress.mark_running_there()
+        self.progress.error = None
+        self._observer.running_there()
+
+    def _ram_saver(self) -> RamSaver:
+        return RamSaver(
+            self._connection.channel,
+            list(self._guest.ram),
+            section_id=free_section_id(list(self._guest.devices)),
+            has_footers=self._dialect.send_section_footers,
+            page_size=self._guest.page_size,
+            stats=self._stats,
+            limiter=self._limiter,
+            clock=self._clock,
+            wait=self._connection.wait,
+            should_stop=self._is_postcopy_requested,
+            sent=self._sent_pages(),
+            names_page_sizes=self.postcopy is not None,
+            part_bytes=PART_BYTES if self._settings.multifd is None else None,
+            detects_zeros=self._settings.detects_zero_pages,
+        )
+
+    def _is_postcopy_requested(self) -> bool:
+        return self.postcopy is not None and self.postcopy.is_requested
+
+    def _sent_pages(self) -> Sent | None:
+        if self.postcopy is None:
+            return None
+        return {block.idstr: block.sent for block in self.postcopy.schedule.blocks}
+
+    async def _set_up(self) -> Saver:
+        """Phase 1: what the destination must know before the first page."""
+        head = stream_head(
+            self._guest,
+            self._dialect,
+            return_path=self.has_return_path,
+            uuid=self._settings.uuid,
+            advise=self.postcopy.advise_bytes() if self.postcopy is not None else b"",
+        )
+        self._stats.dirty_sync_count = 1
+        ram = self._ram_saver()
+        saver: Saver = ram
+        if self._settings.multifd is not None:
+            # A destination of 8.0 and later waits for the first bytes of each connection, in turn.
+            await self._connection.on_thread(self._write, head[:FILE_HEADER_BYTES])
+            head = head[FILE_HEADER_BYTES:]
+            self._connection.multifd = self._make_multifd(self._settings.multifd)
+            saver = await self._connection.multifd.connect(ram, self._guest, self._dialect)
+        start = await self._connection.on_thread(saver.setup_bytes)
+        try:
+            await self._connection.on_thread(self._write, head + start)
+        except ChannelError:
+            # As in QEMU, which writes through a buffer: the set-up was done, the rest is not.
+            self._advance(Cause.STREAM)
+            raise
+        if self._connection.link is not None:
+            await self._connection.link.set_up()
+        self.progress.mark_set_up()
+        self._advance(Cause.STREAM)
+        return saver
+
+    def _make_multifd(self, settings: MultifdSettings) -> OutgoingMultifd:
+        return OutgoingMultifd(
+            self._connection.open_channel,
+            settings,
+            stats=self._stats,
+            limiter=self._limiter,
+            clock=self._clock,
+            wait=self._connection.wait,
+            should_stop=self._is_postcopy_requested,
+            sent=self._sent_pages(),
+        )
+
+    async def _save_ram(self, saver: Saver) -> None:
+        """Phase 2: every page once, for a held guest dirties none; or pass after pass."""
+        live = self._guest.live
+        if live is None:
+            await self._connection.on_thread(saver.save_all)
+            return
+        self._live_saver = self._make_live_saver(live, saver)
+        await self._connection.on_thread(self._live_saver.converge)
+        await self._stop_guest(live)
+
+    async def _stop_guest(self, live: Live) -> None:
+        self._advance(None)
+        self.progress.mark_switchover()
+        # The guest stands still: what is left goes as fast as it can, as at QEMU.
+        self._limiter.set_rate(0)
+        self._was_running = live.is_running
+        if self._was_running:
+            await self._connection.on_thread(live.stop)
+            self._observer.on_stopped()
+
+    def _make_live_saver(self, live: Live, saver: Saver) -> LiveSaver:
+        loop = asyncio.get_running_loop()
+
+        def on_pass() -> None:
+            loop.call_soon_threadsafe(self._observer.on_pass, self._stats.dirty_sync_count)
+
+        return LiveSaver(
+            saver,
+            live,
+            list(self._guest.ram),
+            Convergence(self._settings.throttle),
+            stats=self._stats,
+            clock=self._clock,
+            downtime_limit_s=lambda: self.downtime_limit_ms / 1000,
+            available_bytes_per_s=lambda: self.available_bytes_per_s,
+            on_pass=on_pass,
+            wait=self._connection.wait,
+        )
+
+    async def _begin_switchover(self, *, is_lazy: bool = False) -> None:
+        """Put the hand-over on record; the next byte may be the one that moves the guest."""
+        self._stats.dirty_sync_count += 1
+        if self._guest.live is None:
+            self._observer.on_pass(self._stats.dirty_sync_count)
+        self.progress.mark_switchover()
+        self._guest.check_unchanged()
+        settings = self._settings.postcopy
+        lazy = LazyHandOver(settings.preempt, is_loaded=False) if settings and is_lazy else None
+        await self._observer.before_switchover(lazy)
+        self._advance(Cause.SWITCHOVER)
+
+    async def _switch_over(self, saver: Saver) -> None:
+        """Phase 3: the guest leaves with its devices."""
+        if self._live_saver is not None and self._guest.live is not None:
+            await self._connection.on_thread(self._live_saver.finish)
+            await self._connection.on_thread(self._save_devices, self._guest.live)
+        end = await self._connection.on_thread(saver.end_bytes)
+        tail = stream_tail(self._guest, self._dialect, end)
+        await self._connection.on_thread(self._write_tail, tail)
+
+    async def _save_file(self, settings: FileSettings) -> None:
+        """The same phases into a mapped-ram file."""
+        save = FileSave(
+            self._connection.channel,
+            self._guest,
+            self._dialect,
+            settings,
+            uuid=self._settings.uuid,
+            stats=self._stats,
+            limiter=self._limiter,
+            clock=self._clock,
+            wait=self._connection.wait,
+        )
+        self._stats.dirty_sync_count = 1
+        await self._connection.on_thread(save.set_up)
+        self.progress.mark_set_up()
+        self._advance(Cause.STREAM)
+        if (live := self._guest.live) is not None:
+            # A page has one place: what stands still needs one pass.
+            self._stats.dirty_sync_count += 1
+            self._observer.on_pass(self._stats.dirty_sync_count)
+            await self._stop_guest(live)
+        await self._connection.on_thread(save.save_ram)
+        await self._pause_before_switchover()
+        await self._begin_switchover()
+        if live is not None:
+            await self._connection.on_thread(self._save_devices, live)
+        self.tail_started.set()
+        await self._connection.on_thread(save.switch_over)
+
+    def _save_devices(self, live: Live) -> None:
+        live.save_devices(was_running=self._was_running)
+
+    async def _pause_before_switchover(self) -> None:
+        if self._settings.pause_before_switchover:
+            self._advance(Cause.PAUSE_BEFORE_SWITCHOVER)
+            await self._continue.wait()
+
+    def _advance(self, cause: Cause | None) -> None:
+        """Go on to the next status, if there is one, unless the migration was cancelled."""
+        self._connection.check()
+        if cause is not None:
+            self._status.advance(cause)
+
+    def _write(self, data: bytes) -> None:
+        self._connection.channel.send(data)
+        self._stats.sent(len(data))
+
+    def _write_tail(self, data: bytes) -> None:
+        self.tail_started.set()
+        if self._connection.link is not None:
+            self._connection.link.set_ending()
+        self._write(data)
+
+    async def complete(self) -> None:
+        """The destination has everything, and said so if it was asked."""
+        self.progress.mark_end()
+        self.package_loaded()
+        if self.postcopy is not None:
+            self.postcopy.log_requests()
+            self._observer.on_learned(self.postcopy.learn())
+        await self._observer.handed_over()
+        self._status.advance(Cause.COMPLETE)
+
+    async def unthrottle(self) -> None:
+        """Let a guest that was slowed down have its time again, however it ended."""
+        if self._live_saver is None:
+            return
+        try:
+            await self._connection.on_thread(self._live_saver.release)
+        except GuestError as error:
+            log.warning("the guest stays throttled: %s", error)
