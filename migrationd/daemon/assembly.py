@@ -99,6 +99,10 @@ def _offer_saved_guest(config: DaemonConfig, control: GuestControl) -> bool:
 
 async def _start_incoming(config: DaemonConfig, control: GuestControl) -> None:
     channels = incoming_channels(config.incoming)
+    for channel in channels:
+        if channel.channel_type == "cpr":
+            await _open_cpr(config, control, channel)
+    channels = [channel for channel in channels if channel.channel_type == "main"]
     if not channels:
         return
     try:
@@ -108,30 +112,39 @@ async def _start_incoming(config: DaemonConfig, control: GuestControl) -> None:
         raise MigrationdError(f"-incoming {config.incoming[-1]}: {text}") from error
 
 
+async def _open_cpr(config: DaemonConfig, control: GuestControl, channel: MigrationChannel) -> None:
+    if config.ram_dir is not None:
+        raise ConfigError("-ram-dir: memory that comes over a cpr channel stays where it is")
+    try:
+        await control.open_cpr(channel.address)
+    except MigrationdError as error:
+        raise MigrationdError(f"-incoming: cpr channel: {error}") from error
+
+
 def incoming_channels(texts: Sequence[str]) -> list[MigrationChannel]:
-    """Channels of ``-incoming``; none for ``defer``.
+    """Channels of ``-incoming``, at most one of each type: the last; none for ``defer``.
 
     Raises:
         ConfigError: A text is no address.
     """
-    channels = []
+    channels: dict[str, MigrationChannel] = {}
     for text in texts:
         if text == "defer":
+            channels.pop("main", None)
             continue
         try:
             if text.startswith("{"):
                 tree = json.loads(text)
-                address = address_from_qapi(tree["addr"])
-                channels.append(MigrationChannel(tree.get("channel-type", "main"), address))
+                kind = tree.get("channel-type", "main")
+                assert kind in ("main", "cpr")
+                channels[kind] = MigrationChannel(kind, address_from_qapi(tree["addr"]))
             else:
-                channels.append(MigrationChannel("main", parse_uri(text)))
+                channels["main"] = MigrationChannel("main", parse_uri(text))
         except MigrationdError as error:
             raise ConfigError(f"-incoming {text}: {error}") from None
         except (ValueError, KeyError, TypeError, AssertionError):
             raise ConfigError(f"-incoming {text}: not a MigrationChannel") from None
-    if any(channel.channel_type != "main" for channel in channels):
-        raise ConfigError("-incoming: only the main channel is taken in this version")
-    return channels[-1:]
+    return list(channels.values())
 
 
 def _number_fd(name: str) -> int:

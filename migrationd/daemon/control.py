@@ -25,14 +25,16 @@ from migrationd.guest.attached import AttachedGuest
 from migrationd.guest.held import HeldGuest
 from migrationd.guest.parked import ParkedGuest
 from migrationd.guest.run_state import PAUSED, PRELAUNCH, RUNNING, LazyHandOver, Owner
-from migrationd.incoming.berth import IncomingSettings
+from migrationd.incoming.berth import Berth, IncomingSettings
+from migrationd.incoming.cpr import CprArrival
 from migrationd.incoming.driver import IncomingMigration
 from migrationd.migration.dialect import dialect_of
 from migrationd.migration.info import MigrationInfo
 from migrationd.migration.options import MigrationOptions
-from migrationd.migration.transports import check_transport
+from migrationd.migration.transports import check_mode, check_transport
 from migrationd.objects.registry import ObjectRegistry
 from migrationd.outgoing.contract import OutgoingSettings
+from migrationd.outgoing.cpr import OpenChannel, after_hand_over
 from migrationd.outgoing.driver import PAUSABLE, OutgoingMigration
 from migrationd.outgoing.postcopy import PostcopySettings
 from migrationd.outgoing.postcopy_learned import Order
@@ -41,6 +43,7 @@ from migrationd.qmp.event_bus import EventBus
 from migrationd.transport.address import Address, describe
 from migrationd.transport.channel import Channel
 from migrationd.transport.connect import connect, is_opened_now, open_now
+from migrationd.transport.cpr_channel import CprListener, CprSender, listen_cpr
 from migrationd.transport.listen import listen
 
 log = logging.getLogger(__name__)
@@ -89,6 +92,7 @@ class GuestControl:
         self._expects_guest = bool(config.incoming)
         self._in_switchover = False
         self._guest_socket: GuestSocket | None = None
+        self._cpr: CprListener | None = None
         self._tasks: set[asyncio.Future[None]] = set()
         self.machine = Machine(
             bus,
@@ -214,8 +218,12 @@ class GuestControl:
             QMPError: The state forbids it.
             ChannelError: A file, command or descriptor cannot be opened.
         """
-        address = channels[0].address
-        check_transport(address, self.options.capabilities, self.options.parameters)
+        address = next(item.address for item in channels if item.channel_type == "main")
+        capabilities, parameters = self.options.capabilities, self.options.parameters
+        check_transport(address, capabilities, parameters)
+        cpr = next((item.address for item in channels if item.channel_type == "cpr"), None)
+        if parameters["mode"] == "cpr-transfer" and cpr is None:
+            raise QMPError("missing 'cpr' migration channel")
         if resume:
             self._resume(address, fds)
             return
@@ -230,27 +238,40 @@ class GuestControl:
             raise QMPError("Can't migrate the vm that was paused due to previous migration")
         if guest.live is not None and self.options.capabilities["postcopy-ram"]:
             raise QMPError("Postcopy of an attached guest is not supported in this version")
+        check_mode(capabilities, parameters)
         self.options.check_built()
+        settings = self._outgoing_settings()
+        if settings.hands_memory_over and self._config.keep:
+            raise QMPError("A template (-keep) cannot give its memory away by cpr-transfer")
         migration = OutgoingMigration(
             guest,
             dialect_of(guest.identity.machine, guest.seen),
-            self._outgoing_settings(),
+            settings,
             self._clock,
-            _OutgoingObserver(self, guest, describe(address)),
+            _OutgoingObserver(
+                self, guest, describe(address), gives_memory=settings.hands_memory_over
+            ),
         )
         self._outgoing = migration
         migration.begin()
-        if not is_opened_now(address):
-            self._spawn(migration.run(self._tls.outgoing(lambda: connect(address), address)))
-            return
         try:
-            keep = guest.file.identity if guest.file is not None else None
-            channel = open_now(address, fds, keep=keep)
+            open_channel = self._opener(guest, address, fds)
+            if settings.hands_memory_over:
+                assert cpr is not None
+                open_channel = after_hand_over(guest, CprSender(cpr), open_channel)
         except MigrationdError as error:
             failure = error
             self._spawn(migration.run(lambda: _fail(failure)))
             raise
-        self._spawn(migration.run(self._tls.outgoing(lambda: _ready(channel), address)))
+        self._spawn(migration.run(open_channel))
+
+    def _opener(self, guest: HeldGuest, address: Address, fds: FdLookup) -> OpenChannel:
+        """What opens the main channel; what is opened at once is open when this returns."""
+        if not is_opened_now(address):
+            return self._tls.outgoing(lambda: connect(address), address)
+        keep = guest.file.identity if guest.file is not None else None
+        channel = open_now(address, fds, keep=keep)
+        return self._tls.outgoing(lambda: _ready(channel), address)
 
     def _resume(self, address: Address, fds: FdLookup) -> None:
         if self._outgoing is None or self._outgoing.status != "postcopy-paused":
@@ -320,11 +341,13 @@ class GuestControl:
         address = channels[0].address
         check_transport(address, self.options.capabilities, self.options.parameters)
         self.options.check_built()
+        berth: Berth = self._shelter.berth()
+        cpr = None
+        if self._cpr is not None:
+            berth = cpr_berth = self._shelter.cpr_berth()
+            cpr = CprArrival(self._cpr, cpr_berth)
         incoming = IncomingMigration(
-            self._shelter.berth(),
-            self._incoming_settings,
-            self._on_migration_status,
-            self._arrived,
+            berth, self._incoming_settings, self._on_migration_status, self._arrived, cpr
         )
         self._incoming = incoming
         self._incoming_started = True
@@ -352,6 +375,14 @@ class GuestControl:
                 self._incoming_started = False
 
         self._spawn(load())
+
+    async def open_cpr(self, address: Address) -> None:
+        """Listen for the memory that comes before the stream of every incoming migration.
+
+        Raises:
+            ChannelError: The address cannot be bound.
+        """
+        self._cpr = await listen_cpr(address)
 
     def check_recovery_may_start(self) -> None:
         """Only a postcopy that is paused can be recovered.
@@ -459,6 +490,8 @@ class GuestControl:
             self._outgoing.take_back()
             return
         guest = self._guest
+        if guest is not None and not guest.has_memory:
+            raise QMPError("The guest's memory itself went to the destination")
         if guest is not None and guest.owner is not Owner.HELD:
             log.warning("the guest is taken back: it must not run at the destination any more")
             guest.owner = Owner.HELD
@@ -494,6 +527,8 @@ class GuestControl:
             self._guest.close()
         if self._guest_socket is not None:
             await self._guest_socket.aclose()
+        if self._cpr is not None:
+            self._cpr.close()
         self._shelter.close()
 
     def _cancel_outgoing(self) -> None:
@@ -621,7 +656,15 @@ class GuestControl:
 class _OutgoingObserver:
     """Connects one outgoing migration to the guest's ownership and to events."""
 
-    def __init__(self, control: GuestControl, guest: HeldGuest, destination: str) -> None:
+    def __init__(
+        self,
+        control: GuestControl,
+        guest: HeldGuest,
+        destination: str,
+        *,
+        gives_memory: bool = False,
+    ) -> None:
+        self._gives_memory = gives_memory
         self._control = control
         self._guest = guest
         self._destination = destination
@@ -663,6 +706,8 @@ class _OutgoingObserver:
         self._control._learned(self._guest, order)
 
     async def handed_over(self) -> None:
+        if self._gives_memory:
+            await _give_up_memory(self._guest)
         await self._control._record_owner(self._guest, Owner.HANDED_OVER, self._destination)
         self._control._in_switchover = False
 
@@ -680,3 +725,10 @@ async def _ready(channel: Channel) -> Channel:
 
 async def _fail(error: MigrationdError) -> Channel:
     raise error
+
+
+async def _give_up_memory(guest: HeldGuest) -> None:
+    try:
+        await asyncio.to_thread(guest.give_up_memory)
+    except GuestError as error:
+        log.error("the workload keeps memory that is the destination's now: %s", error)

@@ -49,6 +49,7 @@ def outgoing_settings(
         multifd=_multifd(options, uuid),
         detects_zero_pages=parameters["zero-page-detection"] != "none",
         throttle=_throttle(options),
+        mode=_text(parameters["mode"]),
     )
 
 

@@ -12,6 +12,7 @@ from typing import TypeVar
 from migrationd.codec.records import Configuration
 from migrationd.config import DaemonConfig
 from migrationd.daemon.attached_berth import AttachedBerth, WorkloadSlot
+from migrationd.daemon.cpr_berth import AttachedCprBerth, ParkedCprBerth
 from migrationd.errors import StoreError
 from migrationd.guest.base import GuestIdentity
 from migrationd.guest.device import DeviceState
@@ -22,6 +23,7 @@ from migrationd.guest.parked import ParkedGuest
 from migrationd.guest.ram_block import RamBlockSpec
 from migrationd.guest.run_state import LazyHandOver, Owner
 from migrationd.incoming.berth import Berth
+from migrationd.incoming.cpr import CprBerth
 from migrationd.incoming.mapped_ram import complete_guest, copy_pages, map_guest, specs_of
 from migrationd.store.mapped_ram_reader import Contents
 from migrationd.store.page_order import Order, read_order, write_order
@@ -171,6 +173,12 @@ class Shelter:
         if self._is_attached:
             return AttachedBerth(self.slot)
         return FileBerth(self._directory) if self._directory is not None else MemoryBerth()
+
+    def cpr_berth(self) -> CprBerth:
+        """Room for one guest whose memory comes over a cpr channel."""
+        if self._is_attached:
+            return AttachedCprBerth(self.slot)
+        return ParkedCprBerth(self._ram_limit_bytes)
 
     def find(self) -> ParkedGuest | None:
         """The guest that rests in the directory, with its memory mapped lazily.

@@ -7,14 +7,17 @@ destination which cannot load them refuses before the source stops.
 
 import contextlib
 import json
+import os
 from collections.abc import Sequence
 
+from migrationd.codec.cpr import CprEntry, CprState, encode_workload_tail
 from migrationd.errors import GuestError
 from migrationd.guest.base import GuestIdentity, SeenOnArrival
 from migrationd.guest.device import DeviceState
 from migrationd.guest.dirty import DirtyTracker, NoTracker, PagemapTracker
+from migrationd.guest.handed import HandedMemory, empty_memfd
 from migrationd.guest.memory import Pages, SharedMemory
-from migrationd.guest.protocol import Begin, Check, Saved, SavedDevice, Throttle
+from migrationd.guest.protocol import Begin, Check, Remap, Saved, SavedDevice, Throttle
 from migrationd.guest.ram_block import RamBlock, RamBlockSpec
 from migrationd.guest.run_state import (
     PAUSED,
@@ -245,6 +248,69 @@ class AttachedGuest(Owned):
         self.devices = tuple(devices)
         self.vmdescription = vmdescription
         self.seen = seen
+
+    def offer_memory(self) -> HandedMemory:
+        """Its memory for another process, with what a destination has to know beforehand.
+
+        Raises:
+            GuestError: There are too many descriptors.
+        """
+        told = {
+            "machine": self.identity.machine,
+            "page_size": self._page_size,
+            "blocks": [[block.idstr, block.used_length] for block in self.ram],
+            "devices": self._introduced.hello.devices,
+        }
+        entries = tuple(CprEntry(block.idstr) for block in self.ram)
+        state = CprState(entries, encode_workload_tail(json.dumps(told).encode()))
+        try:
+            return HandedMemory(state, [os.dup(fd) for _, fd in self._introduced.blocks])
+        except OSError as error:
+            raise GuestError(f"handing memory over: {error.strerror}") from error
+
+    def adopt(self, handed: HandedMemory) -> None:
+        """Put memory of another process in the place of its own, for a destination.
+
+        Raises:
+            GuestError: It does not fit, or the workload does not obey.
+        """
+        found = [handed.fd_of_block(block.idstr, block.used_length) for block in self.ram]
+        for index, fd in enumerate(found):
+            self._remap(index, os.dup(fd), is_lent=True)
+
+    def give_up_memory(self) -> None:
+        """Let go of its memory, which is another process's now; it has empty memory then.
+
+        Raises:
+            GuestError: The workload does not obey.
+        """
+        self.has_memory = False
+        self.renew_memory()
+
+    def renew_memory(self) -> None:
+        """Put empty memory in the place of what it has.
+
+        Raises:
+            GuestError: The workload does not obey.
+        """
+        for index, block in enumerate(self.ram):
+            self._remap(index, empty_memfd(block.idstr, block.used_length), is_lent=False)
+
+    def _remap(self, index: int, fd: int, *, is_lent: bool) -> None:
+        """Replace a block's memory by that of a descriptor, which is owned from now on."""
+        block = self.ram[index]
+        memory: SharedMemory | None = None
+        try:
+            memory = SharedMemory(fd, block.used_length, block.page_size)
+            self._link.request("remap", Remap(block=block.idstr, is_lent=is_lent), (fd,))
+        except BaseException:
+            if memory is not None:
+                memory.close()
+            os.close(fd)
+            raise
+        old, block.memory = block.memory, memory
+        old.close()
+        self._introduced.replace_block(index, fd)
 
     @property
     def next_run_state(self) -> str:

@@ -159,16 +159,21 @@ class SharedMemory(MappedMemory):
         fd: The memfd, sealed against shrinking; not owned.
         size: Bytes of the block, a multiple of the page size.
         page_size: Target page size in bytes.
+        must_seal: Whether it has to be safe from shrinking. A QEMU's may not let itself be sealed.
 
     Raises:
         GuestError: It can shrink under the mapping, or cannot be mapped.
     """
 
-    def __init__(self, fd: int, size: int, page_size: int) -> None:
+    def __init__(self, fd: int, size: int, page_size: int, *, must_seal: bool = True) -> None:
         self._fd = fd
         try:
-            if not fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
-                fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+            try:
+                if not fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
+                    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+            except OSError:
+                if must_seal:
+                    raise
             mapping = mmap.mmap(fd, size)
         except (OSError, ValueError) as error:
             raise GuestError(

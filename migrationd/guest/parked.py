@@ -6,11 +6,14 @@ It takes its shape from the stream; device sections are the bytes that came.
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+import numpy as np
+
 from migrationd.errors import GuestError
 from migrationd.guest.base import GuestIdentity, SeenOnArrival
 from migrationd.guest.device import DeviceState
 from migrationd.guest.guest_file import GuestFile
-from migrationd.guest.memory import Memory, Pages
+from migrationd.guest.handed import HandedMemory
+from migrationd.guest.memory import AnonymousMemory, Memory, Pages, SharedMemory
 from migrationd.guest.ram_block import RamBlock, RamBlockSpec
 from migrationd.guest.run_state import (
     RUNNING,
@@ -47,6 +50,7 @@ class ParkedGuest(Owned):
         self.devices: tuple[DeviceState, ...] = ()
         self.vmdescription: bytes | None = None
         self.file: GuestFile | None = None
+        self._handed: HandedMemory | None = None
         self.seen = SeenOnArrival()
         self.lazy: LazyHandOver | None = None
         self.page_order: Pages | None = None
@@ -92,6 +96,40 @@ class ParkedGuest(Owned):
     def rest_in(self, file: GuestFile) -> None:
         """Take over the file that all pages are in; it is closed with the guest."""
         self.file = file
+
+    def keep_handed(self, handed: HandedMemory) -> None:
+        """Take over the descriptors of memory that another process had."""
+        self._handed = handed
+        for block in self.ram:
+            memory = block.memory
+            assert isinstance(memory, SharedMemory)
+            present = np.zeros(block.page_count, np.bool_)
+            for first, count in memory.data_runs().tolist():
+                present[first : first + count] = True
+            block.present = present
+
+    def offer_memory(self) -> HandedMemory:
+        """Its memory for another process.
+
+        Raises:
+            GuestError: It did not come by cpr-transfer, so that there are no descriptors.
+        """
+        if self._handed is None:
+            raise GuestError(
+                "the guest's memory is not shared memory: cpr-transfer is for a workload, or "
+                "for a guest that came by cpr-transfer itself"
+            )
+        return self._handed.copy()
+
+    def give_up_memory(self) -> None:
+        """Let go of its memory, which is another process's now."""
+        self.has_memory = False
+        for block in self.ram:
+            old, block.memory = block.memory, AnonymousMemory(block.used_length, block.page_size)
+            old.close()
+            block.present = np.zeros(block.page_count, np.bool_)
+        if self._handed is not None:
+            self._handed.close()
 
     def restore_owner(self, owner: Owner) -> None:
         """Take over what is on record of a guest that was found at rest."""
@@ -160,3 +198,5 @@ class ParkedGuest(Owned):
             block.memory.close()
         if self.file is not None:
             self.file.close()
+        if self._handed is not None:
+            self._handed.close()

@@ -16,6 +16,7 @@ Each packet is one JSON object in UTF-8 of at most 256 KiB; descriptors travel w
     check         can devices with these declarations be loaded here?
     save          devices, as VMState bodies one behind the other in a memfd
     load          the same, in the other direction
+    remap         put another memfd in a block's place, at the same address
     quit          end
 
 ``schemas/guest/`` is generated from these models.
@@ -115,6 +116,18 @@ class Saved(_Message):
     """Objects of the VMDESCRIPTION, in the same order."""
 
 
+class Remap(_Message):
+    """Arguments of ``remap``; the memfd comes along.
+
+    Memory that is lent belongs to another process until ``load`` has succeeded: a workload
+    whose daemon goes before that has to let go of it. It must not run on memory that another
+    process runs on: who runs holds an exclusive ``flock`` on each block's memfd.
+    """
+
+    block: Name
+    is_lent: bool
+
+
 class Nothing(_Message):
     """No arguments, or an empty return."""
 
@@ -122,7 +135,7 @@ class Nothing(_Message):
 class Request(_Message):
     """From the daemon."""
 
-    execute: Literal["begin", "stop", "start", "throttle", "check", "save", "load", "quit"]
+    execute: Literal["begin", "stop", "start", "throttle", "check", "save", "load", "remap", "quit"]
     arguments: Json = {}
     id: int
 
@@ -143,6 +156,7 @@ REQUESTS: dict[str, tuple[type[_Message], type[_Message]]] = {
     "check": (Check, Nothing),
     "save": (Nothing, Saved),
     "load": (Saved, Nothing),
+    "remap": (Remap, Nothing),
     "quit": (Nothing, Nothing),
 }
 """Arguments and return of each request."""

@@ -54,9 +54,15 @@ _NEXT = {
 
 
 class Owned:
-    """A guest that somebody owns: whoever holds it, or its destination."""
+    """A guest that somebody owns: whoever holds it, or its destination.
+
+    Attributes:
+        has_memory: False once its memory itself went to the destination: nothing is left
+            that could be taken back.
+    """
 
     _owner = Owner.HELD
+    has_memory = True
 
     @property
     def owner(self) -> Owner:

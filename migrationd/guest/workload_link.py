@@ -57,6 +57,12 @@ class Introduced:
         self.pagemap = -1
         self.userfaultfd = -1
 
+    def replace_block(self, index: int, fd: int) -> None:
+        """Take over another memfd for a block and close the one that it had."""
+        block, old = self.blocks[index]
+        self.blocks[index] = (block, fd)
+        os.close(old)
+
     def close(self) -> None:
         """Close every descriptor."""
         for fd in (self.pagemap, self.userfaultfd, *(fd for _, fd in self.blocks)):

@@ -59,6 +59,7 @@ from migrationd.incoming.arrival import (
 )
 from migrationd.incoming.berth import Berth, IncomingSettings
 from migrationd.incoming.channels import IncomingChannels
+from migrationd.incoming.cpr import CprArrival
 from migrationd.incoming.loader import Barrier, Pause, StreamLoader
 from migrationd.incoming.mapped_ram import load_mapped_ram
 from migrationd.incoming.multifd_receive import MultifdReceiver
@@ -101,6 +102,7 @@ class IncomingMigration:
         settings: Read when the stream begins, so that capabilities may be set while listening.
         on_status: Called with each new status.
         on_whole: Given the guest before the migration counts as completed.
+        cpr: How its memory comes before the stream, if it does.
     """
 
     def __init__(
@@ -109,8 +111,10 @@ class IncomingMigration:
         settings: Callable[[], IncomingSettings],
         on_status: Callable[[str], None],
         on_whole: Callable[[HeldGuest], Awaitable[None]] | None = None,
+        cpr: CprArrival | None = None,
     ) -> None:
         self._berth = berth
+        self._cpr = cpr
         self._on_whole = on_whole
         self._settings_now = settings
         self._settings = IncomingSettings()
@@ -197,6 +201,8 @@ class IncomingMigration:
         assert listener is not None
         self._channels = IncomingChannels(listener)
         try:
+            if self._cpr is not None:
+                await self._cpr.arrive()
             loader = await self._connect(self._channels)
             guest = await (
                 self._take_file() if self._settings.mapped_ram else self._receive(loader)
@@ -220,6 +226,8 @@ class IncomingMigration:
         finally:
             self._door.close()
             await self._close_channels()
+            if self._cpr is not None:
+                self._cpr.release()
             self._executor.shutdown(wait=True)
 
     def recover_on(self, listener: Listener) -> None:

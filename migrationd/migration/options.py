@@ -26,10 +26,6 @@ from migrationd.migration.parameters import (
 
 __all__ = ("CAPABILITIES", "NOT_BUILT", "PARAMETERS", "MigrationOptions", "Value")
 
-NOT_BUILT_VALUES: tuple[tuple[str, Value], ...] = (("mode", "normal"),)
-"""Parameters with which nothing starts at another value until their engine part is there."""
-
-
 _BEFORE_INCOMING = (
     ("postcopy-preempt", "Postcopy preempt must be set before incoming starts"),
     ("multifd", "Multifd must be set before incoming starts"),
@@ -104,13 +100,10 @@ class MigrationOptions:
         and nothing starts that would leave out what was asked for.
 
         Raises:
-            QMPError: A capability or value that is set has no engine part yet.
+            QMPError: A capability that is set has no engine part yet.
         """
         for name in CAPABILITIES:
             if self._capabilities[name] and name in NOT_BUILT:
                 raise QMPError(
                     f"Capability '{name}' is not supported in this version of migrationd"
                 )
-        for name, only in NOT_BUILT_VALUES:
-            if self._parameters[name] != only:
-                raise QMPError(f"Parameter '{name}' is not supported in this version of migrationd")

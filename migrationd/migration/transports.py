@@ -35,5 +35,36 @@ def check_transport(
             raise QMPError("Migration requires multi-channel URIs (e.g. tcp)")
     if capabilities["multifd"] and parameters["direct-io"] and not is_file:
         raise QMPError("Migration requires a transport that allows for extra fds (e.g. file)")
+    if parameters["mode"] == "cpr-transfer" and is_file:
+        raise QMPError("Migration requires streamable transport (eg unix)")
     if capabilities["mapped-ram"] and parameters["tls-creds"]:
         raise QMPError("Cannot use TLS with mapped-ram")
+
+
+def check_mode(capabilities: Mapping[str, bool], parameters: Mapping[str, Value]) -> None:
+    """Check what an outgoing migration in another than the normal mode cannot be.
+
+    Args:
+        capabilities: Every capability.
+        parameters: Every parameter.
+
+    Raises:
+        QMPError: The mode does not go with what is on.
+    """
+    mode = parameters["mode"]
+    if mode == "normal":
+        return
+    for name, what in (
+        ("postcopy-ram", "postcopy"),
+        ("background-snapshot", "background snapshot"),
+        ("x-colo", "COLO"),
+    ):
+        if capabilities[name]:
+            raise QMPError(f"Cannot use {what} with CPR")
+    if mode == "cpr-exec":
+        if not parameters["cpr-exec-command"]:
+            raise QMPError("cpr-exec mode requires setting cpr-exec-command")
+        raise QMPError(
+            "cpr-exec replaces the process that executes the guest, and migrationd is none; "
+            "use cpr-transfer"
+        )

@@ -29,6 +29,18 @@ class OutgoingSettings:
     """How a mapped-ram file is written; None without the capability."""
     multifd: MultifdSettings | None = None
     detects_zero_pages: bool = True
+    mode: str = "normal"
+    """Parameter ``mode``."""
+
+    @property
+    def hands_memory_over(self) -> bool:
+        """Whether memory goes by its descriptors, before the stream: none of it is in there."""
+        return self.mode == "cpr-transfer"
+
+    @property
+    def stops_first(self) -> bool:
+        """Whether the guest stands still before it counts as active, and dirties nothing."""
+        return self.mode != "normal"
 
 
 class Observer(Protocol):

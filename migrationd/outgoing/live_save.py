@@ -106,6 +106,16 @@ class LiveSaver:
                 return
             send = self._send_rest
 
+    def send_stopped(self) -> None:
+        """Send everything of a guest that stands still already.
+
+        Raises:
+            ChannelClosed: As :meth:`converge`.
+        """
+        self._stats.dirty_bytes = self._stats.total_bytes
+        self._send_all()
+        self._stats.dirty_bytes = 0
+
     def finish(self) -> None:
         """Send what is left of the stopped guest.
 

@@ -141,7 +141,8 @@ class Phases:
             await self._save_file(self._settings.file)
             return
         saver = await self._set_up()
-        await self._save_ram(saver)
+        if not self._settings.hands_memory_over:
+            await self._save_ram(saver)
         await self._pause_before_switchover()
         is_lazy = self._is_postcopy_requested()
         await self._begin_switchover(is_lazy=is_lazy)
@@ -231,8 +232,13 @@ class Phases:
         if self._connection.link is not None:
             await self._connection.link.set_up()
         self.progress.mark_set_up()
+        await self._stop_first()
         self._advance(Cause.STREAM)
         return saver
+
+    async def _stop_first(self) -> None:
+        if self._settings.stops_first and self._guest.live is not None:
+            await self._stop_guest(self._guest.live)
 
     def _make_multifd(self, settings: MultifdSettings) -> OutgoingMultifd:
         return OutgoingMultifd(
@@ -252,9 +258,18 @@ class Phases:
         if live is None:
             await self._connection.on_thread(saver.save_all)
             return
-        self._live_saver = self._make_live_saver(live, saver)
-        await self._connection.on_thread(self._live_saver.converge)
+        live_saver = self._make_live_saver(live, saver)
+        if self._settings.stops_first:
+            self._count_pass()
+            await self._connection.on_thread(live_saver.send_stopped)
+            return
+        self._live_saver = live_saver
+        await self._connection.on_thread(live_saver.converge)
         await self._stop_guest(live)
+
+    def _count_pass(self) -> None:
+        self._stats.dirty_sync_count += 1
+        self._observer.on_pass(self._stats.dirty_sync_count)
 
     async def _stop_guest(self, live: Live) -> None:
         self._advance(None)
@@ -299,8 +314,9 @@ class Phases:
 
     async def _switch_over(self, saver: Saver) -> None:
         """Phase 3: the guest leaves with its devices."""
-        if self._live_saver is not None and self._guest.live is not None:
+        if self._live_saver is not None:
             await self._connection.on_thread(self._live_saver.finish)
+        if self._guest.live is not None:
             await self._connection.on_thread(self._save_devices, self._guest.live)
         end = await self._connection.on_thread(saver.end_bytes)
         tail = stream_tail(self._guest, self._dialect, end)
@@ -322,12 +338,13 @@ class Phases:
         self._stats.dirty_sync_count = 1
         await self._connection.on_thread(save.set_up)
         self.progress.mark_set_up()
+        await self._stop_first()
         self._advance(Cause.STREAM)
         if (live := self._guest.live) is not None:
             # A page has one place: what stands still needs one pass.
-            self._stats.dirty_sync_count += 1
-            self._observer.on_pass(self._stats.dirty_sync_count)
-            await self._stop_guest(live)
+            self._count_pass()
+            if not self._settings.stops_first:
+                await self._stop_guest(live)
         await self._connection.on_thread(save.save_ram)
         await self._pause_before_switchover()
         await self._begin_switchover()

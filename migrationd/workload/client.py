@@ -16,7 +16,6 @@ Reference: the guest socket's messages, ``migrationd/guest/protocol.py``.
 
 import array
 import contextlib
-import fcntl
 import json
 import mmap
 import os
@@ -36,6 +35,7 @@ from migrationd.linux.userfaultfd import (
     open_userfaultfd,
     register,
 )
+from migrationd.workload.block import Block, Origin
 from migrationd.workload.compare import problems
 from migrationd.workload.vmstate import VMState
 
@@ -47,14 +47,6 @@ RESERVED_INSTANCE_ID = 0xFFFFFFFF
 _SLICE_S = 0.01
 """A throttled workload may run for this long, then rests in proportion."""
 _RECONNECT_WAIT_S = 60.0
-
-
-@dataclass(frozen=True, slots=True)
-class _Block:
-    name: str
-    size: int
-    fd: int
-    memory: mmap.mmap
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +81,7 @@ class Workload:
         self._on_stopped = on_stopped
         self._on_started = on_started
         self._on_quit = on_quit or (lambda: os._exit(0))
-        self._blocks: list[_Block] = []
+        self._blocks: list[Block] = []
         self._devices: list[_Device] = []
         self._gate = _Gate()
         self._path = ""
@@ -115,16 +107,10 @@ class Workload:
         if any(block.name == name for block in self._blocks):
             raise GuestError(f"there is a block '{name}' already")
         size = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
-        try:
-            fd = os.memfd_create(f"migrationd-{name}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-            os.ftruncate(fd, size)
-            # The daemon maps it too: it must not shrink under its reads.
-            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
-            memory = mmap.mmap(fd, size)
-        except (OSError, ValueError) as error:
-            raise GuestError(f"block '{name}' of {size} bytes: {error}") from error
-        self._blocks.append(_Block(name, size, fd, memory))
-        return memory
+        block = Block(name, size)
+        block.lock()
+        self._blocks.append(block)
+        return block.memory
 
     def add_device(
         self, state: VMState, target: object, instance_id: int = RESERVED_INSTANCE_ID
@@ -217,7 +203,7 @@ class Workload:
                 FEATURE_WP_ASYNC | FEATURE_WP_UNPOPULATED | FEATURE_WP_HUGETLBFS_SHMEM
             )
             for block in self._blocks:
-                register(self._userfaultfd, _address(block.memory), block.size, MODE_WP)
+                register(self._userfaultfd, block.address, block.size, MODE_WP)
             trackers = [os.open("/proc/self/pagemap", os.O_RDONLY), self._userfaultfd]
         hello = {
             "version": VERSION,
@@ -230,7 +216,7 @@ class Workload:
         if trackers:
             os.close(trackers[0])
         for block in self._blocks:
-            told = {"name": block.name, "size": block.size, "address": _address(block.memory)}
+            told = {"name": block.name, "size": block.size, "address": block.address}
             _send(sock, {"block": told}, [block.fd])
         _send(sock, {"ready": {}}, [])
 
@@ -242,6 +228,9 @@ class Workload:
         """
         while True:
             self._serve_one(sock)
+            for block in self._blocks:
+                if block.origin is Origin.LENT:
+                    block.renew()
             sock.close()
             self._gate.throttle(0)
             while True:
@@ -280,7 +269,7 @@ class Workload:
         match request.get("execute"):
             case "begin":
                 if arguments["role"] == "destination":
-                    self._stop()
+                    self._make_room()
                 self._begun.set()
             case "stop":
                 self._stop()
@@ -295,20 +284,53 @@ class Workload:
                 return self._save()
             case "load":
                 self._load(arguments["devices"], fds[0])
+            case "remap":
+                self._remap(arguments["block"], fds[0], arguments["is_lent"])
             case "quit":
                 pass
             case other:
                 raise GuestError(f"request '{other}' is not known")
         return {"return": {}}, []
 
+    def _make_room(self) -> None:
+        """Stand still for the daemon to make all memory empty."""
+        for block in self._blocks:
+            if block.origin is Origin.CAME:
+                raise GuestError(
+                    f"block '{block.name}' is another process's, and never ran here: it must "
+                    "not be emptied"
+                )
+        self._stop()
+
+    def _remap(self, name: str, fd: int, is_lent: bool) -> None:
+        if self._gate.is_open:
+            raise GuestError("memory is not replaced while the workload runs")
+        block = next((item for item in self._blocks if item.name == name), None)
+        if block is None:
+            raise GuestError(f"there is no block '{name}'")
+        block.remap(fd, Origin.LENT if is_lent else Origin.OWN)
+        if self._userfaultfd >= 0:
+            register(self._userfaultfd, block.address, block.size, MODE_WP)
+
     def _stop(self) -> None:
         was_open = self._gate.is_open
         self._gate.close()
+        for block in self._blocks:
+            block.unlock()
         if was_open and self._on_stopped is not None:
             self._on_stopped()
 
     def _start(self) -> None:
         was_open = self._gate.is_open
+        try:
+            for block in self._blocks:
+                block.lock()
+        except GuestError:
+            for block in self._blocks:
+                block.unlock()
+            raise
+        for block in self._blocks:
+            block.origin = Origin.OWN
         self._gate.open()
         if not was_open and self._on_started is not None:
             self._on_started()
@@ -356,6 +378,9 @@ class Workload:
             item.state.decode(body, item.target, entry["version_id"])
         if self._on_loaded is not None:
             self._on_loaded()
+        for block in self._blocks:
+            if block.origin is Origin.LENT:
+                block.origin = Origin.CAME
 
 
 class _Gate:
@@ -437,9 +462,3 @@ def _send(sock: socket.socket, message: dict[str, Any], fds: list[int]) -> None:
         raise GuestError(f"a message of {len(data)} bytes is too long for the guest socket")
     ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
     sock.sendmsg([data], ancillary, socket.MSG_NOSIGNAL)
-
-
-def _address(memory: mmap.mmap) -> int:
-    import ctypes
-
-    return ctypes.addressof(ctypes.c_char.from_buffer(memory))

@@ -4,6 +4,7 @@ import sys
 from collections import Counter
 from enum import Enum
 
+from migrationd.codec.cpr import FD_MARK, decode_cpr_state, encode_cpr_state
 from migrationd.codec.return_path import ReturnPathDecoder, encode_return_path
 from migrationd.errors import StreamTruncated
 from tests.conformance.captures import Capture, all_captures
@@ -23,7 +24,6 @@ LEFT = {
     "multifd channel": "packets of a multifd channel",
     "preempt channel": "records of a preempt channel",
     "recovery connection": "a connection after a pause: continues the tables of the first one",
-    "cpr state": "state of cpr-transfer",
     "COLO return path": "checkpoint messages",
     "mapped-ram": "mapped-ram file: a file at rest, read by the store",
 }
@@ -52,6 +52,9 @@ def judge(capture: Capture) -> str:
         messages = ReturnPathDecoder(bitmap_limit_bytes=1 << 20).feed(data)
         same = b"".join(map(encode_return_path, messages)) == data
         return f"return path: {(Outcome.IDENTICAL if same else Outcome.WRONG).value}"
+    if kind == "cpr state":
+        same = FD_MARK.join(encode_cpr_state(decode_cpr_state(data))) == data
+        return f"cpr state: {(Outcome.IDENTICAL if same else Outcome.WRONG).value}"
     return f"main stream: {outcome(capture, replay(data), data).value}"
 
 

@@ -138,8 +138,6 @@ def _channels(models: list[MigrationChannelModel]) -> list[MigrationChannel]:
             raise QMPError(f"Channel list has more than one {name} entry")
     if "main" not in types:
         raise QMPError("Channel list has no main entry")
-    if "cpr" in types:
-        raise QMPError("The cpr channel is not supported in this version of migrationd")
     return [
         MigrationChannel(
             model.channel_type, address_from_qapi(model.addr.model_dump(by_alias=True))

@@ -44,10 +44,6 @@ def test_what_is_not_built_says_so() -> None:
     with pytest.raises(QMPError, match="'release-ram' is not supported in this version"):
         options.check_built()
     options.set_capabilities([("release-ram", False)])
-    options.set_parameters({"mode": "cpr-reboot"})
-    with pytest.raises(QMPError, match="'mode' is not supported in this version"):
-        options.check_built()
-    options.set_parameters({"mode": "normal"})
     options.check_built()
 
 

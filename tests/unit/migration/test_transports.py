@@ -4,7 +4,7 @@ import pytest
 
 from migrationd.errors import QMPError
 from migrationd.migration.options import MigrationOptions
-from migrationd.migration.transports import check_transport
+from migrationd.migration.transports import check_mode, check_transport
 from migrationd.transport.address import parse_uri
 
 SINGLE = "Migration requires multi-channel URIs (e.g. tcp)"
@@ -47,3 +47,41 @@ def test_multifd_comes_before_the_listener() -> None:
     options.is_listening = True
     options.set_capabilities([("multifd", True), ("events", True)])
     options.set_capabilities([("multifd", False)])
+
+
+@pytest.mark.parametrize(
+    ("mode", "on", "text"),
+    [
+        ("normal", ("postcopy-ram",), None),
+        ("cpr-transfer", (), None),
+        ("cpr-reboot", ("multifd", "auto-converge"), None),
+        ("cpr-transfer", ("postcopy-ram",), "Cannot use postcopy with CPR"),
+        ("cpr-reboot", ("background-snapshot",), "Cannot use background snapshot with CPR"),
+        ("cpr-exec", ("x-colo",), "Cannot use COLO with CPR"),
+        ("cpr-exec", (), "cpr-exec mode requires setting cpr-exec-command"),
+    ],
+)
+def test_modes(mode: str, on: tuple[str, ...], text: str | None) -> None:
+    options = MigrationOptions()
+    options.set_parameters({"mode": mode})
+    capabilities = {name: name in on for name in options.capabilities}
+    if text is None:
+        check_mode(capabilities, options.parameters)
+        return
+    with pytest.raises(QMPError) as caught:
+        check_mode(capabilities, options.parameters)
+    assert caught.value.desc == text
+
+
+def test_cpr_exec_is_for_who_executes_the_guest() -> None:
+    options = MigrationOptions()
+    options.set_parameters({"mode": "cpr-exec", "cpr-exec-command": ["/bin/true"]})
+    with pytest.raises(QMPError, match="migrationd is none; use cpr-transfer"):
+        check_mode(options.capabilities, options.parameters)
+
+
+def test_cpr_transfer_is_no_file() -> None:
+    options = MigrationOptions()
+    options.set_parameters({"mode": "cpr-transfer"})
+    with pytest.raises(QMPError, match=r"^Migration requires streamable transport \(eg unix\)$"):
+        check_transport(parse_uri("file:/f"), options.capabilities, options.parameters)

@@ -1,0 +1,95 @@
+"""Memory that passes from one process to another by its descriptors; no page is copied."""
+
+import fcntl
+import os
+from collections.abc import Sequence
+
+from migrationd.codec.cpr import CprEntry, CprState
+from migrationd.errors import GuestError, StreamCorrupt
+from migrationd.linux.scm_rights import close_all
+
+
+class HandedMemory:
+    """Descriptors and what the source says of them.
+
+    Args:
+        state: One entry for each descriptor.
+        fds: Descriptors, owned from now on.
+
+    Raises:
+        StreamCorrupt: There are more or fewer of them; they are closed.
+    """
+
+    def __init__(self, state: CprState, fds: Sequence[int]) -> None:
+        self.state = state
+        self._fds = list(fds)
+        if len(fds) != len(state.entries):
+            self.close()
+            raise StreamCorrupt(
+                f"the CPR state announces {len(state.entries)} descriptors, {len(fds)} came"
+            )
+
+    @property
+    def fds(self) -> tuple[int, ...]:
+        """Descriptors, in the order of the entries."""
+        return tuple(self._fds)
+
+    def fd_of_block(self, idstr: str, size: int) -> int:
+        """The descriptor of a RAM block; it stays owned here.
+
+        Args:
+            idstr: Of the block.
+            size: Bytes that it must have at least.
+
+        Raises:
+            GuestError: There is none, or it is too short.
+        """
+        entry = CprEntry(idstr)
+        if entry not in self.state.entries:
+            raise GuestError(f"RAM block '{idstr}' came without its memory")
+        fd = self._fds[self.state.entries.index(entry)]
+        try:
+            found = os.fstat(fd).st_size
+        except OSError as error:
+            raise GuestError(f"RAM block '{idstr}': {error.strerror}") from error
+        if found < size:
+            raise GuestError(f"the memory of RAM block '{idstr}' is {found} bytes, not {size}")
+        return fd
+
+    def copy(self) -> "HandedMemory":
+        """The same memory by other descriptors.
+
+        Raises:
+            GuestError: There are too many descriptors.
+        """
+        fds: list[int] = []
+        try:
+            fds.extend(os.dup(fd) for fd in self._fds)
+        except OSError as error:
+            close_all(fds)
+            raise GuestError(f"handing memory over: {error.strerror}") from error
+        return HandedMemory(self.state, fds)
+
+    def close(self) -> None:
+        """Close the descriptors, any number of times."""
+        close_all(self._fds)
+        self._fds = []
+
+
+def empty_memfd(name: str, size: int) -> int:
+    """A memfd of zeros that neither shrinks nor grows; it belongs to the caller.
+
+    Raises:
+        GuestError: The kernel has none.
+    """
+    try:
+        fd = os.memfd_create(f"migrationd-{name}"[:200], os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    except OSError as error:
+        raise GuestError(f"a memfd: {error.strerror}") from error
+    try:
+        os.ftruncate(fd, size)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+    except OSError as error:
+        os.close(fd)
+        raise GuestError(f"a memfd of {size} bytes: {error.strerror}") from error
+    return fd

@@ -1,0 +1,101 @@
+"""cpr-transfer: a guest goes to another process on this host, its memory by descriptors."""
+
+import contextlib
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from qemu.qmp import QMPError
+
+from migrationd.ctl.daemon_process import DaemonProcess
+from tests.interop.test_attached import Pair
+from tests.support.cpr import channel, incoming_arguments
+from tests.support.dirtier import PROGRAM, DirtierProcess
+
+pytestmark = pytest.mark.interop
+
+
+@contextlib.asynccontextmanager
+async def pair(
+    directory: Path, *, mib: int = 16, there_program: Path = PROGRAM, there_mib: int | None = None
+) -> AsyncIterator[Pair]:
+    """Two workloads and their daemons, ready for cpr-transfer."""
+    here = DirtierProcess(directory, "here", mib=mib)
+    there = DirtierProcess(directory, "there", mib=there_mib or mib, program=there_program)
+    async with contextlib.AsyncExitStack() as stack:
+        source = await stack.enter_async_context(
+            await DaemonProcess.start(arguments=here.daemon_arguments)
+        )
+        destination = await stack.enter_async_context(
+            await DaemonProcess.start(
+                incoming="defer",
+                arguments=[*there.daemon_arguments, *incoming_arguments(directory / "cpr")],
+            )
+        )
+        await stack.enter_async_context(here)
+        await stack.enter_async_context(there)
+        await here.wait_running()
+        await source.wait_run_state("running")
+        for daemon in (source, destination):
+            await daemon.set_capabilities({"events": True})
+        await source.set_capabilities({"return-path": True})
+        await source.set_parameters({"mode": "cpr-transfer"})
+        yield Pair(source, destination, here, there)
+
+
+async def listen(two: Pair, directory: Path) -> None:
+    """Let the destination wait for the source."""
+    await two.destination.execute(
+        "migrate-incoming", {"uri": f"unix:{directory}/main", "exit-on-error": False}
+    )
+
+
+async def migrate(two: Pair, directory: Path) -> None:
+    """Start the migration."""
+    channels = [channel("main", directory / "main"), channel("cpr", directory / "cpr")]
+    await two.source.execute("migrate", {"channels": channels})
+
+
+def names(daemon: DaemonProcess) -> list[str]:
+    """Events of a daemon, statuses by their name."""
+    return [
+        str(event["data"]["status"] if event["event"] == "MIGRATION" else event["event"])
+        for event in daemon.events
+    ]
+
+
+@pytest.mark.parametrize("return_path", [True, False])
+async def test_a_workload_goes_on_in_another_process_and_no_page_is_sent(
+    tmp_path: Path, return_path: bool
+) -> None:
+    async with pair(tmp_path) as two:
+        await two.source.set_capabilities({"return-path": return_path})
+        await two.here.wait_passes(1)
+        await listen(two, tmp_path)
+        await migrate(two, tmp_path)
+        await two.source.wait_migration("completed")
+        await two.destination.wait_run_state("running")
+        last = two.here.progress()
+        after = await two.there.wait_passes(2)
+        assert last is not None
+        assert after.place > last.place
+        assert two.here.progress() == last, "the source stands still"
+        assert names(two.source) == ["setup", "STOP", "active", "device", "completed"]
+        assert names(two.destination) == ["setup", "active", "RESUME", "completed"]
+        ram = (await two.source.query_migrate())["ram"]
+        assert isinstance(ram, dict)
+        assert (ram["normal"], ram["duplicate"]) == (0, 0)
+        assert ram["transferred"] < 64 << 10
+        assert await two.source.run_state() == "postmigrate"
+
+
+async def test_the_source_cannot_take_it_back(tmp_path: Path) -> None:
+    async with pair(tmp_path) as two:
+        await listen(two, tmp_path)
+        await migrate(two, tmp_path)
+        await two.source.wait_migration("completed")
+        with pytest.raises(QMPError, match="memory itself went to the destination"):
+            await two.source.execute("cont")
+        with pytest.raises(QMPError, match="Can't migrate the vm"):
+            await migrate(two, tmp_path)
+        await two.there.wait_passes(1)
