@@ -5,8 +5,12 @@ lists repeat keys (the last one wins), which does not matter for sizes.
 """
 
 import json
+import re
 from typing import NamedTuple
 
+from migrationd.codec.records import Configuration
+
+_FIRST_CONFIGURATION = re.compile(r'\s*\{\s*"configuration"\s*:\s*')
 _SUBSECTION_HEAD_BYTES = 6
 """Type byte, length of the name, version."""
 
@@ -39,6 +43,64 @@ def device_sizes(description: bytes) -> list[DeviceSize]:
         return [_device(_object(device)) for device in devices]
     except RecursionError:
         raise ValueError("the description is nested too deeply") from None
+
+
+def with_configuration(description: bytes, configuration: Configuration) -> bytes:
+    """A description that fits the CONFIGURATION in front of it.
+
+    A guest may leave in another form than the one it came in, with other subsections of
+    the configuration. The rest of the text stays as it is.
+
+    Args:
+        description: The JSON; returned as it is if it describes nothing.
+        configuration: What the stream begins with.
+    """
+    wanted = _describe(configuration)
+    try:
+        text = description.decode()
+        if (found := _FIRST_CONFIGURATION.match(text)) is not None:
+            before, end = json.JSONDecoder().raw_decode(text, found.end())
+            if before.get("subsections", []) == wanted.get("subsections", []):
+                return description
+            return f"{text[: found.end()]}{json.dumps(wanted)}{text[end:]}".encode()
+        head, brace, rest = text.partition("{")
+    except (ValueError, AttributeError, RecursionError):
+        return description
+    if "subsections" not in wanted or head.strip() or not brace or rest.strip() == "}":
+        return description  # as of QEMU before 8.2, which describes none
+    return f'{{"configuration": {json.dumps(wanted)}, {rest}'.encode()
+
+
+def _describe(configuration: Configuration) -> dict[str, object]:
+    """The object of a CONFIGURATION, in QEMU's words and order."""
+    subsections = []
+    if configuration.target_page_bits is not None:
+        field = {"name": "target_page_bits", "type": "uint32", "size": 4}
+        subsections.append(_subsection("target-page-bits", [field]))
+    if configuration.capabilities is not None:
+        names = [
+            {"name": "capabilities", "type": "capability", "size": 1 + len(name)}
+            for name in configuration.capabilities
+        ]
+        if len(names) > 1:
+            names = [{**field, "index": index} for index, field in enumerate(names)]
+        count = {"name": "caps_count", "type": "uint32", "size": 4}
+        subsections.append(_subsection("capabilities", [count, *names]))
+    if configuration.uuid is not None:
+        subsections.append(_subsection("uuid", [{"name": "uuid", "type": "buffer", "size": 16}]))
+    out: dict[str, object] = {
+        "vmsd_name": "configuration",
+        "version": 1,
+        "fields": [
+            {"name": "len", "type": "uint32", "size": 4},
+            {"name": "name", "type": "buffer", "size": len(configuration.machine)},
+        ],
+    }
+    return out | ({"subsections": subsections} if subsections else {})
+
+
+def _subsection(name: str, fields: list[dict[str, object]]) -> dict[str, object]:
+    return {"vmsd_name": f"configuration/{name}", "version": 1, "fields": fields}
 
 
 def _device(device: dict[str, object]) -> DeviceSize:

@@ -34,6 +34,8 @@ DECLARATIONS = "migrationd/declarations"
 
 GLOBAL_STATE = "globalstate"
 _FULL = 0x04
+_FIRST_SECTION = 2
+"""Section id of the first device; 0 is that of the declarations, 1 is left for RAM."""
 
 
 class AttachedGuest(Owned):
@@ -189,7 +191,7 @@ class AttachedGuest(Owned):
         saved, bodies = self._link.save()
         stopped = PRELAUNCH if self.never_ran else PAUSED
         state = encode_run_state(bytes(104), RUNNING if was_running else stopped)
-        devices = [DeviceState(GLOBAL_STATE, 0, 1, state, _FULL, 0)]
+        devices = [DeviceState(GLOBAL_STATE, 0, 1, state, _FULL, _FIRST_SECTION)]
         described: list[object] = [
             {
                 "name": GLOBAL_STATE,
@@ -210,15 +212,26 @@ class AttachedGuest(Owned):
             "fields": [{"name": "data", "size": len(declarations.body), "type": "buffer"}],
         }
         at = 0
-        for device, description in zip(saved.devices, saved.description, strict=True):
+        pairs = zip(saved.devices, saved.description, strict=True)
+        for number, (device, description) in enumerate(pairs, _FIRST_SECTION + 1):
             body = bodies[at : at + device.length]
             at += device.length
             devices.append(
-                DeviceState(device.name, device.instance_id, device.version_id, body, _FULL, 0)
+                DeviceState(device.name, device.instance_id, device.version_id, body, _FULL, number)
             )
             described.append(description)
         self.devices = (declarations, *devices)
-        document = {"page_size": self._page_size, "devices": [early, *described]}
+        name = {"name": "name", "type": "buffer", "size": len(self.identity.machine or "")}
+        configuration = {
+            "vmsd_name": "configuration",
+            "version": 1,
+            "fields": [{"name": "len", "type": "uint32", "size": 4}, name],
+        }
+        document = {
+            "configuration": configuration,
+            "page_size": self._page_size,
+            "devices": [early, *described],
+        }
         self.vmdescription = json.dumps(document).encode()
 
     def complete(

@@ -23,6 +23,7 @@ from migrationd.codec.records import (
     OpaqueSection,
     VmDescription,
 )
+from migrationd.codec.vmdescription import with_configuration
 from migrationd.guest.base import Guest
 from migrationd.guest.device import DeviceState
 from migrationd.migration.dialect import Dialect
@@ -55,19 +56,9 @@ def stream_head(
         advise: Command that announces postcopy, if any.
     """
     encode_record = StreamEncoder().encode
-    identity = guest.identity
     parts = [encode_record(FileHeader(QEMU_VM_FILE_VERSION))]
-    if dialect.send_configuration and identity.machine is not None:
-        parts.append(
-            encode_record(
-                Configuration(
-                    machine=identity.machine,
-                    target_page_bits=identity.target_page_bits,
-                    capabilities=None,
-                    uuid=uuid,
-                )
-            )
-        )
+    if dialect.send_configuration and (configuration := _configuration(guest, uuid)) is not None:
+        parts.append(encode_record(configuration))
     if return_path:
         parts.append(encode_record(Command(MIG_CMD_OPEN_RETURN_PATH, b"")))
         parts.append(encode_record(Command(MIG_CMD_PING, (1).to_bytes(4, "big"))))
@@ -80,7 +71,9 @@ def stream_head(
     return b"".join(parts)
 
 
-def stream_tail(guest: Guest, dialect: Dialect, ram_end: bytes) -> bytes:
+def stream_tail(
+    guest: Guest, dialect: Dialect, ram_end: bytes, *, uuid: bytes | None = None
+) -> bytes:
     """From the switchover to the last byte: END sections, devices, EOF, VMDESCRIPTION."""
     encode_record = StreamEncoder().encode
     parts = []
@@ -92,8 +85,19 @@ def stream_tail(guest: Guest, dialect: Dialect, ram_end: bytes) -> bytes:
     parts += [encode_device(d, dialect) for d in late if d.kind == QEMU_VM_SECTION_FULL]
     parts.append(encode_record(EndOfStream()))
     if dialect.send_vmdescription:
-        parts.append(encode_record(VmDescription(guest.vmdescription or EMPTY_VMDESCRIPTION)))
+        description = guest.vmdescription or EMPTY_VMDESCRIPTION
+        if (configuration := _configuration(guest, uuid)) is not None:
+            description = with_configuration(description, configuration)
+        parts.append(encode_record(VmDescription(description)))
     return b"".join(parts)
+
+
+def _configuration(guest: Guest, uuid: bytes | None) -> Configuration | None:
+    """What a stream of the guest begins with."""
+    identity = guest.identity
+    if identity.machine is None:
+        return None
+    return Configuration(identity.machine, identity.target_page_bits, uuid=uuid)
 
 
 def encode_device(device: DeviceState, dialect: Dialect) -> bytes:

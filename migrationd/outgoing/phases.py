@@ -319,7 +319,7 @@ class Phases:
         if self._guest.live is not None:
             await self._connection.on_thread(self._save_devices, self._guest.live)
         end = await self._connection.on_thread(saver.end_bytes)
-        tail = stream_tail(self._guest, self._dialect, end)
+        tail = stream_tail(self._guest, self._dialect, end, uuid=self._settings.uuid)
         await self._connection.on_thread(self._write_tail, tail)
 
     async def _save_file(self, settings: FileSettings) -> None:

@@ -85,11 +85,13 @@ class Layout:
         pieces: Positions and bytes: head, block entries, EOS of START.
         blocks: RAM blocks in order.
         tail_position: Where what follows the START section of RAM begins.
+        configuration: What the file begins with.
     """
 
     pieces: tuple[tuple[int, bytes], ...]
     blocks: tuple[PlacedBlock, ...]
     tail_position: int
+    configuration: Configuration
 
 
 def bitmap_bytes(page_count: int) -> int:
@@ -140,7 +142,7 @@ def plan_layout(
         piece = b""
     piece += encode_eos() + encode_section_footer(RAM_SECTION_ID)
     pieces.append((position, piece))
-    return Layout(tuple(pieces), tuple(placed), position + len(piece))
+    return Layout(tuple(pieces), tuple(placed), position + len(piece), named)
 
 
 def encode_tail(

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from migrationd.codec.records import OpaqueSection
+from migrationd.codec.vmdescription import with_configuration
 from migrationd.errors import StoreError
 from migrationd.store.mapped_ram import Layout, encode_tail, write_at, write_bitmap
 from migrationd.store.mapped_ram_reader import read_contents
@@ -69,7 +70,7 @@ class MappedRamWriter:
             present: For each block, one bool per page.
             setup: Sections of the setup phase that are not in the layout.
             late: Sections after the setup phase, in order.
-            vmdescription: JSON.
+            vmdescription: JSON; its words on the configuration are made to fit this file.
             switchover_start: Whether the machine type sends SWITCHOVER_START.
 
         Returns:
@@ -80,7 +81,8 @@ class MappedRamWriter:
         """
         for block, bools in zip(self._layout.blocks, present, strict=True):
             write_bitmap(self._fd, block, bools)
-        tail = encode_tail(setup, late, vmdescription, switchover_start=switchover_start)
+        description = with_configuration(vmdescription, self._layout.configuration)
+        tail = encode_tail(setup, late, description, switchover_start=switchover_start)
         write_at(self._fd, tail, self._layout.tail_position)
         size = self._layout.tail_position + len(tail)
         os.ftruncate(self._fd, size)
