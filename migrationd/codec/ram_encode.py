@@ -7,15 +7,20 @@ import numpy as np
 import numpy.typing as npt
 
 from migrationd.codec.constants import (
+    ENCODING_FLAG_XBZRLE,
     RAM_SAVE_FLAG_CONTINUE,
     RAM_SAVE_FLAG_EOS,
     RAM_SAVE_FLAG_MEM_SIZE,
     RAM_SAVE_FLAG_MULTIFD_FLUSH,
     RAM_SAVE_FLAG_PAGE,
+    RAM_SAVE_FLAG_XBZRLE,
     RAM_SAVE_FLAG_ZERO,
 )
 from migrationd.codec.header import encode_cstr8
 from migrationd.codec.records import RamBlockEntry
+
+XBZRLE_HEAD_BYTES = 11
+"""Of an XBZRLE|CONTINUE record: word, encoding flag and length."""
 
 
 def page_headers(pages: npt.NDArray[np.int64], page_size: int) -> npt.NDArray[np.uint8]:
@@ -44,10 +49,52 @@ def zero_records(pages: npt.NDArray[np.int64], page_size: int) -> npt.NDArray[np
     return records
 
 
+def xbzrle_records(
+    pages: npt.NDArray[np.int64],
+    page_size: int,
+    edits: npt.NDArray[np.uint8],
+    sizes: npt.NDArray[np.int64],
+) -> npt.NDArray[np.uint8]:
+    """XBZRLE|CONTINUE records.
+
+    Args:
+        pages: Target page numbers, shape ``(n,)``.
+        page_size: Target page size in bytes.
+        edits: All edits, one behind the other.
+        sizes: Bytes of each page's edit, 1 to ``page_size``, shape ``(n,)``.
+
+    Returns:
+        Whole records, one behind the other: 11 bytes, then the edit.
+    """
+    head = np.empty((len(pages), XBZRLE_HEAD_BYTES), np.uint8)
+    words = pages * page_size | (RAM_SAVE_FLAG_XBZRLE | RAM_SAVE_FLAG_CONTINUE)
+    head[:, :8] = words.astype(">u8").view(np.uint8).reshape(-1, 8)
+    head[:, 8] = ENCODING_FLAG_XBZRLE
+    head[:, 9:] = sizes.astype(">u2").view(np.uint8).reshape(-1, 2)
+    ends = np.cumsum(sizes)
+    is_head = np.zeros(len(edits) + head.size, np.bool_)
+    begins = ends - sizes + np.arange(len(pages)) * XBZRLE_HEAD_BYTES
+    is_head[(begins[:, None] + np.arange(XBZRLE_HEAD_BYTES)).reshape(-1)] = True
+    records = np.empty(len(is_head), np.uint8)
+    records[is_head] = head.reshape(-1)
+    records[~is_head] = edits
+    return records
+
+
 def encode_named_header(page: int, page_size: int, idstr: str, *, is_zero: bool) -> bytes:
     """Word and block name of the first record of a block; the payload follows."""
     flag = RAM_SAVE_FLAG_ZERO if is_zero else RAM_SAVE_FLAG_PAGE
-    return (page * page_size | flag).to_bytes(8, "big") + encode_cstr8(idstr)
+    return _named_word(page * page_size | flag, idstr)
+
+
+def name_xbzrle_record(record: bytes, idstr: str) -> bytes:
+    """An XBZRLE|CONTINUE record that names its block instead."""
+    word = int.from_bytes(record[:8], "big") & ~RAM_SAVE_FLAG_CONTINUE
+    return _named_word(word, idstr) + record[8:]
+
+
+def _named_word(word: int, idstr: str) -> bytes:
+    return word.to_bytes(8, "big") + encode_cstr8(idstr)
 
 
 def encode_block_list(blocks: tuple[RamBlockEntry, ...], total_bytes: int | None = None) -> bytes:

@@ -451,6 +451,7 @@ class GuestControl:
             self._outgoing.set_avail_switchover_bandwidth(
                 number(parameters["avail-switchover-bandwidth"])
             )
+            self._outgoing.set_xbzrle_cache_size(number(parameters["xbzrle-cache-size"]))
             self._outgoing.set_max_postcopy_bandwidth(number(parameters["max-postcopy-bandwidth"]))
 
     def outgoing_info(self) -> MigrationInfo | None:

@@ -50,6 +50,9 @@ def outgoing_settings(
         detects_zero_pages=parameters["zero-page-detection"] != "none",
         throttle=_throttle(options),
         mode=_text(parameters["mode"]),
+        xbzrle_cache_bytes=number(parameters["xbzrle-cache-size"])
+        if capabilities["xbzrle"]
+        else None,
     )
 
 

@@ -31,6 +31,19 @@ class RamStats:
 
 
 @dataclass(frozen=True, slots=True)
+class XbzrleStats:
+    """Counters of XBZRLE (QMP ``XBZRLECacheStats``); the rates are those of the last pass."""
+
+    cache_size: int
+    bytes: int = 0
+    pages: int = 0
+    cache_miss: int = 0
+    cache_miss_rate: float = 0.0
+    encoding_rate: float = 0.0
+    overflow: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class MigrationInfo:
     """One side's answer to ``query-migrate``; None means that the member is absent."""
 
@@ -43,6 +56,7 @@ class MigrationInfo:
     remaining_bytes: int | None = None
     cpu_throttle_percentage: int | None = None
     ram: RamStats | None = None
+    xbzrle: XbzrleStats | None = None
     postcopy_latency_ns: int | None = None
     postcopy_latency_dist: tuple[int, ...] | None = None
     blocked_reasons: tuple[str, ...] = ()

@@ -9,7 +9,7 @@ Reference: the meaning of each member is QEMU's ``MigrationStats``.
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from migrationd.migration.info import RamStats
+from migrationd.migration.info import RamStats, XbzrleStats
 
 MEASURE_WINDOW_S = 0.1
 """Bandwidth is measured over windows of this length."""
@@ -38,6 +38,7 @@ class OutgoingStats:
             not run: then it is what was never sent.
         dirty_pages_rate: Pages that it wrote a second, over the last pass.
         throttle_percentage: Share of its time that it gives up; None without auto-converge.
+        xbzrle: Counters of XBZRLE; None where nothing is sent twice.
         mbps: Rate of the last complete window, megabits per second.
         pages_per_s: Pages of the last complete window, per second.
     """
@@ -55,6 +56,7 @@ class OutgoingStats:
     dirty_bytes: int | None = None
     dirty_pages_rate: int = 0
     throttle_percentage: int | None = None
+    xbzrle: XbzrleStats | None = None
     mbps: float = 0.0
     pages_per_s: int = 0
     bytes_per_s: float = 0.0

@@ -25,6 +25,8 @@ class OutgoingSettings:
     postcopy: PostcopySettings | None = None
     postcopy_blocktime: bool = False
     """Show how long requests took; QEMU shows at its destination how long the guest waited."""
+    xbzrle_cache_bytes: int | None = None
+    """None without the capability."""
     file: FileSettings | None = None
     """How a mapped-ram file is written; None without the capability."""
     multifd: MultifdSettings | None = None

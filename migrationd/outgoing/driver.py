@@ -232,6 +232,10 @@ class OutgoingMigration:
         """Change the rate that the switchover is planned with; 0 is the measured one."""
         self._phases.available_bytes_per_s = bytes_per_s
 
+    def set_xbzrle_cache_size(self, size_bytes: int) -> None:
+        """Change the cache at once; what it held is forgotten."""
+        self._phases.xbzrle_cache_bytes = size_bytes
+
     def info(self) -> MigrationInfo | None:
         """The source's part of ``query-migrate``; None before anything happened."""
         shows_latency = self._postcopy is not None and self._shows_latency

@@ -18,6 +18,7 @@ from migrationd.migration.convergence import Convergence, Decision, Pass
 from migrationd.migration.stats import OutgoingStats
 from migrationd.outgoing.multifd_save import MultifdSaver
 from migrationd.outgoing.ram_save import RamSaver
+from migrationd.outgoing.xbzrle_save import XbzrleSaver
 
 SCAN_PAGES = 4096
 """Pages whose contents are looked at in one go: 16 MiB."""
@@ -44,7 +45,7 @@ class LiveSaver:
 
     def __init__(
         self,
-        saver: RamSaver | MultifdSaver,
+        saver: RamSaver | MultifdSaver | XbzrleSaver,
         live: Live,
         blocks: Sequence[RamBlock],
         convergence: Convergence,

@@ -37,11 +37,12 @@ from migrationd.outgoing.multifd_send import MultifdSettings
 from migrationd.outgoing.postcopy import PostcopyLink, PostcopySource
 from migrationd.outgoing.progress import OutgoingProgress
 from migrationd.outgoing.ram_save import PART_BYTES, RamSaver
+from migrationd.outgoing.xbzrle_save import XbzrleSaver
 from migrationd.transport.rate_limit import RateLimiter
 
 log = logging.getLogger(__name__)
 
-Saver = RamSaver | MultifdSaver
+Saver = RamSaver | MultifdSaver | XbzrleSaver
 Sent = dict[str, npt.NDArray[np.bool_]]
 """By block name one bool per page, set for pages that went out."""
 
@@ -62,6 +63,7 @@ class Phases:
         postcopy: Who has which page, if the migration may become a postcopy.
         downtime_limit_ms: What the expected downtime starts from.
         available_bytes_per_s: Rate that the switchover is planned with; 0 is the measured one.
+        xbzrle_cache_bytes: Of a guest that executes, with the capability.
         tail_started: Set when the whole guest is on its way.
     """
 
@@ -88,6 +90,7 @@ class Phases:
         self._limiter = RateLimiter(settings.max_bandwidth_bytes_per_s)
         self.downtime_limit_ms = settings.downtime_limit_ms
         self.available_bytes_per_s = settings.avail_switchover_bytes_per_s
+        self.xbzrle_cache_bytes = settings.xbzrle_cache_bytes or 0
         self.postcopy: PostcopySource | None = None
         if settings.postcopy is not None and guest.live is None:
             self.postcopy = PostcopySource(guest, dialect, settings.postcopy, self._stats, clock)
@@ -196,6 +199,15 @@ class Phases:
             detects_zeros=self._settings.detects_zero_pages,
         )
 
+    def _xbzrle_saver(self, ram: RamSaver) -> XbzrleSaver:
+        return XbzrleSaver(
+            ram,
+            self._guest.ram,
+            page_size=self._guest.page_size,
+            cache_bytes=lambda: self.xbzrle_cache_bytes,
+            stats=self._stats,
+        )
+
     def _is_postcopy_requested(self) -> bool:
         return self.postcopy is not None and self.postcopy.is_requested
 
@@ -222,6 +234,8 @@ class Phases:
             head = head[FILE_HEADER_BYTES:]
             self._connection.multifd = self._make_multifd(self._settings.multifd)
             saver = await self._connection.multifd.connect(ram, self._guest, self._dialect)
+        elif self._settings.xbzrle_cache_bytes is not None and self._guest.live is not None:
+            saver = self._xbzrle_saver(ram)
         start = await self._connection.on_thread(saver.setup_bytes)
         try:
             await self._connection.on_thread(self._write, head + start)

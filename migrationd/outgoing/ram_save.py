@@ -22,7 +22,9 @@ from migrationd.codec.ram_encode import (
     encode_block_list,
     encode_eos,
     encode_named_header,
+    name_xbzrle_record,
     page_headers,
+    xbzrle_records,
     zero_records,
 )
 from migrationd.codec.records import RamBlockEntry
@@ -39,6 +41,8 @@ PART_BYTES = 64 << 20
 """A PART is closed after about this much, so that a reader sees the rounds go by."""
 
 Pages = npt.NDArray[np.int64]
+Copied = tuple[npt.NDArray[np.uint8], Pages]
+"""Contents that were copied, flat, and which of them each page has."""
 
 
 class RamSaver:
@@ -153,29 +157,69 @@ class RamSaver:
         prefix, self._prefix = self._prefix, b""
         self._send(prefix + mark + self._part_end())
 
-    def send(self, block: RamBlock, pages: Pages, *, is_zero: bool) -> None:
+    def send(
+        self, block: RamBlock, pages: Pages, *, is_zero: bool, copied: Copied | None = None
+    ) -> None:
         """Send pages of a block inside PARTs, in batches, until it is told to stop.
 
         Args:
             block: Block.
             pages: Page numbers, shape ``(n,)``.
             is_zero: Whether all of them are zero.
+            copied: Their contents, if not those that the block has when they are sent.
 
         Raises:
             ChannelClosed: As :meth:`save_all`.
         """
         start = 0
+        content, places = copied or (block.memory.view, pages)
         while start < len(pages) and not self._should_stop():
             is_record = is_zero and self._zeros is None
             count = ZERO_BATCH_PAGES if is_record else self._allowed_pages()
-            if self._part_limit is not None and self._part_bytes >= self._part_limit:
-                self._prefix += self._part_end() + self._part_header()
-            prefix, self._prefix = self._prefix, b""
             batch = pages[start : start + count]
-            if self._sent is not None:
-                self._sent[block.idstr][batch] = True
-            self._send_batch(block, batch, is_zero, prefix)
+            self.note_sent(block, batch)
+            self._send_batch(block, batch, is_zero, content, places[start : start + count])
             start += count
+
+    def send_edits(
+        self, block: RamBlock, pages: Pages, edits: npt.NDArray[np.uint8], sizes: Pages
+    ) -> None:
+        """Send pages of a block as XBZRLE edits of what the destination has of them.
+
+        Args:
+            block: Block.
+            pages: Page numbers, shape ``(n,)``.
+            edits: All edits, one behind the other.
+            sizes: Bytes of each, shape ``(n,)``.
+
+        Raises:
+            ChannelClosed: As :meth:`save_all`.
+        """
+        if not len(pages):
+            return
+        self.note_sent(block, pages)
+        prefix = self._take_prefix()
+        records = xbzrle_records(pages, self._page_size, edits, sizes).tobytes()
+        if block is not self._named_block:
+            records = name_xbzrle_record(records, block.idstr)
+            self._named_block = block
+        data = prefix + records
+        window_bytes = self._limiter.window_bytes or len(data)
+        for start in range(0, len(data), window_bytes):
+            self._throttle()
+            self._send(data[start : start + window_bytes])
+
+    def note_sent(self, block: RamBlock, pages: Pages) -> None:
+        """The destination has these pages as they are now, or will."""
+        if self._sent is not None:
+            self._sent[block.idstr][pages] = True
+
+    def _take_prefix(self) -> bytes:
+        """What has to stand before the next record."""
+        if self._part_limit is not None and self._part_bytes >= self._part_limit:
+            self._prefix += self._part_end() + self._part_header()
+        prefix, self._prefix = self._prefix, b""
+        return prefix
 
     def _part_header(self) -> bytes:
         self._part_bytes = 0
@@ -191,9 +235,16 @@ class RamSaver:
             return self._batch_pages
         return max(1, min(self._batch_pages, window_bytes // (self._page_size + 8)))
 
-    def _send_batch(self, block: RamBlock, pages: Pages, is_zero: bool, prefix: bytes) -> None:
+    def _send_batch(
+        self,
+        block: RamBlock,
+        pages: Pages,
+        is_zero: bool,
+        content: npt.NDArray[np.uint8],
+        places: Pages,
+    ) -> None:
         self._throttle()
-        content, places = block.memory.view, pages
+        prefix = self._take_prefix()
         if is_zero and self._zeros is not None:
             content, places, is_zero = self._zeros, np.arange(len(pages)), False
         named = 0

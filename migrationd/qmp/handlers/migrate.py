@@ -3,7 +3,7 @@
 from pydantic import ConfigDict, TypeAdapter
 
 from migrationd.errors import QMPError
-from migrationd.migration.info import MigrationInfo, RamStats
+from migrationd.migration.info import MigrationInfo, RamStats, XbzrleStats
 from migrationd.qmp.command import Invocation
 from migrationd.qmp.context import MigrationChannel
 from migrationd.qmp.models.address import SocketAddress
@@ -80,12 +80,12 @@ def query_migrate(call: Invocation, _: object) -> MigrationInfoModel:
         if info is not None:
             members |= _info_members(info)
     if "ram" in members and call.control.options.capabilities["xbzrle"]:
-        members["xbzrle_cache"] = _unused_cache(call)
+        members.setdefault("xbzrle_cache", _unused_cache(call))
     return MigrationInfoModel.make(**members)
 
 
 def _unused_cache(call: Invocation) -> XBZRLECacheStats:
-    """Counters of XBZRLE: pages go out whole, whatever the capability allows."""
+    """Counters of XBZRLE where no page goes out twice."""
     return XBZRLECacheStats.make(
         cache_size=call.control.options.parameters["xbzrle-cache-size"],
         bytes=0,
@@ -111,6 +111,7 @@ def _info_members(info: MigrationInfo) -> dict[str, object]:
         "socket_address": [_ADDRESSES.validate_python(item) for item in info.socket_address]
         or None,
         "ram": _ram(info.ram),
+        "xbzrle_cache": _xbzrle(info.xbzrle),
         "postcopy_latency": info.postcopy_latency_ns,
         "postcopy_latency_dist": info.postcopy_latency_dist,
     }
@@ -121,6 +122,13 @@ def _ram(ram: RamStats | None) -> MigrationStats | None:
     if ram is None:
         return None
     return MigrationStats.make(**{name: getattr(ram, name) for name in MigrationStats.model_fields})
+
+
+def _xbzrle(stats: XbzrleStats | None) -> XBZRLECacheStats | None:
+    if stats is None:
+        return None
+    names = XBZRLECacheStats.model_fields
+    return XBZRLECacheStats.make(**{name: getattr(stats, name) for name in names})
 
 
 def _has_uri(arguments: Migrate | MigrateIncoming) -> bool:
