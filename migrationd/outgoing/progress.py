@@ -115,7 +115,7 @@ class OutgoingProgress:
             else self.stats.expected_downtime_ms(downtime_limit_ms),
             remaining_bytes=None if completed else ram.remaining,
             ram=ram,
-            xbzrle=self._stats.xbzrle,
+            xbzrle=self.stats.xbzrle,
             postcopy_latency_ns=latency.mean_ns if latency is not None else None,
             postcopy_latency_dist=latency.distribution() if latency is not None else None,
         )

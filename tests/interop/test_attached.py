@@ -137,6 +137,28 @@ async def test_pass_after_pass_over_multifd(tmp_path: Path, method: str) -> None
         assert ram["dirty-sync-count"] >= 2
 
 
+async def test_pages_that_were_sent_before_go_as_edits(tmp_path: Path) -> None:
+    async with pair(tmp_path, rate_mb_s=120.0) as two:
+        await two.here.wait_passes(1)
+        await two.source.set_parameters({"downtime-limit": 100})
+        # Each page has a new number in it: whole, they would be more than the limit lets by.
+        await two.begin(max_bandwidth=30 << 20, xbzrle=True)
+        await two.source.wait_migration("completed", timeout_s=40)
+        await two.there.wait_passes(2)
+        info = await two.source.query_migrate()
+        cache = info["xbzrle-cache"]
+        assert isinstance(cache, dict)
+        assert cache["cache-size"] == 64 << 20
+        assert cache["pages"] > 0
+        assert cache["bytes"] < cache["pages"] * 100
+        assert cache["encoding-rate"] > 20
+        assert cache["overflow"] == 0
+        text = await two.source.execute(
+            "human-monitor-command", {"command-line": "info migrate -a"}
+        )
+        assert f"pages={cache['pages']}" in str(text)
+
+
 async def test_a_workload_that_stands_still_arrives_so(tmp_path: Path) -> None:
     async with pair(tmp_path) as two:
         await two.source.execute("stop")
