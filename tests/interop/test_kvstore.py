@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import itertools
-import socket
 import sys
 import time
 from pathlib import Path
@@ -11,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from migrationd.ctl.daemon_process import DaemonProcess
+from migrationd.ctl.dirtier_process import PROGRAM as DIRTIER
 from migrationd.linux.pagemap import can_scan
 from tests.support.deadline import until
-from tests.support.dirtier import PROGRAM as DIRTIER
+from tests.support.ports import free_port
 from tests.support.results import add_row
 
 pytestmark = [
@@ -23,11 +23,6 @@ pytestmark = [
 
 PROGRAM = DIRTIER.with_name("kvstore.py")
 MOVES = 2
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        return int(sock.getsockname()[1])
 
 
 def command(*words: bytes) -> bytes:
