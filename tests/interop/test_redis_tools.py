@@ -11,6 +11,7 @@ import pytest
 from migrationd.ctl.daemon_process import DaemonProcess
 from migrationd.ctl.dirtier_process import PROGRAM as DIRTIER
 from migrationd.linux.pagemap import can_scan
+from tests.support.cpr import channel, incoming_arguments
 from tests.support.deadline import until
 from tests.support.ports import free_port
 from tests.support.redis_tools import (
@@ -53,7 +54,19 @@ async def save_and_restore(here: DaemonProcess, there: DaemonProcess, directory:
     await there.execute("migrate-incoming", {"uri": uri})
 
 
-MOVES: dict[str, Move] = {"precopy": precopy, "snapshot + restore": save_and_restore}
+async def cpr(here: DaemonProcess, there: DaemonProcess, directory: Path) -> None:
+    await here.set_parameters({"mode": "cpr-transfer"})
+    await there.execute("migrate-incoming", {"uri": f"unix:{directory}/main"})
+    channels = [channel("main", directory / "main"), channel("cpr", directory / "cpr")]
+    await here.execute("migrate", {"channels": channels})
+    await here.wait_migration("completed")
+
+
+MOVES: dict[str, Move] = {
+    "precopy": precopy,
+    "cpr": cpr,
+    "snapshot + restore": save_and_restore,
+}
 
 
 @pytest.mark.parametrize("name", list(MOVES))
@@ -63,14 +76,15 @@ async def test_no_acknowledged_write_is_lost(
     port = free_port()
     clis = [CliClient(number, port) for number in range(2)]
     benchmark = BenchmarkClient(port)
+    cpr_channel = incoming_arguments(tmp_path / "cpr") if name == "cpr" else []
     async with contextlib.AsyncExitStack() as stack:
         here, there = [
             await stack.enter_async_context(
                 await DaemonProcess.start(
-                    incoming=incoming, arguments=["-guest", f"attach:{tmp_path}/{side}"]
+                    incoming=incoming, arguments=["-guest", f"attach:{tmp_path}/{side}", *more]
                 )
             )
-            for side, incoming in (("here", None), ("there", "defer"))
+            for side, incoming, more in (("here", None, []), ("there", "defer", cpr_channel))
         ]
         for side in ("here", "there"):
             await start_server(stack, tmp_path / side, port)
