@@ -1,0 +1,145 @@
+"""cpr-transfer with a real QEMU on either side: it, migrationd and it again on the same memory."""
+
+import asyncio
+import os
+from pathlib import Path
+
+import pytest
+
+from migrationd.ctl.daemon_process import DaemonProcess
+from migrationd.ctl.qemu_process import QemuProcess, find_qemu
+from tests.support.cpr import channel, incoming_arguments
+from tests.support.deadline import until
+from tests.support.moves import SMALL_GUEST, VIRTIO, Host, check_runs_on, memory_digest
+
+pytestmark = pytest.mark.interop
+
+MEMORY_MIB = 32
+SHARED = ("-object", f"memory-backend-memfd,id=ram0,size={MEMORY_MIB}M,share=on", *VIRTIO)
+
+
+def host(version: str, machine: str, arguments: tuple[str, ...] = SHARED) -> Host:
+    """A QEMU whose memory is shared, all of it."""
+    binary = find_qemu(version)
+    if binary is None:
+        pytest.skip(f"QEMU {version} is not installed (tests/support/install-qemus brings it)")
+    options = f"{machine},aux-ram-share=on,memory-backend=ram0"
+    return Host(binary, options, SMALL_GUEST, MEMORY_MIB, arguments)
+
+
+async def hand_over(source: QemuProcess | DaemonProcess, main: Path, cpr: Path) -> None:
+    """Start a cpr-transfer."""
+    await source.set_capabilities({"events": True, "return-path": True})
+    await source.set_parameters({"mode": "cpr-transfer"})
+    await source.execute("migrate", {"channels": [channel("main", main), channel("cpr", cpr)]})
+
+
+async def start_destination(
+    where: Host, directory: Path, *, paused: bool
+) -> "asyncio.Task[QemuProcess]":
+    """Start a QEMU that waits for its memory: its monitor does not answer before that."""
+    arguments = (*where.arguments, *incoming_arguments(directory / "cpr.b"))
+    there = Host(where.binary, where.machine, where.guest, where.memory_mib, arguments)
+    incoming = f"unix:{directory}/main.b"
+    start = asyncio.create_task(there.start("QEMU B", incoming=incoming, paused=paused))
+    await until(lambda: os.path.exists(directory / "cpr.b"), "QEMU B waits for its memory")
+    return start
+
+
+async def park(
+    where: Host, directory: Path, closing: list[object]
+) -> tuple[QemuProcess, DaemonProcess]:
+    """Move a running guest from a QEMU into migrationd, by cpr-transfer."""
+    daemon = await DaemonProcess.start(
+        incoming=f"unix:{directory}/main.a", arguments=incoming_arguments(directory / "cpr.a")
+    )
+    closing.append(daemon)
+    qemu = await where.start("QEMU A")
+    closing.append(qemu)
+    await qemu.wait_serial(4)
+    await hand_over(qemu, directory / "main.a", directory / "cpr.a")
+    await qemu.wait_migration("completed")
+    await daemon.wait_migration("completed")
+    await daemon.wait_run_state("paused")
+    return qemu, daemon
+
+
+@pytest.mark.parametrize("machine", ["pc", "q35"])
+@pytest.mark.parametrize("version", ["10.0", "11.1"])
+async def test_in_and_out_without_a_copy(
+    version: str, machine: str, tmp_path: Path, closing: list[object]
+) -> None:
+    where = host(version, machine)
+    source, daemon = await park(where, tmp_path, closing)
+    before = source.serial
+    digest = await memory_digest(source, where)
+    await source.close()
+    start = await start_destination(where, tmp_path, paused=True)
+    await hand_over(daemon, tmp_path / "main.b", tmp_path / "cpr.b")
+    destination = await start
+    closing.append(destination)
+    info = await daemon.wait_migration("completed")
+    await destination.wait_migration("completed")
+    ram = info["ram"]
+    assert isinstance(ram, dict)
+    assert (ram["normal"], ram["duplicate"]) == (0, 0)
+    assert await memory_digest(destination, where) == digest
+    await destination.execute("cont")
+    await check_runs_on(before, destination, where)
+
+
+async def test_what_came_by_descriptors_leaves_by_a_stream(
+    tmp_path: Path, closing: list[object]
+) -> None:
+    where = host("11.1", "pc")
+    source, daemon = await park(where, tmp_path, closing)
+    before = source.serial
+    digest = await memory_digest(source, where)
+    await source.close()
+    destination = await where.start("QEMU B", incoming=f"unix:{tmp_path}/main.b", paused=True)
+    closing.append(destination)
+    await daemon.set_capabilities({"return-path": True})
+    await daemon.execute("migrate", {"uri": f"unix:{tmp_path}/main.b"})
+    await daemon.wait_migration("completed")
+    assert await memory_digest(destination, where) == digest
+    await destination.execute("cont")
+    await check_runs_on(before, destination, where)
+
+
+@pytest.mark.parametrize(("old", "new"), [("10.0", "11.1"), ("11.1", "10.0")])
+async def test_from_one_release_to_the_other(
+    old: str, new: str, tmp_path: Path, closing: list[object]
+) -> None:
+    source, daemon = await park(host(old, "pc-i440fx-10.0"), tmp_path, closing)
+    before = source.serial
+    await source.close()
+    there = host(new, "pc-i440fx-10.0")
+    start = await start_destination(there, tmp_path, paused=False)
+    await hand_over(daemon, tmp_path / "main.b", tmp_path / "cpr.b")
+    destination = await start
+    closing.append(destination)
+    await daemon.wait_migration("completed")
+    await check_runs_on(before, destination, there)
+
+
+async def test_a_destination_that_refuses_leaves_the_guest_here(
+    tmp_path: Path, closing: list[object]
+) -> None:
+    where = host("11.1", "pc")
+    source, daemon = await park(where, tmp_path, closing)
+    before = source.serial
+    await source.close()
+    other = Host(where.binary, where.machine, SMALL_GUEST, 32, SHARED[:2])  # no disk, no network
+    start = await start_destination(other, tmp_path, paused=False)
+    await hand_over(daemon, tmp_path / "main.b", tmp_path / "cpr.b")
+    closing.append(await start)
+    await daemon.wait_migration("failed")
+    await closing[-1].close()  # type: ignore[attr-defined]
+    assert await daemon.run_state() == "paused"
+    (tmp_path / "cpr.b").unlink(missing_ok=True)
+    start = await start_destination(where, tmp_path, paused=False)
+    await hand_over(daemon, tmp_path / "main.b", tmp_path / "cpr.b")
+    destination = await start
+    closing.append(destination)
+    await daemon.wait_migration("completed")
+    await check_runs_on(before, destination, where)
