@@ -36,10 +36,14 @@ class WorkloadSlot:
             GuestError: None came in time.
         """
         with self._changed:
-            if not self._changed.wait_for(lambda: self._guest is not None, timeout_s):
+            if not self._changed.wait_for(self._is_there, timeout_s):
                 raise GuestError("no workload is attached that could take the guest")
             assert self._guest is not None
             return self._guest
+
+    def _is_there(self) -> bool:
+        # One that was let go after a failure stays until its socket is noticed.
+        return self._guest is not None and not self._guest.is_closed
 
 
 class AttachedBerth:

@@ -59,7 +59,6 @@ class GuestSocket:
             os.unlink(self._path)
 
     async def _serve(self) -> None:
-        loop = asyncio.get_running_loop()
         while True:
             await _readable(self._socket.fileno())
             try:
@@ -67,27 +66,34 @@ class GuestSocket:
             except OSError as error:
                 log.warning("guest socket: %s", error.strerror)
                 continue
-            link = WorkloadLink(sock)
-            guest: AttachedGuest | None = None
+            # Ours, so that it is noticed as well that a failed migration has closed the link.
+            watched = os.dup(sock.fileno())
             try:
-                guest = await loop.run_in_executor(None, _introduce, link)
-                await self._on_attached(guest)
-            except MigrationdError as error:
-                log.warning("a workload was refused: %s", error)
-                if guest is not None:
-                    guest.close()
-                else:
-                    link.close()
-                continue
-            log.info(
-                "workload %s attached: %d RAM blocks, %d MiB",
-                guest.name,
-                len(guest.ram),
-                guest.ram_bytes >> 20,
-            )
-            await _gone(sock.fileno())
-            log.info("workload %s is gone", guest.name)
-            self._on_gone(guest)
+                await self._attend(WorkloadLink(sock), watched)
+            finally:
+                os.close(watched)
+
+    async def _attend(self, link: WorkloadLink, watched: int) -> None:
+        guest: AttachedGuest | None = None
+        try:
+            guest = await asyncio.get_running_loop().run_in_executor(None, _introduce, link)
+            await self._on_attached(guest)
+        except MigrationdError as error:
+            log.warning("a workload was refused: %s", error)
+            if guest is not None:
+                guest.close()
+            else:
+                link.close()
+            return
+        log.info(
+            "workload %s attached: %d RAM blocks, %d MiB",
+            guest.name,
+            len(guest.ram),
+            guest.ram_bytes >> 20,
+        )
+        await _gone(watched)
+        log.info("workload %s is gone", guest.name)
+        self._on_gone(guest)
 
 
 def _introduce(link: WorkloadLink) -> AttachedGuest:

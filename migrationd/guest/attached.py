@@ -87,6 +87,11 @@ class AttachedGuest(Owned):
         )
 
     @property
+    def is_closed(self) -> bool:
+        """Whether the workload was let go."""
+        return not self.ram
+
+    @property
     def page_size(self) -> int:
         """Target page size in bytes."""
         return self._page_size

@@ -7,6 +7,7 @@ Reference: ``guest/protocol.py``.
 """
 
 import array
+import contextlib
 import json
 import os
 import socket
@@ -220,6 +221,8 @@ class WorkloadLink:
 
     def close(self) -> None:
         """Close the connection; the workload goes on alone, or ends."""
+        with contextlib.suppress(OSError):  # it is gone already
+            self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
 
     def _add_block(self, found: Introduced, block: Block | None, fds: list[int]) -> None:

@@ -95,8 +95,8 @@ class OutgoingMigration:
 
     @property
     def may_be_elsewhere(self) -> bool:
-        """Whether the whole guest was on its way, so that the destination may run it."""
-        return self._phases.tail_started.is_set()
+        """Whether the whole guest was on its way, and the destination did not say it failed."""
+        return self._phases.tail_started.is_set() and not isinstance(self.error, PeerFailed)
 
     def begin(self) -> None:
         """Enter ``setup``."""
