@@ -17,14 +17,16 @@ from migrationd.clock import Clock
 from migrationd.config import DaemonConfig
 from migrationd.daemon.guest_socket import GuestSocket
 from migrationd.daemon.machine import Machine
+from migrationd.daemon.outgoing_observer import MigrationEvents, OutgoingObserver
+from migrationd.daemon.run_control import RunControl
 from migrationd.daemon.settings import incoming_settings, number, outgoing_settings
 from migrationd.daemon.shelter import Shelter
 from migrationd.daemon.tls import MigrationTls
-from migrationd.errors import GuestError, MigrationdError, QMPError
+from migrationd.errors import MigrationdError, QMPError
 from migrationd.guest.attached import AttachedGuest
 from migrationd.guest.held import HeldGuest
 from migrationd.guest.parked import ParkedGuest
-from migrationd.guest.run_state import PAUSED, PRELAUNCH, RUNNING, LazyHandOver, Owner
+from migrationd.guest.run_state import LazyHandOver, Owner
 from migrationd.incoming.berth import Berth, IncomingSettings
 from migrationd.incoming.cpr import CprArrival
 from migrationd.incoming.driver import IncomingMigration
@@ -37,7 +39,6 @@ from migrationd.outgoing.contract import OutgoingSettings
 from migrationd.outgoing.cpr import OpenChannel, after_hand_over
 from migrationd.outgoing.driver import PAUSABLE, OutgoingMigration
 from migrationd.outgoing.postcopy import PostcopySettings
-from migrationd.outgoing.postcopy_learned import Order
 from migrationd.qmp.context import Chardev, FdLookup, MigrationChannel
 from migrationd.qmp.event_bus import EventBus
 from migrationd.transport.address import Address, describe
@@ -84,22 +85,20 @@ class GuestControl:
         self._shelter = shelter
         self._on_quit = on_quit
         self._on_fatal = on_fatal
-        self._guest: HeldGuest | None = None
         self._outgoing: OutgoingMigration | None = None
         self._incoming: IncomingMigration | None = None
         self._incoming_started = False
-        self._chosen_run_state: str | None = None
-        self._expects_guest = bool(config.incoming)
-        self._in_switchover = False
         self._guest_socket: GuestSocket | None = None
         self._cpr: CprListener | None = None
         self._tasks: set[asyncio.Future[None]] = set()
+        self._run = RunControl(config, bus, shelter, self._spawn)
+        self._events = MigrationEvents(bus, options)
         self.machine = Machine(
             bus,
             clock,
             chardevs or {},
             shelter,
-            guest=lambda: self._guest,
+            guest=lambda: self._run.guest,
             migrations=lambda: (self._outgoing, self._incoming),
             adopt=self.adopt,
             spawn=self._spawn,
@@ -115,7 +114,7 @@ class GuestControl:
         """``-uuid``, or what the guest came with."""
         if self._config.uuid is not None:
             return self._config.uuid
-        raw = self._guest.identity.uuid if self._guest is not None else None
+        raw = self._run.guest.identity.uuid if self._run.guest is not None else None
         return UUID(bytes=raw) if raw is not None else None
 
     @property
@@ -125,30 +124,19 @@ class GuestControl:
 
     @property
     def run_state(self) -> str:
-        """QMP RunState. A held guest is paused: it never executes here."""
-        if self._guest is None:
-            if self._incoming is not None and self._incoming.owns_guest:
-                return PAUSED  # its memory is still on the way
-            return "inmigrate" if self._expects_guest else "prelaunch"
-        if self._in_switchover:
-            return "finish-migrate"
-        if self._guest.owner is not Owner.HELD:
-            return "postmigrate"
-        if self.running:
-            return RUNNING
-        live = self._guest.live
-        return PRELAUNCH if live is not None and live.never_ran else PAUSED
+        """QMP RunState."""
+        incoming = self._incoming
+        return self._run.run_state(is_arriving=incoming is not None and incoming.owns_guest)
 
     @property
     def running(self) -> bool:
         """Whether the guest executes here: a parked one never does."""
-        live = self._guest.live if self._guest is not None else None
-        return live is not None and live.is_running
+        return self._run.running
 
     @property
     def guest(self) -> HeldGuest | None:
         """The held guest."""
-        return self._guest
+        return self._run.guest
 
     def find_saved(self) -> ParkedGuest | None:
         """The guest that rests in the directory.
@@ -160,17 +148,16 @@ class GuestControl:
 
     def adopt(self, guest: ParkedGuest) -> None:
         """Offer a guest that was found at rest, in place of the one that is held."""
-        if self._guest is not None:
-            self._guest.close()
-        self._guest = guest
-        self._expects_guest = False
+        if self._run.guest is not None:
+            self._run.guest.close()
+        self._run.guest = guest
+        self._run.expects_guest = False
 
     def adopt_lazy(self, guest: ParkedGuest, lazy: LazyHandOver) -> None:
         """Offer a guest whose postcopy an earlier daemon began: ``migrate`` resumes it."""
         self.adopt(guest)
-        self._in_switchover = True
-        observer = _OutgoingObserver(self, guest, "its destination")
-        observer.restore(lazy)
+        self._run.in_switchover = True
+        observer = OutgoingObserver(self._run, self._events, guest, "its destination", lazy)
         settings = replace(
             self._outgoing_settings(),
             postcopy=PostcopySettings(preempt=lazy.preempt, is_loaded=lazy.is_loaded),
@@ -193,21 +180,21 @@ class GuestControl:
         Raises:
             GuestError: It does not obey.
         """
-        awaits_source = self._guest is None and self._expects_guest
+        awaits_source = self._run.guest is None and self._run.expects_guest
         await asyncio.to_thread(guest.begin, is_destination=awaits_source)
         if self._config.start_stopped and not awaits_source and guest.is_running:
             await asyncio.to_thread(guest.stop)
             guest.never_ran = True
         self._shelter.slot.put(guest)
         if not awaits_source:
-            self._guest = guest
+            self._run.guest = guest
 
     def detached(self, guest: AttachedGuest) -> None:
         """The workload is gone; what it was doing fails by itself."""
         self._shelter.slot.put(None)
-        if self._guest is guest:
-            self._guest = None
-            self._in_switchover = False
+        if self._run.guest is guest:
+            self._run.guest = None
+            self._run.in_switchover = False
         if self._outgoing is None or not self._outgoing.is_running:
             guest.close()
 
@@ -229,9 +216,9 @@ class GuestControl:
             return
         if self._outgoing is not None and self._outgoing.is_running:
             raise QMPError("There's a migration process in progress")
-        guest = self._guest
+        guest = self._run.guest
         if guest is None:
-            if self._expects_guest:
+            if self._run.expects_guest:
                 raise QMPError("Guest is waiting for an incoming migration")
             raise QMPError("There is no guest to migrate: start with -incoming or a guest at rest")
         if guest.owner is not Owner.HELD:
@@ -248,8 +235,12 @@ class GuestControl:
             dialect_of(guest.identity.machine, guest.seen),
             settings,
             self._clock,
-            _OutgoingObserver(
-                self, guest, describe(address), gives_memory=settings.hands_memory_over
+            OutgoingObserver(
+                self._run,
+                self._events,
+                guest,
+                describe(address),
+                gives_memory=settings.hands_memory_over,
             ),
         )
         self._outgoing = migration
@@ -347,7 +338,7 @@ class GuestControl:
             berth = cpr_berth = self._shelter.cpr_berth()
             cpr = CprArrival(self._cpr, cpr_berth)
         incoming = IncomingMigration(
-            berth, self._incoming_settings, self._on_migration_status, self._arrived, cpr
+            berth, self._incoming_settings, self._events.status, self._run.arrived, cpr
         )
         self._incoming = incoming
         self._incoming_started = True
@@ -468,12 +459,7 @@ class GuestControl:
         Raises:
             GuestError: A workload does not stop.
         """
-        live = self._guest.live if self._guest is not None else None
-        if live is None:
-            self._choose(PAUSED, "STOP")
-        elif live.is_running:
-            await asyncio.to_thread(live.stop)
-            self._bus.emit("STOP", None)
+        await self._run.stop()
 
     async def cont(self) -> None:
         """Let the guest run: a workload here, a parked one where it goes next.
@@ -484,29 +470,13 @@ class GuestControl:
             QMPError: The guest's state is just leaving.
             GuestError: A workload does not start.
         """
-        if self._in_switchover:
+        if self._run.in_switchover:
             if self._outgoing is None or not self._outgoing.may_be_taken_back:
                 raise QMPError("Migration is not finalized yet")
             log.warning("the guest is taken back: it must not run at the destination")
             self._outgoing.take_back()
             return
-        guest = self._guest
-        if guest is not None and not guest.has_memory:
-            raise QMPError("The guest's memory itself went to the destination")
-        if guest is not None and guest.owner is not Owner.HELD:
-            log.warning("the guest is taken back: it must not run at the destination any more")
-            guest.owner = Owner.HELD
-            self._spawn(self._shelter.record_owner(guest, None))
-            if isinstance(guest, ParkedGuest):
-                self._set_next_run_state(guest, RUNNING)
-                self._bus.emit("RESUME", None)
-                return
-        live = guest.live if guest is not None else None
-        if live is None:
-            self._choose(RUNNING, "RESUME")
-        elif not live.is_running:
-            await asyncio.to_thread(live.start)
-            self._bus.emit("RESUME", None)
+        await self._run.cont()
 
     def quit(self) -> None:
         """End the process; a running migration is cancelled on the way."""
@@ -522,10 +492,11 @@ class GuestControl:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        if isinstance(self._guest, AttachedGuest) and self._guest.owner is Owner.HANDED_OVER:
-            await asyncio.to_thread(self._guest.end)
-        if self._guest is not None:
-            self._guest.close()
+        guest = self._run.guest
+        if isinstance(guest, AttachedGuest) and guest.owner is Owner.HANDED_OVER:
+            await asyncio.to_thread(guest.end)
+        if guest is not None:
+            guest.close()
         if self._guest_socket is not None:
             await self._guest_socket.aclose()
         if self._cpr is not None:
@@ -536,112 +507,18 @@ class GuestControl:
         if self._outgoing is not None:
             self._outgoing.cancel()
 
-    def _choose(self, run_state: str, event: str) -> None:
-        if not isinstance(self._guest, ParkedGuest):
-            self._chosen_run_state = run_state
-            return
-        was_running = self._guest.next_run_state == RUNNING
-        self._set_next_run_state(self._guest, run_state)
-        if was_running != (run_state == RUNNING):
-            self._bus.emit(event, None)
-
-    def _set_next_run_state(self, guest: ParkedGuest, run_state: str) -> None:
-        guest.choose_run_state(run_state)
-        self._spawn(self._shelter.record_run_state(run_state))
-
-    @property
-    def may_be_elsewhere(self) -> bool:
-        """Whether the destination of the last migration may run the guest."""
-        return self._outgoing is not None and self._outgoing.may_be_elsewhere
-
-    async def _resume_workload(self, guest: HeldGuest) -> None:
-        """Let a workload go on that was stopped for a migration which failed."""
-        if guest.live is None:
-            return
-        try:
-            await asyncio.to_thread(guest.live.start)
-        except GuestError as error:
-            log.error("the workload does not go on: %s", error)
-            return
-        self._bus.emit("RESUME", None)
-
-    async def _start_arrived(self, guest: AttachedGuest) -> None:
-        """Let a workload run that arrived, as it did at its source."""
-        wanted = self._chosen_run_state or guest.next_run_state
-        if wanted == RUNNING and self._config.start_stopped and self._chosen_run_state is None:
-            wanted = PAUSED
-        if wanted != RUNNING:
-            guest.never_ran = wanted == PRELAUNCH
-            return
-        try:
-            await asyncio.to_thread(guest.start)
-        except GuestError as error:
-            log.error("the workload arrived, but does not start: %s", error)
-            return
-        self._bus.emit("RESUME", None)
-
-    async def _arrived(self, guest: HeldGuest) -> None:
-        self._guest = guest
-        self._expects_guest = False
-        if isinstance(guest, AttachedGuest):
-            await self._start_arrived(guest)
-        elif self._chosen_run_state is not None:
-            self._set_next_run_state(guest, self._chosen_run_state)
-        log.info(
-            "holding guest %s: %d RAM blocks, %d MiB of RAM, %d MiB of it not zero, "
-            "%d device sections",
-            guest.identity.machine or "without a machine type",
-            len(guest.ram),
-            guest.ram_bytes >> 20,
-            guest.present_bytes >> 20,
-            len(guest.devices),
-        )
-        self._spawn(asyncio.to_thread(guest.give_back_zeros))
-
     def _outgoing_settings(self) -> OutgoingSettings:
         return outgoing_settings(
             self.options,
             self.guest_uuid,
             starts_postcopy_at_once=self._config.start_postcopy,
-            learned=self._learned_order(),
+            learned=self._run.learned_order(),
         )
-
-    def _learned_order(self) -> Order | None:
-        if not self._config.learn_order or not isinstance(self._guest, ParkedGuest):
-            return None
-        if self._guest.page_order is None:
-            self._guest.page_order = self._shelter.read_order(self._guest)
-        return self._guest.page_order
-
-    def _learned(self, guest: HeldGuest, order: Order) -> None:
-        if self._config.learn_order and isinstance(guest, ParkedGuest) and len(order):
-            guest.page_order = order
-            self._spawn(self._shelter.record_order(guest, order))
 
     def _incoming_settings(self) -> IncomingSettings:
         return incoming_settings(
             self.options, self._config.uuid, ram_limit_bytes=self._config.ram_limit_bytes
         )
-
-    def _on_migration_status(self, status: str) -> None:
-        if self.options.capabilities["events"]:
-            self._bus.emit("MIGRATION", {"status": status})
-
-    def _on_pass(self, number: int) -> None:
-        if self.options.capabilities["events"]:
-            self._bus.emit("MIGRATION_PASS", {"pass": number})
-
-    async def _record_owner(
-        self,
-        guest: HeldGuest,
-        owner: Owner,
-        destination: str | None,
-        lazy: LazyHandOver | None = None,
-    ) -> None:
-        if self._config.keep:
-            return
-        guest.owner = owner
-        await self._shelter.record_owner(guest, destination, lazy)
 
     def _spawn(self, work: "Coroutine[None, None, None] | asyncio.Future[None]") -> None:
         task = asyncio.ensure_future(work)
@@ -654,82 +531,9 @@ class GuestControl:
             log.error("internal error", exc_info=error)
 
 
-class _OutgoingObserver:
-    """Connects one outgoing migration to the guest's ownership and to events."""
-
-    def __init__(
-        self,
-        control: GuestControl,
-        guest: HeldGuest,
-        destination: str,
-        *,
-        gives_memory: bool = False,
-    ) -> None:
-        self._gives_memory = gives_memory
-        self._control = control
-        self._guest = guest
-        self._destination = destination
-        self._was_stopped = False
-        self._lazy: LazyHandOver | None = None
-
-    def restore(self, lazy: LazyHandOver) -> None:
-        """Take over a hand-over that is on record."""
-        self._lazy = lazy
-
-    def on_status(self, status: str) -> None:
-        if status == "pre-switchover":
-            self._control._in_switchover = True
-        self._control._on_migration_status(status)
-
-    def on_pass(self, number: int) -> None:
-        self._control._on_pass(number)
-
-    def on_stopped(self) -> None:
-        self._was_stopped = True
-        self._control._bus.emit("STOP", None)
-
-    async def before_switchover(self, lazy: LazyHandOver | None) -> None:
-        self._lazy = lazy
-        self._control._in_switchover = True
-        await self._control._record_owner(self._guest, Owner.HANDING_OVER, self._destination, lazy)
-
-    def running_there(self) -> None:
-        log.info("the destination runs the guest, its memory follows")
-        if self._lazy is None or self._lazy.is_loaded or self._control._config.keep:
-            return
-        self._lazy = replace(self._lazy, is_loaded=True)
-        # Handed to the writer now: it keeps the order of the calls.
-        self._control._spawn(
-            self._control._shelter.record_owner(self._guest, self._destination, self._lazy)
-        )
-
-    def on_learned(self, order: Order) -> None:
-        self._control._learned(self._guest, order)
-
-    async def handed_over(self) -> None:
-        if self._gives_memory:
-            await _give_up_memory(self._guest)
-        await self._control._record_owner(self._guest, Owner.HANDED_OVER, self._destination)
-        self._control._in_switchover = False
-
-    async def kept(self) -> None:
-        if self._control._in_switchover:
-            await self._control._record_owner(self._guest, Owner.HELD, None)
-            self._control._in_switchover = False
-        if self._was_stopped and not self._control.may_be_elsewhere:
-            await self._control._resume_workload(self._guest)
-
-
 async def _ready(channel: Channel) -> Channel:
     return channel
 
 
 async def _fail(error: MigrationdError) -> Channel:
     raise error
-
-
-async def _give_up_memory(guest: HeldGuest) -> None:
-    try:
-        await asyncio.to_thread(guest.give_up_memory)
-    except GuestError as error:
-        log.error("the workload keeps memory that is the destination's now: %s", error)

@@ -76,5 +76,9 @@ class Observer(Protocol):
     async def handed_over(self) -> None:
         """The destination holds the guest (before status ``completed``)."""
 
-    async def kept(self) -> None:
-        """The guest stays here (before status ``failed`` or ``cancelled``)."""
+    async def kept(self, *, may_be_elsewhere: bool) -> None:
+        """The guest stays here (before status ``failed`` or ``cancelled``).
+
+        Args:
+            may_be_elsewhere: Whether the destination has all that it needs to run it.
+        """

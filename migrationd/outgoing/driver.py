@@ -340,7 +340,7 @@ class OutgoingMigration:
 
     async def _settle_cancel(self) -> None:
         self._warn_of_two_owners()
-        await self._observer.kept()
+        await self._observer.kept(may_be_elsewhere=self.may_be_elsewhere)
         self._status.advance(Cause.CLEANED_UP)
         log.info("migration cancelled")
 
@@ -350,5 +350,5 @@ class OutgoingMigration:
         self._warn_of_two_owners()
         if self._status.can(Cause.FAIL):
             self._status.advance(Cause.FAIL)
-        await self._observer.kept()
+        await self._observer.kept(may_be_elsewhere=self.may_be_elsewhere)
         self._status.advance(Cause.CLEANED_UP)

@@ -185,7 +185,7 @@ class SilentObserver:
     async def handed_over(self) -> None:
         """See the observer's protocol."""
 
-    async def kept(self) -> None:
+    async def kept(self, *, may_be_elsewhere: bool) -> None:
         """See the observer's protocol."""
 
 

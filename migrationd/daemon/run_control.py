@@ -1,0 +1,230 @@
+"""Whether the guest runs, and where: run state, ``stop`` and ``cont``, and who owns it.
+
+A parked guest never executes here; ``stop`` and ``cont`` choose what it does where it goes
+next. A workload is stopped and started for real.
+
+Reference: QMP RunState as QEMU 11.1 shows it around a migration.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine
+
+from migrationd.config import DaemonConfig
+from migrationd.daemon.shelter import Shelter
+from migrationd.errors import GuestError, QMPError
+from migrationd.guest.attached import AttachedGuest
+from migrationd.guest.held import HeldGuest
+from migrationd.guest.parked import ParkedGuest
+from migrationd.guest.run_state import PAUSED, PRELAUNCH, RUNNING, LazyHandOver, Owner
+from migrationd.outgoing.postcopy_learned import Order
+from migrationd.qmp.event_bus import EventBus
+
+log = logging.getLogger(__name__)
+
+
+class RunControl:
+    """The guest that this process holds.
+
+    Lives on the event loop.
+
+    Args:
+        config: Start-up configuration.
+        bus: Where events go.
+        shelter: Where guests rest.
+        spawn: Starts a task that the daemon owns.
+
+    Attributes:
+        guest: The held guest.
+        expects_guest: Whether one is waited for.
+        in_switchover: Whether it is just being handed over.
+        chosen_run_state: What ``stop`` or ``cont`` chose for a guest that is not here yet.
+    """
+
+    def __init__(
+        self,
+        config: DaemonConfig,
+        bus: EventBus,
+        shelter: Shelter,
+        spawn: Callable[[Coroutine[None, None, None] | asyncio.Future[None]], None],
+    ) -> None:
+        self.guest: HeldGuest | None = None
+        self.expects_guest = bool(config.incoming)
+        self.in_switchover = False
+        self.chosen_run_state: str | None = None
+        self._config = config
+        self._bus = bus
+        self._shelter = shelter
+        self._spawn = spawn
+
+    def run_state(self, *, is_arriving: bool) -> str:
+        """QMP RunState. A held guest is paused: it never executes here.
+
+        Args:
+            is_arriving: Whether a guest is ours whose memory is still on the way.
+        """
+        if self.guest is None:
+            if is_arriving:
+                return PAUSED
+            return "inmigrate" if self.expects_guest else "prelaunch"
+        if self.in_switchover:
+            return "finish-migrate"
+        if self.guest.owner is not Owner.HELD:
+            return "postmigrate"
+        if self.running:
+            return RUNNING
+        live = self.guest.live
+        return PRELAUNCH if live is not None and live.never_ran else PAUSED
+
+    @property
+    def running(self) -> bool:
+        """Whether the guest executes here: a parked one never does."""
+        live = self.guest.live if self.guest is not None else None
+        return live is not None and live.is_running
+
+    def tell_stopped(self) -> None:
+        """Tell that the guest was stopped."""
+        self._bus.emit("STOP", None)
+
+    async def stop(self) -> None:
+        """Stop the guest; of a parked one, choose that it is stopped where it goes next.
+
+        Raises:
+            GuestError: A workload does not stop.
+        """
+        live = self.guest.live if self.guest is not None else None
+        if live is None:
+            self._choose(PAUSED, "STOP")
+        elif live.is_running:
+            await asyncio.to_thread(live.stop)
+            self.tell_stopped()
+
+    async def cont(self) -> None:
+        """Let the guest run: a workload here, a parked one where it goes next.
+
+        Takes a handed-over guest back.
+
+        Raises:
+            QMPError: It has no memory any more.
+            GuestError: It does not start.
+        """
+        guest = self.guest
+        if guest is not None and not guest.has_memory:
+            raise QMPError("The guest's memory itself went to the destination")
+        if guest is not None and guest.owner is not Owner.HELD:
+            log.warning("the guest is taken back: it must not run at the destination any more")
+            guest.owner = Owner.HELD
+            self._spawn(self._shelter.record_owner(guest, None))
+            if isinstance(guest, ParkedGuest):
+                self.set_next_run_state(guest, RUNNING)
+                self._bus.emit("RESUME", None)
+                return
+        live = guest.live if guest is not None else None
+        if live is None:
+            self._choose(RUNNING, "RESUME")
+        elif not live.is_running:
+            await asyncio.to_thread(live.start)
+            self._bus.emit("RESUME", None)
+
+    def _choose(self, run_state: str, event: str) -> None:
+        if not isinstance(self.guest, ParkedGuest):
+            self.chosen_run_state = run_state
+            return
+        was_running = self.guest.next_run_state == RUNNING
+        self.set_next_run_state(self.guest, run_state)
+        if was_running != (run_state == RUNNING):
+            self._bus.emit(event, None)
+
+    def set_next_run_state(self, guest: ParkedGuest, run_state: str) -> None:
+        """Put on record what a parked guest does where it goes next."""
+        guest.choose_run_state(run_state)
+        self._spawn(self._shelter.record_run_state(run_state))
+
+    async def resume_workload(self, guest: HeldGuest) -> None:
+        """Let a workload go on that was stopped for a migration which failed."""
+        if guest.live is None:
+            return
+        try:
+            await asyncio.to_thread(guest.live.start)
+        except GuestError as error:
+            log.error("the workload does not go on: %s", error)
+            return
+        self._bus.emit("RESUME", None)
+
+    async def arrived(self, guest: HeldGuest) -> None:
+        """Hold a guest that has just come."""
+        self.guest = guest
+        self.expects_guest = False
+        if isinstance(guest, AttachedGuest):
+            await self._start_arrived(guest)
+        elif self.chosen_run_state is not None:
+            self.set_next_run_state(guest, self.chosen_run_state)
+        log.info(
+            "holding guest %s: %d RAM blocks, %d MiB of RAM, %d MiB of it not zero, "
+            "%d device sections",
+            guest.identity.machine or "without a machine type",
+            len(guest.ram),
+            guest.ram_bytes >> 20,
+            guest.present_bytes >> 20,
+            len(guest.devices),
+        )
+        self._spawn(asyncio.to_thread(guest.give_back_zeros))
+
+    async def _start_arrived(self, guest: AttachedGuest) -> None:
+        """Let a workload run that arrived, as it did at its source."""
+        wanted = self.chosen_run_state or guest.next_run_state
+        if wanted == RUNNING and self._config.start_stopped and self.chosen_run_state is None:
+            wanted = PAUSED
+        if wanted != RUNNING:
+            guest.never_ran = wanted == PRELAUNCH
+            return
+        try:
+            await asyncio.to_thread(guest.start)
+        except GuestError as error:
+            log.error("the workload arrived, but does not start: %s", error)
+            return
+        self._bus.emit("RESUME", None)
+
+    async def record_owner(
+        self,
+        guest: HeldGuest,
+        owner: Owner,
+        destination: str | None,
+        lazy: LazyHandOver | None = None,
+    ) -> None:
+        """Put on record who owns the guest; a template stays what it is.
+
+        Raises:
+            StoreError: It cannot be put on record.
+        """
+        if self._config.keep:
+            return
+        guest.owner = owner
+        await self._shelter.record_owner(guest, destination, lazy)
+
+    async def give_up_memory(self, guest: HeldGuest) -> None:
+        """Let a workload drop memory that is the destination's now."""
+        try:
+            await asyncio.to_thread(guest.give_up_memory)
+        except GuestError as error:
+            log.error("the workload keeps memory that is the destination's now: %s", error)
+
+    def record_running_there(self, guest: HeldGuest, destination: str, lazy: LazyHandOver) -> None:
+        """Put on record that the destination of a postcopy has loaded the guest."""
+        if not self._config.keep:
+            # Handed to the writer now: it keeps the order of the calls.
+            self._spawn(self._shelter.record_owner(guest, destination, lazy))
+
+    def learned_order(self) -> Order | None:
+        """In which order the guest asks for its pages, if that is known and wanted."""
+        if not self._config.learn_order or not isinstance(self.guest, ParkedGuest):
+            return None
+        if self.guest.page_order is None:
+            self.guest.page_order = self._shelter.read_order(self.guest)
+        return self.guest.page_order
+
+    def learn_order(self, guest: HeldGuest, order: Order) -> None:
+        """Keep the order in which a guest asked for its pages, if that is wanted."""
+        if self._config.learn_order and isinstance(guest, ParkedGuest) and len(order):
+            guest.page_order = order
+            self._spawn(self._shelter.record_order(guest, order))
