@@ -79,6 +79,8 @@ struct mw_workload {
     bool is_open;
     bool has_begun; /* the daemon has said what it wants the workload for */
     bool is_gone;
+    bool is_lazy;    /* from the next start on memory may be missing */
+    bool ran_lazily; /* it may be missing, and nobody else runs this guest */
     int throttle_percentage;
     int socket;
     int userfaultfd;
@@ -214,7 +216,8 @@ static inline int mw_watch(struct mw_workload *w)
     int fd = syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK);
     if (fd < 0)
         return -1;
-    struct uffdio_api api = {.api = UFFD_API, .features = (1 << 15) | (1 << 13) | (1 << 12)};
+    struct uffdio_api api = {.api = UFFD_API, .features = (1 << 15) | (1 << 13) | (1 << 12) |
+                                                             (1 << 10) | (1 << 8) | (1 << 5)};
     int result = ioctl(fd, UFFDIO_API, &api);
     for (int i = 0; i < w->block_count && result == 0; i++) {
         struct uffdio_register range = {
@@ -398,10 +401,18 @@ static inline void *mw_serve(void *argument)
             mw_save(w, id);
             continue;
         }
-        if (mw_names(text, "stop") || (mw_names(text, "begin") && strstr(text, "destination")))
+        if (mw_names(text, "stop"))
             mw_set_open(w, false);
-        else if (mw_names(text, "start"))
+        else if (mw_names(text, "begin") && strstr(text, "destination")) {
+            mw_set_open(w, false);
+            w->is_lazy = w->ran_lazily = false;
+        } else if (mw_names(text, "start")) {
+            w->ran_lazily = w->is_lazy;
             mw_set_open(w, true);
+        } else if (mw_names(text, "lazy"))
+            w->is_lazy = true;
+        else if (mw_names(text, "whole"))
+            w->is_lazy = w->ran_lazily = false;
         else if (mw_names(text, "throttle"))
             w->throttle_percentage = mw_number(text, "\"percentage\": ");
         else if (mw_names(text, "check") && !mw_same_devices(w, text))
@@ -420,6 +431,8 @@ static inline void *mw_serve(void *argument)
             mw_tell(w, &w->has_begun);
     }
     free(text);
+    if (w->ran_lazily)
+        _exit(75); /* what is missing would read as zero: better no guest than a wrong one */
     mw_tell(w, &w->is_gone);
     return NULL;
 }

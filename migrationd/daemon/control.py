@@ -192,10 +192,14 @@ class GuestControl:
     def detached(self, guest: AttachedGuest) -> None:
         """The workload is gone; what it was doing fails by itself."""
         self._shelter.slot.put(None)
+        is_loading = self._incoming is not None and self._incoming.has_begun(guest)
+        if is_loading and self._incoming is not None:
+            self._incoming.guest_gone()
         if self._run.guest is guest:
             self._run.guest = None
             self._run.in_switchover = False
-        if self._outgoing is None or not self._outgoing.is_running:
+        is_leaving = self._outgoing is not None and self._outgoing.is_running
+        if not is_loading and not is_leaving:
             guest.close()
 
     def migrate(self, channels: Sequence[MigrationChannel], *, resume: bool, fds: FdLookup) -> None:
@@ -223,8 +227,8 @@ class GuestControl:
             raise QMPError("There is no guest to migrate: start with -incoming or a guest at rest")
         if guest.owner is not Owner.HELD:
             raise QMPError("Can't migrate the vm that was paused due to previous migration")
-        if guest.live is not None and self.options.capabilities["postcopy-ram"]:
-            raise QMPError("Postcopy of an attached guest is not supported in this version")
+        if self._incoming is not None and self._incoming.is_running:
+            raise QMPError("Guest's memory is still on its way here")
         check_mode(capabilities, parameters)
         self.options.check_built()
         settings = self._outgoing_settings()
@@ -338,7 +342,12 @@ class GuestControl:
             berth = cpr_berth = self._shelter.cpr_berth()
             cpr = CprArrival(self._cpr, cpr_berth)
         incoming = IncomingMigration(
-            berth, self._incoming_settings, self._events.status, self._run.arrived, cpr
+            berth,
+            self._incoming_settings,
+            self._events.status,
+            self._run.arrived,
+            cpr,
+            self._run.runs_lazily,
         )
         self._incoming = incoming
         self._incoming_started = True

@@ -151,12 +151,20 @@ class RunControl:
             return
         self._bus.emit("RESUME", None)
 
+    async def runs_lazily(self, guest: AttachedGuest) -> None:
+        """Hold a workload, and let it run, whose memory is still on the way."""
+        self.guest = guest
+        self.expects_guest = False
+        await self._start_arrived(guest)
+
     async def arrived(self, guest: HeldGuest) -> None:
-        """Hold a guest that has just come."""
+        """Hold a guest that has just come, or is whole now."""
+        was_here = self.guest is guest
         self.guest = guest
         self.expects_guest = False
         if isinstance(guest, AttachedGuest):
-            await self._start_arrived(guest)
+            if not was_here:
+                await self._start_arrived(guest)
         elif self.chosen_run_state is not None:
             self.set_next_run_state(guest, self.chosen_run_state)
         log.info(

@@ -79,6 +79,7 @@ def incoming_settings(
         mapped_ram=capabilities["mapped-ram"],
         postcopy_ram=capabilities["postcopy-ram"],
         postcopy_preempt=capabilities["postcopy-preempt"],
+        postcopy_blocktime=capabilities["postcopy-blocktime"],
         multifd_channels=number(options.parameters["multifd-channels"]) if has_channels else 0,
         multifd_compression=_text(options.parameters["multifd-compression"]),
     )

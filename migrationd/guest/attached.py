@@ -17,7 +17,7 @@ from migrationd.guest.device import DeviceState
 from migrationd.guest.dirty import DirtyTracker, NoTracker, PagemapTracker
 from migrationd.guest.handed import HandedMemory, empty_memfd
 from migrationd.guest.memory import Pages, SharedMemory
-from migrationd.guest.protocol import Begin, Check, Remap, Saved, SavedDevice, Throttle
+from migrationd.guest.protocol import Begin, Check, Keep, Remap, Saved, SavedDevice, Throttle
 from migrationd.guest.ram_block import RamBlock, RamBlockSpec
 from migrationd.guest.run_state import (
     PAUSED,
@@ -27,6 +27,7 @@ from migrationd.guest.run_state import (
     decode_run_state,
     encode_run_state,
 )
+from migrationd.guest.workload_block import WorkloadBlock
 from migrationd.guest.workload_link import Introduced, WorkloadLink
 
 DECLARATIONS = "migrationd/declarations"
@@ -36,6 +37,9 @@ GLOBAL_STATE = "globalstate"
 _FULL = 0x04
 _FIRST_SECTION = 2
 """Section id of the first device; 0 is that of the declarations, 1 is left for RAM."""
+
+LAZY_LOAD_WAIT_S = 60.0
+"""Longest wait for devices to be loaded by a workload that waits for pages meanwhile."""
 
 
 class AttachedGuest(Owned):
@@ -68,17 +72,18 @@ class AttachedGuest(Owned):
         self.vmdescription: bytes | None = None
         self.seen = SeenOnArrival()
         self._page_size = hello.page_size
-        blocks: list[RamBlock] = []
+        blocks: list[WorkloadBlock] = []
         try:
             for block, fd in introduced.blocks:
                 spec = RamBlockSpec(block.name, block.size, hello.page_size)
                 memory = SharedMemory(fd, block.size, hello.page_size)
-                blocks.append(RamBlock(spec, memory))
+                blocks.append(WorkloadBlock(spec, memory, block.address))
         except GuestError:
             for made in blocks:
                 made.memory.close()
             raise
-        self.ram: tuple[RamBlock, ...] = tuple(blocks)
+        self.ram: tuple[WorkloadBlock, ...] = tuple(blocks)
+        self._is_loaded = False
         addresses = [block.address for block, _ in introduced.blocks]
         self.tracker: DirtyTracker = (
             PagemapTracker(introduced.pagemap, list(zip(self.ram, addresses, strict=True)))
@@ -133,9 +138,8 @@ class AttachedGuest(Owned):
         """
         self._link.request("begin", Begin(role="destination" if is_destination else "source"))
         if is_destination:
-            self.is_running = False
+            self.is_running = self._is_loaded = False
             for block in self.ram:
-                assert isinstance(block.memory, SharedMemory)
                 block.memory.clear()
 
     def stop(self) -> None:
@@ -250,6 +254,53 @@ class AttachedGuest(Owned):
         Raises:
             GuestError: The workload cannot load them, naming device and field.
         """
+        if not self._is_loaded:
+            self._load(devices, None)
+        self.devices = tuple(devices)
+        self.vmdescription = vmdescription
+        self.seen = seen
+
+    @property
+    def userfaultfd(self) -> int:
+        """Of the workload's memory, owned by the guest; -1 if it has none."""
+        return self._introduced.userfaultfd
+
+    def expect_lazy(self) -> None:
+        """Tell a destination that it may have to run before its memory is there.
+
+        Raises:
+            GuestError: It does not obey.
+        """
+        self._link.request("lazy")
+
+    def load_lazily(self, devices: Sequence[DeviceState]) -> None:
+        """Load the devices while memory is missing; as :meth:`complete`, which follows later."""
+        self._load(devices, LAZY_LOAD_WAIT_S)
+        self._is_loaded = True
+        self.devices = tuple(devices)
+
+    def now_whole(self) -> None:
+        """Tell the workload that all of its memory has come.
+
+        Raises:
+            GuestError: It does not obey.
+        """
+        self._link.request("whole")
+
+    @property
+    def note(self) -> str:
+        """What an earlier daemon put on record with the workload; empty if nothing."""
+        return self._introduced.hello.note
+
+    def keep(self, note: str) -> None:
+        """Put something on record with the workload, for the next daemon.
+
+        Raises:
+            GuestError: It does not obey.
+        """
+        self._link.request("keep", Keep(note=note))
+
+    def _load(self, devices: Sequence[DeviceState], timeout_s: float | None) -> None:
         own = [item for item in devices if item.idstr not in (DECLARATIONS, GLOBAL_STATE)]
         saved = Saved(
             devices=[
@@ -262,10 +313,7 @@ class AttachedGuest(Owned):
                 for item in own
             ]
         )
-        self._link.load(saved, b"".join(item.body for item in own))
-        self.devices = tuple(devices)
-        self.vmdescription = vmdescription
-        self.seen = seen
+        self._link.load(saved, b"".join(item.body for item in own), timeout_s=timeout_s)
 
     def offer_memory(self) -> HandedMemory:
         """Its memory for another process, with what a destination has to know beforehand.
@@ -345,6 +393,10 @@ class AttachedGuest(Owned):
         """Let a workload end that runs elsewhere now."""
         with contextlib.suppress(GuestError):  # it may be gone already
             self._link.request("quit")
+
+    def kill(self) -> None:
+        """End a workload that cannot live on, whatever it does."""
+        self._link.kill()
 
     def close(self) -> None:
         """Let the workload go; what it does then is its own affair."""

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from migrationd.errors import GuestError
-from migrationd.linux.iovec import pwrite_rows
+from migrationd.linux.iovec import pwrite_rows, view_of
 from migrationd.linux.sparse import punch_hole
 
 HUGE_PAGE_BYTES = 2 << 20
@@ -191,6 +191,33 @@ class SharedMemory(MappedMemory):
             punch_hole(self._fd, 0, len(self.view))
         except OSError as error:
             raise GuestError(f"clearing a memfd: {error.strerror}") from error
+
+    def forget(self, first_page: int, count: int) -> None:
+        """Make pages zero and give their memory back: nobody has them mapped then.
+
+        Raises:
+            GuestError: The memfd does not let it.
+        """
+        try:
+            punch_hole(self._fd, first_page * self._page_size, count * self._page_size)
+        except OSError as error:
+            raise GuestError(f"clearing a memfd: {error.strerror}") from error
+
+    def write_run(self, first_page: int, data: Bytes) -> None:
+        """Write consecutive pages without touching the mapping here: fresh pages come cheaper.
+
+        Raises:
+            GuestError: There is no memory.
+        """
+        try:
+            pwrite_rows(self._fd, data, first_page * self._page_size)
+        except OSError as error:
+            raise GuestError(f"writing a memfd: {error.strerror}") from error
+
+    def copy_in(self, page: int, source: int) -> None:
+        """Write one page from an address in this process; raises as :meth:`write_run`."""
+        rows = np.frombuffer(view_of(source, self._page_size), np.uint8).reshape(1, -1)
+        self.write_run(page, rows)
 
     def data_runs(self) -> Pages:
         """Runs of pages that may hold something, shape ``(n, 2)``: first page, count.

@@ -17,6 +17,9 @@ Each packet is one JSON object in UTF-8 of at most 256 KiB; descriptors travel w
     save          devices, as VMState bodies one behind the other in a memfd
     load          the same, in the other direction
     remap         put another memfd in a block's place, at the same address
+    lazy whole    from the next start on memory may be missing, and a thread that touches it
+                  waits; a workload that runs so and loses its daemon must end. All is there
+    keep          a note that the next hello says again, to whatever daemon
     quit          end
 
 ``schemas/guest/`` is generated from these models.
@@ -41,6 +44,9 @@ MAX_DEVICES = 4096
 MAX_STATE_BYTES = 1 << 30
 """Bodies of all devices together."""
 
+MAX_NOTE = 2048
+"""Characters of the note that a workload keeps."""
+
 Name = Annotated[str, Field(min_length=1, max_length=255, pattern=r"^[\x21-\x7e]+$")]
 Json = dict[str, Any]
 
@@ -58,6 +64,8 @@ class Hello(_Message):
     running: bool
     devices: Annotated[list[Json], Field(max_length=MAX_DEVICES)]
     """Declarations, each with its ``instance_id``."""
+    note: Annotated[str, Field(max_length=MAX_NOTE)] = ""
+    """What ``keep`` said last; empty if nothing."""
 
 
 class Block(_Message):
@@ -128,6 +136,12 @@ class Remap(_Message):
     is_lent: bool
 
 
+class Keep(_Message):
+    """Arguments of ``keep``."""
+
+    note: Annotated[str, Field(max_length=MAX_NOTE, pattern=r"^[\x20-\x7e]*$")]
+
+
 class Nothing(_Message):
     """No arguments, or an empty return."""
 
@@ -135,7 +149,20 @@ class Nothing(_Message):
 class Request(_Message):
     """From the daemon."""
 
-    execute: Literal["begin", "stop", "start", "throttle", "check", "save", "load", "remap", "quit"]
+    execute: Literal[
+        "begin",
+        "stop",
+        "start",
+        "throttle",
+        "check",
+        "save",
+        "load",
+        "remap",
+        "lazy",
+        "whole",
+        "keep",
+        "quit",
+    ]
     arguments: Json = {}
     id: int
 
@@ -157,6 +184,9 @@ REQUESTS: dict[str, tuple[type[_Message], type[_Message]]] = {
     "save": (Nothing, Saved),
     "load": (Saved, Nothing),
     "remap": (Remap, Nothing),
+    "lazy": (Nothing, Nothing),
+    "whole": (Nothing, Nothing),
+    "keep": (Keep, Nothing),
     "quit": (Nothing, Nothing),
 }
 """Arguments and return of each request."""

@@ -10,6 +10,7 @@ import array
 import contextlib
 import json
 import os
+import signal
 import socket
 import struct
 import threading
@@ -84,6 +85,7 @@ class WorkloadLink:
         self._socket = sock
         self._lock = threading.Lock()
         self._next_id = 1
+        self._pidfd = -1
         sock.setblocking(True)
 
     def check_peer(self) -> int:
@@ -99,6 +101,8 @@ class WorkloadLink:
         pid, uid, _ = struct.unpack("3i", raw)
         if uid not in (0, os.geteuid()):
             raise GuestError(f"process {pid} of user {uid} may not attach as the guest")
+        with contextlib.suppress(OSError):  # gone already
+            self._pidfd = os.pidfd_open(pid)
         return int(pid)
 
     def introduction(self) -> Introduced:
@@ -205,8 +209,13 @@ class WorkloadLink:
             for fd in fds:
                 os.close(fd)
 
-    def load(self, saved: Saved, bodies: bytes) -> None:
+    def load(self, saved: Saved, bodies: bytes, *, timeout_s: float | None = None) -> None:
         """Give the workload the state of its devices.
+
+        Args:
+            saved: What they are.
+            bodies: Their states, one behind the other.
+            timeout_s: As for :meth:`request`.
 
         Raises:
             GuestError: As :meth:`request`.
@@ -215,15 +224,24 @@ class WorkloadLink:
         try:
             with os.fdopen(os.dup(fd), "wb") as file:
                 file.write(bodies)
-            self.request("load", saved, (fd,))
+            self.request("load", saved, (fd,), timeout_s=timeout_s)
         finally:
             os.close(fd)
+
+    def kill(self) -> None:
+        """Kill the workload; only after :meth:`check_peer`."""
+        if self._pidfd >= 0:
+            with contextlib.suppress(OSError):
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
 
     def close(self) -> None:
         """Close the connection; the workload goes on alone, or ends."""
         with contextlib.suppress(OSError):  # it is gone already
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
+        pidfd, self._pidfd = self._pidfd, -1
+        if pidfd >= 0:
+            os.close(pidfd)
 
     def _add_block(self, found: Introduced, block: Block | None, fds: list[int]) -> None:
         if block is None or len(fds) != 1:

@@ -66,5 +66,6 @@ class IncomingSettings:
     mapped_ram: bool = False
     postcopy_ram: bool = False
     postcopy_preempt: bool = False
+    postcopy_blocktime: bool = False
     multifd_channels: int = 0
     multifd_compression: str = "none"

@@ -13,7 +13,9 @@ Reference: QEMU's destination; sequences in stream format 6.1-6.6.
 """
 
 import asyncio
+import contextlib
 import logging
+import threading
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar, TypeVarTuple
@@ -42,12 +44,14 @@ from migrationd.codec.stream import StreamDecoder, StreamLimits
 from migrationd.errors import (
     ChannelClosed,
     ChannelError,
+    GuestError,
     MigrationdError,
     MigrationError,
     StreamCorrupt,
     StreamTruncated,
     StreamUnsupported,
 )
+from migrationd.guest.attached import AttachedGuest
 from migrationd.guest.held import HeldGuest
 from migrationd.guest.ram_block import RamBlock
 from migrationd.incoming.arrival import (
@@ -60,12 +64,14 @@ from migrationd.incoming.arrival import (
 from migrationd.incoming.berth import Berth, IncomingSettings
 from migrationd.incoming.channels import IncomingChannels
 from migrationd.incoming.cpr import CprArrival
+from migrationd.incoming.lazy_run import LazyRun
 from migrationd.incoming.loader import Barrier, Pause, StreamLoader
 from migrationd.incoming.mapped_ram import load_mapped_ram
 from migrationd.incoming.multifd_receive import MultifdReceiver
 from migrationd.incoming.postcopy import PostcopyArrival
 from migrationd.incoming.preempt import PreemptReceiver
 from migrationd.incoming.recovery import RecoveryDoor
+from migrationd.migration.blocktime import with_blocktime
 from migrationd.migration.dialect import dialect_of
 from migrationd.migration.info import MigrationInfo
 from migrationd.migration.status import Cause, Role, StatusMachine
@@ -103,6 +109,7 @@ class IncomingMigration:
         on_status: Called with each new status.
         on_whole: Given the guest before the migration counts as completed.
         cpr: How its memory comes before the stream, if it does.
+        on_running: Given a guest that may run before its memory is there; lets it run.
     """
 
     def __init__(
@@ -112,10 +119,16 @@ class IncomingMigration:
         on_status: Callable[[str], None],
         on_whole: Callable[[HeldGuest], Awaitable[None]] | None = None,
         cpr: CprArrival | None = None,
+        on_running: Callable[[AttachedGuest], Awaitable[None]] | None = None,
     ) -> None:
         self._berth = berth
         self._cpr = cpr
         self._on_whole = on_whole
+        self._on_running = on_running
+        self._lazy: LazyRun | None = None
+        self._loss: GuestError | None = None
+        self._loop: asyncio.AbstractEventLoop
+        self._answering = threading.Lock()
         self._settings_now = settings
         self._settings = IncomingSettings()
         self._status = StatusMachine(Role.INCOMING, on_status)
@@ -155,11 +168,15 @@ class IncomingMigration:
         listener = self._door.listener or self._listener
         if listener is not None and self.status not in _AT_END:
             addresses = tuple(listener.qapi_addresses())
-        return MigrationInfo(
+        info = MigrationInfo(
             status=self.status,
             error_desc=self._error_text(),
             socket_address=addresses,
         )
+        if not self._settings.postcopy_blocktime or self.status != "completed":
+            return info
+        blocktime = self._lazy.blocktime if self._lazy is not None else None
+        return info if blocktime is None else with_blocktime(info, blocktime)
 
     def _error_text(self) -> str | None:
         if self.status == "failed":
@@ -250,11 +267,9 @@ class IncomingMigration:
         """Phase 1: every connection that the source makes before it sends pages."""
         await channels.accept_first()
         settings = self._settings = self._settings_now()
-        loop = asyncio.get_running_loop()
+        loop = self._loop = asyncio.get_running_loop()
         self._postcopy = PostcopyArrival(
-            takes_ram=settings.postcopy_ram,
-            answer=self._answer,
-            report=lambda cause: loop.call_soon_threadsafe(self._status.advance, cause),
+            takes_ram=settings.postcopy_ram, answer=self._answer, report=self._report
         )
         self._channel = await channels.gather(
             multifd=settings.multifd_channels,
@@ -291,6 +306,12 @@ class IncomingMigration:
                 await self._load(loader)
                 return await self._settle(loader)
             except Exception as error:
+                if self._lazy is not None:
+                    await asyncio.to_thread(self._lazy.give_up)
+                    if self._lazy.error is not None:
+                        raise self._lazy.error from error
+                if self._loss is not None:
+                    raise self._loss from error
                 if not postcopy.owns_guest:
                     raise
                 if isinstance(error, MigrationdError):
@@ -335,6 +356,8 @@ class IncomingMigration:
 
     async def _stand_still(self, error: MigrationdError) -> None:
         """Give the channels of a postcopy up, and nothing else."""
+        if self._lazy is not None:
+            self._lazy.disconnect()
         if self._is_pause_wanted:
             error = ChannelClosed("Postcopy migration is paused by the user")
         elif self._preempt is not None and self._preempt.error is not None:
@@ -412,6 +435,8 @@ class IncomingMigration:
         self._guest = self._berth.allocate(identity, tuple(arrival.devices), specs)
         assert self._postcopy is not None
         self._postcopy.prepare(self._guest.ram)
+        if self._postcopy.has_ram and isinstance(self._guest, AttachedGuest):
+            self._expect_lazy(self._guest, self._postcopy, loader)
         if self._multifd is not None:
             self._multifd.start(self._guest.ram, loader.page_size)
         return self._guest.ram
@@ -421,7 +446,48 @@ class IncomingMigration:
         return self._channel
 
     def _answer(self, message: ReturnPathMessage) -> None:
-        self._main().send(encode_return_path(message))
+        self._send_back(encode_return_path(message))
+
+    def _send_back(self, data: bytes) -> None:
+        """Send whole messages on the return path, from any thread."""
+        with self._answering:
+            self._main().send(data)
+
+    def _report(self, cause: Cause) -> None:
+        if cause is Cause.RECOVERED and self._lazy is not None:
+            self._lazy.connect()
+        self._loop.call_soon_threadsafe(self._status.advance, cause)
+
+    def _expect_lazy(
+        self, guest: AttachedGuest, postcopy: PostcopyArrival, loader: StreamLoader
+    ) -> None:
+        """Make ready for a guest that runs before its memory is there."""
+        assert self._on_running is not None
+        LazyRun.prepare(guest)
+        lazy = LazyRun(
+            guest, self._send_back, postcopy.commit, self._on_running, self._break_off, self._loop
+        )
+        postcopy.launch = lambda pings: lazy.launch(loader.arrival.devices, pings)
+        self._lazy = lazy
+
+    def _break_off(self, error: MigrationdError) -> None:
+        """A guest cannot be loaded: say so and end; on any thread."""
+        log.error("the guest cannot run here: %s", error)
+        with contextlib.suppress(ChannelError):
+            self._answer(Shut(1))
+        if self._channels is not None:
+            self._channels.shutdown()
+
+    def has_begun(self, guest: HeldGuest) -> bool:
+        """Whether it loads this guest now."""
+        return self._guest is guest and self._status.is_running
+
+    def guest_gone(self) -> None:
+        """The workload that takes the guest is gone: there is nothing left to wait for."""
+        self._loss = GuestError("the workload is gone")
+        self._door.give_up(self._loss)
+        if self._channels is not None:
+            self._channels.shutdown()
 
     def _obey(self, command: Command, loader: StreamLoader) -> None:
         assert self._postcopy is not None
@@ -460,6 +526,8 @@ class IncomingMigration:
     def _complete(self, loader: StreamLoader) -> HeldGuest:
         if self._guest is None:
             raise StreamCorrupt("the stream has no RAM section", position=loader.position)
+        if self._lazy is not None:
+            self._lazy.finish()
         complete(self._guest, loader.arrival, by_postcopy=self.owns_guest)
         return self._guest
 
@@ -497,6 +565,9 @@ class IncomingMigration:
         if self._multifd is not None:
             await asyncio.shield(asyncio.to_thread(self._multifd.stop))
         guest, self._guest = self._guest, None
+        lazy, self._lazy = self._lazy, None
+        if lazy is not None:
+            await asyncio.shield(asyncio.to_thread(lazy.abandon))
         await asyncio.shield(self._on_thread(self._berth.abandon))
         if guest is not None:
             guest.close()

@@ -17,7 +17,7 @@ a pause then, and a new connection goes on:
 Reference: stream format 4.3-4.6, 6.4 and 6.6.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import Enum
 
 from migrationd.codec.constants import (
@@ -68,6 +68,8 @@ class PostcopyArrival:
     Attributes:
         phase: How far it is.
         has_ram: Whether pages come by postcopy; else dirty bitmaps only.
+        launch: Loads a guest that is to run, and calls :meth:`commit`; given the values of the
+            package's pings. None for a guest that is only kept.
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class PostcopyArrival:
         self._takes_ram = takes_ram
         self._answer = answer
         self._report = report
+        self.launch: Callable[[list[int]], None] | None = None
         self.phase = Phase.PRECOPY
         self.has_ram = False
 
@@ -155,6 +158,17 @@ class PostcopyArrival:
         self.phase = Phase.LISTENING
         loader.listen()
         self._report(Cause.POSTCOPY)
+        if self.launch is not None:
+            self.launch(pings)
+        else:
+            self.commit(pings)
+
+    def commit(self, pings: Sequence[int]) -> None:
+        """The devices are loaded: tell the source, which gives the guest up.
+
+        Raises:
+            ChannelError: It cannot be told; it keeps the guest if it waits for the word.
+        """
         if PING_PACKAGE_LOADED not in pings:
             self.phase = Phase.RUNNING
         for value in pings:

@@ -9,7 +9,7 @@ Reference: stream format 6.6.
 import asyncio
 import logging
 
-from migrationd.errors import ChannelError
+from migrationd.errors import ChannelError, MigrationdError
 from migrationd.incoming.channels import IncomingChannels
 from migrationd.transport.listen import Listener
 
@@ -22,6 +22,7 @@ class RecoveryDoor:
     def __init__(self) -> None:
         self._listener: Listener | None = None
         self._opened = asyncio.Event()
+        self._error: MigrationdError | None = None
 
     @property
     def listener(self) -> Listener | None:
@@ -35,9 +36,15 @@ class RecoveryDoor:
         self._opened.set()
 
     async def enter(self) -> IncomingChannels:
-        """Wait until the source is back; the listener goes with its connections."""
+        """Wait until the source is back; the listener goes with its connections.
+
+        Raises:
+            MigrationdError: What :meth:`give_up` was called with.
+        """
         while True:
             await self._opened.wait()
+            if self._error is not None:
+                raise self._error
             listener = self._listener
             assert listener is not None
             channels = IncomingChannels(listener)
@@ -51,6 +58,12 @@ class RecoveryDoor:
                 continue
             self._opened.clear()
             return channels
+
+    def give_up(self, error: MigrationdError) -> None:
+        """Nobody who comes in can be of use any more."""
+        self._error = error
+        self.close()
+        self._opened.set()
 
     def close(self) -> None:
         """Wait for nobody."""

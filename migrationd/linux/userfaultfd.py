@@ -14,6 +14,9 @@ import struct
 
 from migrationd.errors import GuestError
 
+FEATURE_MISSING_SHMEM = 1 << 5
+FEATURE_THREAD_ID = 1 << 8
+FEATURE_MINOR_SHMEM = 1 << 10
 FEATURE_WP_HUGETLBFS_SHMEM = 1 << 12
 FEATURE_WP_UNPOPULATED = 1 << 13
 FEATURE_WP_ASYNC = 1 << 15

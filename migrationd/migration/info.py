@@ -57,6 +57,10 @@ class MigrationInfo:
     cpu_throttle_percentage: int | None = None
     ram: RamStats | None = None
     xbzrle: XbzrleStats | None = None
+    postcopy_blocktime_ms: int | None = None
+    postcopy_vcpu_blocktime_ms: tuple[int, ...] | None = None
+    postcopy_vcpu_latency_ns: tuple[int, ...] | None = None
+    postcopy_non_vcpu_latency_ns: int | None = None
     postcopy_latency_ns: int | None = None
     postcopy_latency_dist: tuple[int, ...] | None = None
     blocked_reasons: tuple[str, ...] = ()

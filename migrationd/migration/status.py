@@ -98,6 +98,10 @@ _INCOMING: dict[tuple[str, Cause], str] = {
     ("postcopy-recover", Cause.RECOVERED): "postcopy-active",
     ("postcopy-recover", Cause.PAUSE): "postcopy-paused",
     ("postcopy-active", Cause.COMPLETE): "completed",
+    # A workload that ran here is gone, and all that could be waited for with it.
+    ("postcopy-active", Cause.FAIL): "failed",
+    ("postcopy-paused", Cause.FAIL): "failed",
+    ("postcopy-recover", Cause.FAIL): "failed",
 }
 
 TRANSITIONS: dict[Role, dict[tuple[str, Cause], str]] = {

@@ -6,9 +6,10 @@ sent or found by the next look. Whole passes are arrays of page numbers.
 Reference: QEMU's precopy iterations; ``dirty-sync-count`` and MIGRATION_PASS count them.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from migrationd.clock import Clock
 from migrationd.guest.base import Live
@@ -41,6 +42,9 @@ class LiveSaver:
         available_bytes_per_s: Asked before each decision; ``avail-switchover-bandwidth``.
         on_pass: Called when what was written since the last look is known.
         wait: Called with seconds to wait; raises when the migration ends.
+        sent: By block name one bool per page, set by the saver for pages that went out; kept
+            true here for a postcopy. None if there will be none.
+        should_stop: Asked again and again: postcopy is to send the rest.
     """
 
     def __init__(
@@ -56,6 +60,8 @@ class LiveSaver:
         available_bytes_per_s: Callable[[], int],
         on_pass: Callable[[], None],
         wait: Callable[[float], None],
+        sent: Mapping[str, npt.NDArray[np.bool_]] | None = None,
+        should_stop: Callable[[], bool] = lambda: False,
     ) -> None:
         self._saver = saver
         self._live = live
@@ -68,6 +74,8 @@ class LiveSaver:
         self._available_bytes_per_s = available_bytes_per_s
         self._on_pass = on_pass
         self._wait = wait
+        self._sent = sent
+        self._should_stop = should_stop
 
     @property
     def stall(self) -> str | None:
@@ -75,7 +83,7 @@ class LiveSaver:
         return self._convergence.stall
 
     def converge(self) -> None:
-        """Send everything, then what was written meanwhile, until the guest may be stopped.
+        """Send everything, then what was written meanwhile, until the guest is to be stopped.
 
         Raises:
             ChannelClosed: The peer went away, or the channel was shut down.
@@ -90,12 +98,14 @@ class LiveSaver:
             before = stats.transferred_bytes
             send()
             elapsed_s = self._clock.monotonic_s() - begin_s
-            if elapsed_s < SHORTEST_PASS_S:
+            if elapsed_s < SHORTEST_PASS_S and not self._should_stop():
                 self._wait(SHORTEST_PASS_S - elapsed_s)
                 elapsed_s = SHORTEST_PASS_S
-            dirty = self._live.tracker.collect()
+            dirty = self._collect()
             stats.dirty_sync_count += 1
             self._on_pass()
+            if self._should_stop():
+                return
             rest_bytes = self._count(dirty, elapsed_s)
             done = Pass(rest_bytes, stats.transferred_bytes - before, elapsed_s)
             decision = self._convergence.after(
@@ -124,11 +134,24 @@ class LiveSaver:
             ChannelClosed: As :meth:`converge`.
             GuestError: The guest is gone.
         """
-        last = self._live.tracker.collect()
+        last = self._collect()
         self._rest = [np.union1d(old, new) for old, new in zip(self._rest, last, strict=True)]
         self._count(self._rest, 0.0)
         self._send_rest()
         self._stats.dirty_bytes = 0
+
+    def leave_rest(self) -> None:
+        """Find out what is left of the stopped guest, for a postcopy to send.
+
+        Pages that were never touched are zero, and not present.
+
+        Raises:
+            GuestError: The guest is gone.
+        """
+        self._collect()
+        for block in self._blocks:
+            block.present[:] = self._touched(block)
+        self._stats.dirty_bytes = None
 
     def release(self) -> None:
         """Let the guest have all its time again; for the end, whatever it is.
@@ -138,6 +161,20 @@ class LiveSaver:
         """
         if self._convergence.throttle_percentage:
             self._live.throttle(0)
+
+    def _collect(self) -> list[Pages]:
+        """Pages that were written since the last look: what went out of them is old."""
+        dirty = self._live.tracker.collect()
+        if self._sent is not None:
+            for block, pages in zip(self._blocks, dirty, strict=True):
+                self._sent[block.idstr][pages] = False
+        return dirty
+
+    def _touched(self, block: RamBlock) -> npt.NDArray[np.bool_]:
+        touched = np.zeros(block.page_count, np.bool_)
+        for first, count in self._live.touched_runs(block).tolist():
+            touched[first : first + count] = True
+        return touched
 
     def _count(self, dirty: list[Pages], elapsed_s: float) -> int:
         pages = sum(len(part) for part in dirty)
@@ -160,9 +197,7 @@ class LiveSaver:
         """Every page: those that were never touched are zero without a look."""
         self._saver.begin_parts()
         for block in self._blocks:
-            touched = np.zeros(block.page_count, np.bool_)
-            for first, count in self._live.touched_runs(block).tolist():
-                touched[first : first + count] = True
+            touched = self._touched(block)
             self._saver.send(block, np.flatnonzero(~touched), is_zero=True)
             self._send_pages(block, np.flatnonzero(touched))
         self._saver.end_parts()
@@ -177,6 +212,8 @@ class LiveSaver:
         """Pages with their contents of now; those that are zero as such."""
         words = block.memory.view.view(np.uint64).reshape(block.page_count, -1)
         for start in range(0, len(pages), SCAN_PAGES):
+            if self._should_stop():
+                return
             part = pages[start : start + SCAN_PAGES]
             is_run = int(part[-1]) - int(part[0]) + 1 == len(part)
             rows = words[int(part[0]) : int(part[-1]) + 1] if is_run else words[part]

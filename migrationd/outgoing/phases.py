@@ -92,7 +92,7 @@ class Phases:
         self.available_bytes_per_s = settings.avail_switchover_bytes_per_s
         self.xbzrle_cache_bytes = settings.xbzrle_cache_bytes or 0
         self.postcopy: PostcopySource | None = None
-        if settings.postcopy is not None and guest.live is None:
+        if settings.postcopy is not None:
             self.postcopy = PostcopySource(guest, dialect, settings.postcopy, self._stats, clock)
         self.tail_started = threading.Event()
         self._continue = asyncio.Event()
@@ -152,6 +152,8 @@ class Phases:
         if is_lazy:
             link = self._connection.link
             assert link is not None
+            if self._guest.live is not None:
+                await self._connection.on_thread(self._leave_rest, self._guest.live)
             self._status.advance(Cause.POSTCOPY)
             await link.switch()
             await link.push()
@@ -312,6 +314,8 @@ class Phases:
             available_bytes_per_s=lambda: self.available_bytes_per_s,
             on_pass=on_pass,
             wait=self._connection.wait,
+            sent=self._sent_pages(),
+            should_stop=self._is_postcopy_requested,
         )
 
     async def _begin_switchover(self, *, is_lazy: bool = False) -> None:
@@ -366,6 +370,14 @@ class Phases:
             await self._connection.on_thread(self._save_devices, live)
         self.tail_started.set()
         await self._connection.on_thread(save.switch_over)
+
+    def _leave_rest(self, live: Live) -> None:
+        """A postcopy sends what is left of a guest that executed."""
+        assert self._live_saver is not None
+        assert self.postcopy is not None
+        self._live_saver.leave_rest()
+        self.postcopy.schedule.recount()
+        self._save_devices(live)
 
     def _save_devices(self, live: Live) -> None:
         live.save_devices(was_running=self._was_running)

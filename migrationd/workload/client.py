@@ -28,6 +28,9 @@ from typing import Any
 
 from migrationd.errors import GuestError, MigrationdError
 from migrationd.linux.userfaultfd import (
+    FEATURE_MINOR_SHMEM,
+    FEATURE_MISSING_SHMEM,
+    FEATURE_THREAD_ID,
     FEATURE_WP_ASYNC,
     FEATURE_WP_HUGETLBFS_SHMEM,
     FEATURE_WP_UNPOPULATED,
@@ -43,6 +46,9 @@ VERSION = 1
 MAX_PACKET_BYTES = 256 << 10
 RESERVED_INSTANCE_ID = 0xFFFFFFFF
 """Means "the next free one"; no device has it."""
+
+LOST_STATUS = 75
+"""Exit status of a workload whose daemon was gone before all of its memory had come."""
 
 _SLICE_S = 0.01
 """A throttled workload may run for this long, then rests in proportion."""
@@ -65,6 +71,10 @@ class Workload:
         on_stopped: Called when it was stopped; nothing is in ``active()`` any more.
         on_started: Called when it may run, at first or again.
         on_quit: Called when the daemon ends the workload; the process exits by default.
+
+    By postcopy a destination runs before its memory is there: a thread that touches what is
+    missing waits for it, *with* the interpreter's lock, so that all threads do. If the daemon
+    is gone before all memory came, nobody can bring the rest, and the process exits.
     """
 
     def __init__(
@@ -88,6 +98,9 @@ class Workload:
         self._is_attached = False
         self._begun = threading.Event()
         self._userfaultfd = -1
+        self._is_lazy = False
+        self._ran_lazily = False
+        self._note = ""
 
     def add_block(self, name: str, size: int) -> mmap.mmap:
         """Make a RAM block.
@@ -200,7 +213,12 @@ class Workload:
             if self._userfaultfd >= 0:
                 os.close(self._userfaultfd)  # what it watched is free again
             self._userfaultfd = open_userfaultfd(
-                FEATURE_WP_ASYNC | FEATURE_WP_UNPOPULATED | FEATURE_WP_HUGETLBFS_SHMEM
+                FEATURE_WP_ASYNC
+                | FEATURE_WP_UNPOPULATED
+                | FEATURE_WP_HUGETLBFS_SHMEM
+                | FEATURE_MISSING_SHMEM
+                | FEATURE_MINOR_SHMEM
+                | FEATURE_THREAD_ID
             )
             for block in self._blocks:
                 register(self._userfaultfd, block.address, block.size, MODE_WP)
@@ -211,6 +229,7 @@ class Workload:
             "page_size": mmap.PAGESIZE,
             "running": self._gate.is_open,
             "devices": self.declarations(),
+            "note": self._note,
         }
         _send(sock, {"hello": hello}, trackers)
         if trackers:
@@ -232,6 +251,9 @@ class Workload:
                 if block.origin is Origin.LENT:
                     block.renew()
             sock.close()
+            if self._ran_lazily:
+                # What is missing would read as zero: better no guest than a wrong one.
+                os._exit(LOST_STATUS)
             self._gate.throttle(0)
             while True:
                 with contextlib.suppress(MigrationdError, OSError):
@@ -270,6 +292,7 @@ class Workload:
             case "begin":
                 if arguments["role"] == "destination":
                     self._make_room()
+                    self._is_lazy = self._ran_lazily = False
                 self._begun.set()
             case "stop":
                 self._stop()
@@ -286,6 +309,12 @@ class Workload:
                 self._load(arguments["devices"], fds[0])
             case "remap":
                 self._remap(arguments["block"], fds[0], arguments["is_lent"])
+            case "lazy":
+                self._is_lazy = True
+            case "whole":
+                self._is_lazy = self._ran_lazily = False
+            case "keep":
+                self._note = arguments["note"]
             case "quit":
                 pass
             case other:
@@ -331,6 +360,7 @@ class Workload:
             raise
         for block in self._blocks:
             block.origin = Origin.OWN
+        self._ran_lazily = self._is_lazy
         self._gate.open()
         if not was_open and self._on_started is not None:
             self._on_started()

@@ -52,6 +52,8 @@ async def pair(
     there_program: Path = PROGRAM,
     binary: Path | None = None,
     multifd: str | None = None,
+    incoming: dict[str, bool] | None = None,
+    uri: str = "tcp:127.0.0.1:0",
 ) -> AsyncIterator[Pair]:
     here = DirtierProcess(directory, "here", mib=mib, rate_mb_s=rate_mb_s, binary=binary)
     there = DirtierProcess(
@@ -68,9 +70,8 @@ async def pair(
             for daemon in (source, destination):
                 await daemon.set_capabilities({"multifd": True})
                 await daemon.set_parameters({"multifd-compression": multifd})
-        await destination.execute(
-            "migrate-incoming", {"uri": "tcp:127.0.0.1:0", "exit-on-error": False}
-        )
+        await destination.set_capabilities(incoming or {})
+        await destination.execute("migrate-incoming", {"uri": uri, "exit-on-error": False})
         await stack.enter_async_context(here)
         await stack.enter_async_context(there)
         await here.wait_running()

@@ -112,6 +112,10 @@ def _info_members(info: MigrationInfo) -> dict[str, object]:
         or None,
         "ram": _ram(info.ram),
         "xbzrle_cache": _xbzrle(info.xbzrle),
+        "postcopy_blocktime": info.postcopy_blocktime_ms,
+        "postcopy_vcpu_blocktime": info.postcopy_vcpu_blocktime_ms,
+        "postcopy_vcpu_latency": info.postcopy_vcpu_latency_ns,
+        "postcopy_non_vcpu_latency": info.postcopy_non_vcpu_latency_ns,
         "postcopy_latency": info.postcopy_latency_ns,
         "postcopy_latency_dist": info.postcopy_latency_dist,
     }

@@ -1,0 +1,180 @@
+"""A RAM block in the memory of a workload, which may run before its pages are there.
+
+While it does, a page is placed once only: a second copy would undo what the workload has
+written since. It is written first, then counted as received, then shown to the workload, so
+that whoever waits for it finds it whole.
+
+Reference: ``linux/page_faults.py``; one copy of each page, stream format 6.4.
+"""
+
+import ctypes
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from migrationd.errors import GuestError
+from migrationd.guest.memory import Bytes, Pages, SharedMemory, page_runs
+from migrationd.guest.ram_block import RamBlock, RamBlockSpec
+from migrationd.linux.iovec import address_of
+from migrationd.linux.page_faults import copy_page, map_pages, zero_pages
+
+
+class WorkloadBlock(RamBlock):
+    """A block that a workload has mapped.
+
+    Args:
+        spec: Name and size.
+        memory: Its memory, mapped here as well.
+        address: Where the workload has mapped it.
+
+    Attributes:
+        address_there: The same.
+    """
+
+    memory: SharedMemory
+
+    def __init__(self, spec: RamBlockSpec, memory: SharedMemory, address: int) -> None:
+        super().__init__(spec, memory)
+        self.address_there = address
+        self._userfaultfd = -1
+        self._on_placed: Callable[[], None] = lambda: None
+
+    def show_pages(self, userfaultfd: int, on_placed: Callable[[], None]) -> None:
+        """From now on show the workload each page as it comes; it waits for the others.
+
+        Args:
+            userfaultfd: Of the workload, registered for this block; not owned.
+            on_placed: Called after pages were placed, on the thread that did it.
+        """
+        self._on_placed = on_placed
+        self._userfaultfd = userfaultfd
+
+    def show_no_pages(self) -> None:
+        """The workload sees all memory as it is again."""
+        self._userfaultfd = -1
+
+    def place_batch(self, pages: Pages, data: Bytes, is_run: bool) -> None:
+        """See :class:`RamBlock`.
+
+        Raises:
+            GuestError: As there, or a page came before, or the workload is gone.
+        """
+        if self._userfaultfd < 0:
+            super().place_batch(pages, data, is_run)
+            return
+        if not len(pages):
+            return
+        self._check(int(pages.min()), int(pages.max()))
+        self._refuse_second(pages)
+        if len(pages) == 1:
+            self._place_one(int(pages[0]), address_of(data[0]))
+        elif is_run:
+            self._place_run(int(pages[0]), data)
+        else:
+            self._place_runs(pages, data)
+        self._on_placed()
+
+    def place_mixed(
+        self, pages: Sequence[int], content_at: Sequence[int], buffer: bytearray
+    ) -> None:
+        """See :class:`RamBlock`; raises as :meth:`place_batch`."""
+        if self._userfaultfd < 0:
+            super().place_mixed(pages, content_at, buffer)
+            return
+        self._check(min(pages), max(pages))
+        self._refuse_second(list(pages))
+        begin = ctypes.addressof(ctypes.c_char.from_buffer(buffer))
+        for page, at in zip(pages, content_at, strict=True):
+            if at >= 0:
+                self._place_one(page, begin + at)
+            else:
+                self._zero_run(page, 1)
+        self._on_placed()
+
+    def zero_batch(self, pages: Pages) -> None:
+        """See :class:`RamBlock`; raises as :meth:`place_batch`."""
+        if self._userfaultfd < 0:
+            super().zero_batch(pages)
+            return
+        if not len(pages):
+            return
+        self._check(int(pages.min()), int(pages.max()))
+        self._refuse_second(pages)
+        for first, count in page_runs(np.sort(pages)).tolist():
+            self._zero_run(first, count)
+        self._on_placed()
+
+    def discard(self, first: int, count: int) -> None:
+        """See :class:`RamBlock`; the memory is given back, so that its pages are missing."""
+        if not count:
+            return
+        self._check(first, first + count - 1)
+        self.memory.forget(first, count)
+        self.present[first : first + count] = False
+        if self.received is not None:
+            self.received[first : first + count] = False
+
+    def show_again(self, page: int, most: int) -> None:
+        """Map what came already and is not mapped: a page, and received ones around it.
+
+        Args:
+            page: A page that was received.
+            most: Pages around it, a power of two.
+
+        Raises:
+            GuestError: The workload is gone.
+        """
+        assert self.received is not None
+        low = page & -most
+        here = self.received[low : low + most] & (
+            self.present[low : low + most] == self.present[page]
+        )
+        gaps = np.flatnonzero(~here) + low
+        at = int(np.searchsorted(gaps, page))
+        first = int(gaps[at - 1]) + 1 if at else low
+        end = int(gaps[at]) if at < len(gaps) else low + len(here)
+        self._map(first, end - first)
+
+    def _refuse_second(self, pages: Pages | list[int]) -> None:
+        assert self.received is not None
+        came = self.received[pages]
+        if came.any():
+            page = pages[int(np.flatnonzero(came)[0])]
+            raise GuestError(f"page {page} of RAM block '{self.idstr}' came twice")
+        if len(pages) > 1 and len(set(pages if isinstance(pages, list) else pages.tolist())) != len(
+            pages
+        ):
+            raise GuestError(f"a page of RAM block '{self.idstr}' came twice")
+
+    def _place_one(self, page: int, source: int) -> None:
+        there = self.address_there + page * self.page_size
+        is_new = copy_page(self._userfaultfd, there, source, self.page_size)
+        if not is_new:
+            self.memory.copy_in(page, source)
+        self.mark_placed([page])
+        if not is_new:
+            self._map(page, 1)
+
+    def _place_run(self, first: int, data: Bytes) -> None:
+        self.memory.write_run(first, data)
+        self.mark_placed(slice(first, first + len(data)))
+        self._map(first, len(data))
+
+    def _place_runs(self, pages: Pages, data: Bytes) -> None:
+        ends = np.flatnonzero(np.diff(pages) != 1) + 1
+        begins = (0, *ends.tolist())
+        for begin, end in zip(begins, (*begins[1:], len(pages)), strict=True):
+            if end - begin > 1:
+                self._place_run(int(pages[begin]), data[begin:end])
+            else:
+                self._place_one(int(pages[begin]), address_of(data[begin]))
+
+    def _zero_run(self, first: int, count: int) -> None:
+        assert self.received is not None
+        self.received[first : first + count] = True
+        size = self.page_size
+        zero_pages(self._userfaultfd, self.address_there + first * size, count * size)
+
+    def _map(self, first: int, count: int) -> None:
+        size = self.page_size
+        map_pages(self._userfaultfd, self.address_there + first * size, count * size)

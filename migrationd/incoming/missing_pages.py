@@ -1,0 +1,195 @@
+"""Pages that a running workload waits for: its faults are read, asked for, and settled.
+
+One thread reads the faults. A page that came is shown; one that did not is asked for, once
+on each connection. Without a connection the workload waits, and nothing is forgotten.
+"""
+
+import logging
+import os
+import select
+import threading
+import time
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+
+from migrationd.errors import GuestError, MigrationdError
+from migrationd.guest.workload_block import WorkloadBlock
+from migrationd.linux.page_faults import MODE_MINOR, MODE_MISSING, read_faults, unregister
+from migrationd.linux.userfaultfd import MODE_WP, register
+from migrationd.migration.blocktime import Blocktime
+
+log = logging.getLogger(__name__)
+
+AROUND_PAGES = 64
+"""Received pages that are shown at once where one of them is wanted."""
+
+Wanted = tuple[int, int]
+"""Index of the block, page."""
+
+Ask = Callable[[Sequence[Wanted]], None]
+
+
+class MissingPages:
+    """Watches the memory of one workload that lacks pages.
+
+    Args:
+        userfaultfd: Of the workload; not owned.
+        blocks: All of its blocks; received pages are tracked.
+        on_error: Called on the watching thread when faults cannot be answered any more.
+
+    Attributes:
+        blocktime: How long its threads waited.
+    """
+
+    def __init__(
+        self,
+        userfaultfd: int,
+        blocks: Sequence[WorkloadBlock],
+        on_error: Callable[[MigrationdError], None],
+    ) -> None:
+        self._fd = userfaultfd
+        self._blocks = tuple(blocks)
+        self._on_error = on_error
+        self._places = sorted((block.address_there, n) for n, block in enumerate(blocks))
+        self._addresses = [address for address, _ in self._places]
+        self._lock = threading.Lock()
+        self._waits: dict[Wanted, list[tuple[int, int]]] = {}
+        self._ask: Ask | None = None
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._thread = threading.Thread(target=self._run, name="faults", daemon=True)
+        self._is_stopping = False
+        self.blocktime = Blocktime()
+
+    @staticmethod
+    def check(userfaultfd: int, blocks: Sequence[WorkloadBlock]) -> None:
+        """Try whether missing pages of these blocks can be watched; they are not afterwards.
+
+        Raises:
+            GuestError: They cannot.
+        """
+        if userfaultfd < 0:
+            raise GuestError("the workload has no userfaultfd: it cannot run without its memory")
+        for block in blocks:
+            _watch(userfaultfd, block, MODE_MISSING | MODE_MINOR)
+            _watch(userfaultfd, block, MODE_WP)
+
+    def start(self) -> None:
+        """From now on every page that did not come is waited for.
+
+        Raises:
+            GuestError: The memory cannot be watched.
+        """
+        for block in self._blocks:
+            _watch(self._fd, block, MODE_MISSING | MODE_MINOR)
+            block.show_pages(self._fd, self._settle)
+        self._thread.start()
+
+    def connect(self, ask: Ask) -> None:
+        """Ask for pages this way, first for all that are waited for.
+
+        Args:
+            ask: Called with pages; raises ChannelError when they cannot be asked for.
+
+        Raises:
+            ChannelError: As ``ask``.
+        """
+        with self._lock:
+            wanted = list(self._waits)
+            self._ask = ask
+        if wanted:
+            ask(wanted)
+
+    def disconnect(self) -> None:
+        """Ask nobody until :meth:`connect`."""
+        with self._lock:
+            self._ask = None
+
+    def stop(self) -> None:
+        """Watch no more: what did not come is zero, and the workload goes on.
+
+        Writes are tracked again afterwards.
+        """
+        if self._is_stopping:
+            return
+        self._is_stopping = True
+        self.disconnect()
+        os.eventfd_write(self._wake, 1)
+        if self._thread.ident is not None:
+            self._thread.join()
+        os.close(self._wake)
+        try:
+            for block in self._blocks:
+                block.show_no_pages()
+                _watch(self._fd, block, MODE_WP)
+        except GuestError as error:
+            log.debug("%s", error)
+        now_ns = time.perf_counter_ns()
+        for waits in self._waits.values():
+            for thread, began_ns in waits:
+                self.blocktime.end(thread, began_ns, now_ns)
+        self._waits.clear()
+
+    @property
+    def waiting(self) -> int:
+        """Pages that are waited for now."""
+        return len(self._waits)
+
+    def _run(self) -> None:
+        try:
+            poll = select.poll()
+            poll.register(self._fd, select.POLLIN)
+            poll.register(self._wake, select.POLLIN)
+            while not self._is_stopping:
+                poll.poll()
+                faults = read_faults(self._fd)
+                if faults:
+                    self._take(faults)
+        except MigrationdError as error:
+            if not self._is_stopping:
+                self._on_error(error)
+
+    def _take(self, faults: Sequence[tuple[int, int]]) -> None:
+        now_ns = time.perf_counter_ns()
+        wanted: list[Wanted] = []
+        for address, thread in faults:
+            at = bisect_right(self._addresses, address) - 1
+            start, index = self._places[at]
+            block = self._blocks[index]
+            page = (address - start) // block.page_size
+            assert block.received is not None
+            if block.received[page]:
+                block.show_again(page, AROUND_PAGES)
+                continue
+            key = (index, page)
+            with self._lock:
+                waits = self._waits.get(key)
+                if waits is None:
+                    waits = self._waits[key] = []
+                    wanted.append(key)
+                waits.append((thread, now_ns))
+                self.blocktime.begin(thread, now_ns)
+            if block.received[page]:
+                # It came meanwhile, and may have been settled before it was waited for.
+                self._settle()
+        ask = self._ask
+        if wanted and ask is not None:
+            ask(wanted)
+
+    def _settle(self) -> None:
+        """Pages were placed; on the thread that did it."""
+        if not self._waits:
+            return
+        now_ns = time.perf_counter_ns()
+        with self._lock:
+            for key in list(self._waits):
+                received = self._blocks[key[0]].received
+                assert received is not None
+                if received[key[1]]:
+                    for thread, began_ns in self._waits.pop(key):
+                        self.blocktime.end(thread, began_ns, now_ns)
+
+
+def _watch(userfaultfd: int, block: WorkloadBlock, mode: int) -> None:
+    """Watch a block in this mode and no other; whoever waits goes on."""
+    unregister(userfaultfd, block.address_there, block.used_length)
+    register(userfaultfd, block.address_there, block.used_length, mode)

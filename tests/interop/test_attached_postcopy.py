@@ -1,0 +1,150 @@
+"""Live processes move by postcopy: they run on before their memory has followed."""
+
+import contextlib
+import shutil
+import subprocess
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from migrationd.ctl.daemon_process import DaemonProcess
+from migrationd.linux.pagemap import can_scan
+from tests.interop.test_attached import Pair, pair
+from tests.support.dirtier import PROGRAM, DirtierProcess
+from tests.support.relay import Relay
+
+pytestmark = [
+    pytest.mark.interop,
+    pytest.mark.skipif(not can_scan(), reason="PAGEMAP_SCAN needs Linux 6.7"),
+]
+
+POSTCOPY = {"postcopy-ram": True, "postcopy-blocktime": True}
+PREEMPT = POSTCOPY | {"postcopy-preempt": True}
+
+
+def statuses(daemon: DaemonProcess) -> list[str]:
+    return [
+        str(event["data"]["status"]) for event in daemon.events if event["event"] == "MIGRATION"
+    ]
+
+
+@contextlib.asynccontextmanager
+async def relayed(
+    directory: Path, *, preempt: bool = False, mib: int = 16, binary: Path | None = None
+) -> AsyncIterator[tuple[Pair, Relay]]:
+    """A pair that postcopy is possible between, over a network that can be cut."""
+    incoming = PREEMPT if preempt else POSTCOPY
+    there = directory / "there.sock"
+    async with (
+        pair(directory, mib=mib, binary=binary, incoming=incoming, uri=f"unix:{there}") as two,
+        Relay(directory / "net.sock", there) as network,
+    ):
+        yield two, network
+
+
+async def begin(two: Pair, uri: str | None = None, *, preempt: bool, rest: int = 0) -> None:
+    """Move most of the memory behind the guest.
+
+    Args:
+        two: Both ends.
+        uri: Where to, if not to the destination itself.
+        preempt: Requested pages have a channel of their own.
+        rest: ``max-postcopy-bandwidth``.
+    """
+    for daemon in (two.source, two.destination):
+        await daemon.set_capabilities({"events": True})
+    await two.source.set_capabilities({"postcopy-ram": True, "postcopy-preempt": preempt})
+    await two.source.set_parameters({"max-bandwidth": 8 << 20, "max-postcopy-bandwidth": rest})
+    await two.source.execute("migrate", {"uri": uri or await two.destination.listening_uri()})
+    await two.source.wait_migration("active")
+    await two.source.execute("migrate-start-postcopy")
+
+
+@pytest.mark.parametrize("preempt", [False, True])
+async def test_it_runs_on_before_its_memory_is_there(tmp_path: Path, preempt: bool) -> None:
+    async with pair(tmp_path, incoming=PREEMPT if preempt else POSTCOPY) as two:
+        await two.here.wait_passes(1)
+        await begin(two, preempt=preempt, rest=8 << 20)
+        await two.destination.wait_run_state("running")
+        assert (await two.destination.query_migrate())["status"] == "postcopy-active"
+        await two.there.wait_running()
+        last = two.here.progress()
+        await two.source.set_parameters({"max-postcopy-bandwidth": 0})
+        await two.source.wait_migration("completed")
+        await two.destination.wait_migration("completed")
+        after = await two.there.wait_passes(2)
+        assert last is not None
+        assert after.place > last.place
+        assert two.here.progress() == last, "the source stands still"
+        wanted = ["setup", "active", "postcopy-device", "postcopy-active", "completed"]
+        assert [status for status in statuses(two.destination) if status != "setup"] == wanted[1:]
+        assert statuses(two.source) == [*wanted[:2], "device", *wanted[2:]]
+        info = await two.destination.query_migrate()
+        [blocked_ms] = info["postcopy-vcpu-blocktime"]
+        assert blocked_ms >= info["postcopy-blocktime"] > 0
+        assert sum(info["postcopy-latency-dist"]) > 0
+        assert info["postcopy-latency"] > 0
+        requests = (await two.source.query_migrate())["ram"]["postcopy-requests"]
+        assert requests >= 1
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler: apt-get install gcc")
+async def test_a_program_in_c_does_so_as_well(tmp_path: Path) -> None:
+    binary = tmp_path / "counter"
+    source = PROGRAM.parent / "c" / "counter.c"
+    command = ["cc", "-Wall", "-Wextra", "-Werror", "-O2", "-o", binary, source, "-lpthread"]
+    subprocess.run(command, check=True)
+    async with pair(tmp_path, binary=binary, incoming=PREEMPT) as two:
+        await two.here.wait_passes(1)
+        await begin(two, preempt=True)
+        await two.source.wait_migration("completed")
+        last = two.here.progress()
+        after = await two.there.wait_passes(2)
+        assert last is not None
+        assert after.place > last.place
+        assert two.here.progress() == last
+
+
+@pytest.mark.parametrize("preempt", [False, True])
+async def test_a_cut_network_is_a_pause_and_no_more(tmp_path: Path, preempt: bool) -> None:
+    async with relayed(tmp_path, preempt=preempt) as (two, network):
+        await two.here.wait_passes(1)
+        await begin(two, network.uri, preempt=preempt, rest=2 << 20)
+        await two.source.wait_migration("postcopy-active")
+        await two.there.wait_running()
+        network.cut()
+        await two.source.wait_migration("postcopy-paused")
+        await two.destination.wait_migration("postcopy-paused")
+        last = two.here.progress()
+        again = tmp_path / "again.sock"
+        await two.destination.execute("migrate-recover", {"uri": f"unix:{again}"})
+        await two.source.set_parameters({"max-postcopy-bandwidth": 0})
+        await two.source.execute("migrate", {"uri": f"unix:{again}", "resume": True})
+        await two.source.wait_migration("completed")
+        await two.there.wait_passes(2)
+        assert two.here.progress() == last, "the source stood still all the time"
+        assert "postcopy-recover" in statuses(two.destination)
+
+
+async def test_it_goes_on_to_the_next_host_by_precopy(tmp_path: Path) -> None:
+    """Its writes are tracked again once its memory is whole."""
+    third = DirtierProcess(tmp_path, "third")
+    async with (
+        pair(tmp_path, incoming=POSTCOPY) as two,
+        await DaemonProcess.start(
+            incoming="tcp:127.0.0.1:0", arguments=third.daemon_arguments
+        ) as daemon,
+        third,
+    ):
+        await begin(two, preempt=False)
+        await two.source.wait_migration("completed")
+        await two.destination.wait_migration("completed")
+        await two.there.wait_passes(1)
+        await two.destination.set_capabilities(dict.fromkeys(POSTCOPY, False))
+        await two.destination.execute("migrate", {"uri": await daemon.listening_uri()})
+        await two.destination.wait_migration("completed")
+        last = two.there.progress()
+        after = await third.wait_passes(2)
+        assert last is not None
+        assert after.place > last.place
