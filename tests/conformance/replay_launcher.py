@@ -1,10 +1,11 @@
 """Starts migrationd from a QEMU command line: ``python -m tests.conformance.replay_launcher``.
 
 The recorder starts its programs as a QEMU and expects a guest in them. Here it is a live
-workload of the size that ``-m`` says, which writes fast where the script brings a firmware
-that does so; or, with ``--guest parked``, one that a real QEMU of the same options has just
-handed over. The monitors appear under the recorder's paths once the guest is there. The
-daemon keeps the process number, so that what kills "the QEMU" kills it.
+workload (``replay_guest``) of the size that ``-m`` says, which writes all the time where the
+script brings a firmware that does so; or, with ``--guest parked``, one that a real QEMU of
+the same options has just handed over. The monitors appear under the recorder's paths once
+the guest is there. The daemon keeps the process number, so that what kills "the QEMU" kills
+it.
 """
 
 import argparse
@@ -21,9 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-DIRTIER = ROOT / "examples" / "dirtier.py"
 WAIT_S = 20.0
-IDLE_MB_S, BUSY_MB_S = "2", "40"
 
 VALUED = ("machine", "accel", "display", "m", "bios", "drive", "device", "global", "boot")
 """Options of the machine, which has no counterpart here; each takes a value."""
@@ -118,10 +117,10 @@ def attend(wanted: Wanted, guest_socket: str | None) -> None:
     """Attach the workload, wait until it is there, and show the monitors."""
     first = hidden(wanted.monitors[0])
     if guest_socket is not None:
-        rate = BUSY_MB_S if wanted.is_busy else IDLE_MB_S
         subprocess.Popen(
-            [sys.executable, str(DIRTIER), guest_socket, "--mib", str(wanted.memory_mib),
-             "--rate-mb-s", rate],
+            [sys.executable, "-m", "tests.conformance.replay_guest", guest_socket,
+             str(wanted.memory_mib), *(["busy"] if wanted.is_busy else [])],
+            cwd=ROOT,
             preexec_fn=die_with_parent,
         )  # fmt: skip
     deadline = time.monotonic() + WAIT_S
