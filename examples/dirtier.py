@@ -61,9 +61,15 @@ def main() -> None:
     parser.add_argument("--report", type=Path, help="file that always holds the state, as JSON")
     options = parser.parse_args()
     pages = (options.mib << 20) // PAGE
-    workload = Workload("dirtier")
-    memory = memoryview(workload.add_block("heap", pages * PAGE))
     state = Dirtier()
+
+    def reset() -> None:
+        for page in range(pages):
+            memory[page * PAGE : page * PAGE + 8] = bytes(8)
+        state.passes, state.at, state.mistakes = 1, 0, 0
+
+    workload = Workload("dirtier", on_reset=reset)
+    memory = memoryview(workload.add_block("heap", pages * PAGE))
     workload.add_device(STATE, state)
     workload.attach(options.socket)
     step_s = PAGES_A_STEP * PAGE / (options.rate_mb_s * 1e6) if options.rate_mb_s else 0.0

@@ -22,7 +22,7 @@ from migrationd.daemon.run_control import RunControl
 from migrationd.daemon.settings import incoming_settings, number, outgoing_settings
 from migrationd.daemon.shelter import Shelter
 from migrationd.daemon.tls import MigrationTls
-from migrationd.errors import MigrationdError, QMPError
+from migrationd.errors import GuestError, MigrationdError, QMPError
 from migrationd.guest.attached import AttachedGuest
 from migrationd.guest.held import HeldGuest
 from migrationd.guest.parked import ParkedGuest
@@ -180,6 +180,10 @@ class GuestControl:
         Raises:
             GuestError: It does not obey.
         """
+        if self._config.only_migratable and guest.blockers:
+            raise GuestError(
+                f"Device {guest.blockers[0]} is not migratable, but --only-migratable was specified"
+            )
         awaits_source = self._run.guest is None and self._run.expects_guest
         await asyncio.to_thread(guest.begin, is_destination=awaits_source)
         if self._config.start_stopped and not awaits_source and guest.is_running:
@@ -229,6 +233,8 @@ class GuestControl:
             raise QMPError("Can't migrate the vm that was paused due to previous migration")
         if self._incoming is not None and self._incoming.is_running:
             raise QMPError("Guest's memory is still on its way here")
+        if blockers := self.machine.blockers:
+            raise QMPError(f"State blocked by non-migratable device '{blockers[-1]}'")
         check_mode(capabilities, parameters)
         self.options.check_built()
         settings = self._outgoing_settings()
@@ -335,6 +341,8 @@ class GuestControl:
         self.check_incoming_may_start()
         address = channels[0].address
         check_transport(address, self.options.capabilities, self.options.parameters)
+        if self._incoming is not None and self._incoming.status != "failed":
+            raise QMPError(f"Illegal migration incoming state: {self._incoming.status}")
         self.options.check_built()
         berth: Berth = self._shelter.berth()
         cpr = None
@@ -350,15 +358,10 @@ class GuestControl:
             self._run.runs_lazily,
         )
         self._incoming = incoming
-        self._incoming_started = True
         incoming.begin()
-        try:
-            incoming.listen_on(self._tls.incoming(await listen(address, fds)))
-        except MigrationdError:
-            # Differs from QEMU, which stays in setup for ever: another address may be tried.
-            self._incoming = None
-            self._incoming_started = False
-            raise
+        # As in QEMU: where this fails, the status stays ``setup`` and the process is spent.
+        incoming.listen_on(self._tls.incoming(await listen(address, fds)))
+        self._incoming_started = True
         self.options.is_listening = True
 
         async def load() -> None:
@@ -371,7 +374,7 @@ class GuestControl:
             if exit_on_error and incoming.error is not None:
                 self._on_fatal(incoming.error)
             else:
-                # Differs from QEMU, whose devices are half loaded then: the next may come.
+                # Differs from QEMU: a bad source costs its own migration, the next may come.
                 self._incoming_started = False
 
         self._spawn(load())

@@ -3,10 +3,12 @@
 Implements :class:`migrationd.qmp.context.Machine`.
 """
 
+import asyncio
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from migrationd.clock import Clock
+from migrationd.daemon.device_file import DeviceFiles
 from migrationd.daemon.dirty_rate import DirtyRateMeter
 from migrationd.daemon.jobs import Jobs
 from migrationd.daemon.shelter import Shelter
@@ -14,11 +16,9 @@ from migrationd.daemon.snapshots import GuestSnapshots
 from migrationd.errors import QMPError
 from migrationd.guest.attached import AttachedGuest
 from migrationd.guest.parked import ParkedGuest
-from migrationd.qmp.context import Chardev
+from migrationd.guest.run_state import Owner
+from migrationd.qmp.context import Chardev, MemoryPart
 from migrationd.qmp.event_bus import EventBus
-
-if TYPE_CHECKING:
-    import asyncio
 
 
 class Yankable(Protocol):
@@ -64,6 +64,7 @@ class Machine:
         self._migrations = migrations
         self.dirty_rate = DirtyRateMeter(clock, guest, spawn)
         self.jobs = Jobs(bus, spawn)
+        self._device_files = DeviceFiles(bus, guest, lambda: self.is_migrating)
         self.snapshots = GuestSnapshots(shelter, guest, lambda: self.is_migration_yankable, adopt)
 
     @property
@@ -84,23 +85,54 @@ class Machine:
         guest = self._guest()
         return sum(block.used_length for block in guest.ram) if guest else 0
 
-    def reset(self) -> None:
-        """Reset the machine.
+    @property
+    def blockers(self) -> tuple[str, ...]:
+        """Names of devices with which the guest cannot migrate."""
+        guest = self._guest()
+        return guest.blockers if isinstance(guest, AttachedGuest) else ()
+
+    @property
+    def memory(self) -> list[MemoryPart]:
+        """The guest's main memory: its largest block, of a workload every one."""
+        guest = self._guest()
+        if guest is None or not guest.ram:
+            return []
+        is_shared = isinstance(guest, AttachedGuest)
+        largest = max(guest.ram, key=lambda block: block.used_length)
+        blocks = guest.ram if is_shared else (largest,)
+        return [MemoryPart(block.idstr, block.used_length, is_shared) for block in blocks]
+
+    async def reset(self) -> None:
+        """Reset the machine; a workload is told to begin anew.
 
         Raises:
-            QMPError: There is a guest: its devices are bytes that nobody here can reset.
+            QMPError: The guest is parked: nobody here can reset devices that are bytes.
+            GuestError: A workload cannot be reset.
         """
-        self._refuse_with_guest("system_reset")
+        guest = self._acting("system_reset")
+        if guest is not None:
+            await asyncio.to_thread(guest.reset)
         self._bus.emit("RESET", {"guest": False, "reason": "host-qmp-system-reset"})
 
-    def powerdown(self) -> None:
-        """Press the power button.
+    async def powerdown(self) -> None:
+        """Press the power button: a workload is told, and does about it what it likes.
 
         Raises:
-            QMPError: There is a guest, and its devices are not here to see that.
+            QMPError: The guest is parked, and its devices are not here to see that.
+            GuestError: A workload does not answer.
         """
-        self._refuse_with_guest("system_powerdown")
+        guest = self._acting("system_powerdown")
+        if guest is not None:
+            await asyncio.to_thread(guest.powerdown)
         self._bus.emit("POWERDOWN", None)
+
+    async def save_devices(self, path: str) -> None:
+        """Write the state of the guest's devices to a file."""
+        await self._device_files.save(path)
+
+    async def load_devices(self, path: str) -> None:
+        """Take the state of the guest's devices from a file."""
+        await self._device_files.load(path)
 
     def chardevs(self) -> Mapping[str, Chardev]:
         """Character devices by label."""
@@ -123,6 +155,13 @@ class Machine:
             if item is not None and item.is_running:
                 item.yank()
 
-    def _refuse_with_guest(self, what: str) -> None:
-        if self._guest() is not None:
+    def _acting(self, what: str) -> AttachedGuest | None:
+        """The workload that can act on something; None without a guest."""
+        guest = self._guest()
+        if guest is None:
+            return None
+        if not isinstance(guest, AttachedGuest):
             raise QMPError(f"{what}: migrationd does not run the machine of its guest")
+        if self.is_migrating or guest.owner is not Owner.HELD:
+            raise QMPError(f"{what}: the guest is being migrated, or is elsewhere")
+        return guest

@@ -97,6 +97,15 @@ class AttachedGuest(Owned):
         return not self.ram
 
     @property
+    def blockers(self) -> tuple[str, ...]:
+        """Names of devices that cannot migrate."""
+        return tuple(
+            str(device.get("name"))
+            for device in self._introduced.hello.devices
+            if device.get("unmigratable") is not None
+        )
+
+    @property
     def page_size(self) -> int:
         """Target page size in bytes."""
         return self._page_size
@@ -164,6 +173,23 @@ class AttachedGuest(Owned):
         self._link.request("start")
         self.is_running = True
         self.never_ran = False
+
+    def reset(self) -> None:
+        """Let it begin anew; one that stands still has not run since.
+
+        Raises:
+            GuestError: It cannot be reset.
+        """
+        self._link.request("reset")
+        self.never_ran = not self.is_running
+
+    def powerdown(self) -> None:
+        """Tell it that somebody wants it to end.
+
+        Raises:
+            GuestError: It does not answer.
+        """
+        self._link.request("powerdown")
 
     def throttle(self, percentage: int) -> None:
         """Let it give up this share of its time.

@@ -20,6 +20,7 @@ Each packet is one JSON object in UTF-8 of at most 256 KiB; descriptors travel w
     lazy whole    from the next start on memory may be missing, and a thread that touches it
                   waits; a workload that runs so and loses its daemon must end. All is there
     keep          a note that the next hello says again, to whatever daemon
+    reset         begin anew, as after a power cycle; powerdown: somebody wants it to end
     quit          end
 
 ``schemas/guest/`` is generated from these models.
@@ -161,6 +162,8 @@ class Request(_Message):
         "lazy",
         "whole",
         "keep",
+        "reset",
+        "powerdown",
         "quit",
     ]
     arguments: Json = {}
@@ -187,6 +190,8 @@ REQUESTS: dict[str, tuple[type[_Message], type[_Message]]] = {
     "lazy": (Nothing, Nothing),
     "whole": (Nothing, Nothing),
     "keep": (Keep, Nothing),
+    "reset": (Nothing, Nothing),
+    "powerdown": (Nothing, Nothing),
     "quit": (Nothing, Nothing),
 }
 """Arguments and return of each request."""

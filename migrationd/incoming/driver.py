@@ -200,8 +200,8 @@ class IncomingMigration:
 
     @property
     def is_running(self) -> bool:
-        """Whether it waits for a guest or loads one."""
-        return self._status.is_running
+        """Whether it waits for a guest or loads one; not where nothing could be opened."""
+        return self._listener is not None and self._status.is_running
 
     def yank(self) -> None:
         """Cut the connections off; without one there is nothing to cut."""

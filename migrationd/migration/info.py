@@ -63,5 +63,4 @@ class MigrationInfo:
     postcopy_non_vcpu_latency_ns: int | None = None
     postcopy_latency_ns: int | None = None
     postcopy_latency_dist: tuple[int, ...] | None = None
-    blocked_reasons: tuple[str, ...] = ()
     socket_address: tuple[dict[str, object], ...] = field(default=())

@@ -32,6 +32,9 @@ class UserObject:
     def __init__(self, properties: Properties) -> None:
         self.properties = dict(properties)
 
+    def close(self) -> None:
+        """Give up what the object holds; it is deleted."""
+
 
 FindObject = Callable[[str], UserObject | None]
 

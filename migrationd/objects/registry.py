@@ -10,6 +10,7 @@ from migrationd.errors import ObjectError
 from migrationd.objects.authorization import Authorization, AuthzList, AuthzSimple
 from migrationd.objects.base import FindObject, Properties, UserObject, is_identifier
 from migrationd.objects.credentials import AnonymousCredentials, TlsCredentials
+from migrationd.objects.iothread import IoThread
 from migrationd.objects.psk import PskCredentials
 from migrationd.objects.secret import Secret
 from migrationd.transport.tls_settings import TlsClient, TlsServer
@@ -22,6 +23,10 @@ def _make_x509(properties: Properties, find: FindObject) -> UserObject:
     return X509Credentials(properties, find)
 
 
+def _make_iothread(object_id: str, properties: Properties, find: FindObject) -> UserObject:
+    return IoThread(object_id, properties)
+
+
 _MAKERS: dict[str, Callable[[Properties, FindObject], UserObject]] = {
     "authz-list": lambda properties, _: AuthzList(properties),
     "authz-simple": lambda properties, _: AuthzSimple(properties),
@@ -31,7 +36,7 @@ _MAKERS: dict[str, Callable[[Properties, FindObject], UserObject]] = {
     "tls-creds-x509": _make_x509,
 }
 
-OBJECT_TYPES = tuple(_MAKERS)
+OBJECT_TYPES = tuple(sorted((*_MAKERS, "iothread")))
 """Names of the types that can be made."""
 
 OBJECTS_LIMIT = 10_000
@@ -55,6 +60,8 @@ class ObjectRegistry:
         if not is_identifier(object_id):
             raise ObjectError("Parameter 'id' expects an identifier")
         make = _MAKERS.get(qom_type)
+        if qom_type == "iothread":
+            make = partial(_make_iothread, object_id)
         if make is None:
             raise ObjectError(f"Parameter 'qom-type' does not accept value '{qom_type}'")
         if object_id in self._objects:
@@ -71,8 +78,10 @@ class ObjectRegistry:
         Raises:
             ObjectError: There is none.
         """
-        if self._objects.pop(object_id, None) is None:
+        found = self._objects.pop(object_id, None)
+        if found is None:
             raise ObjectError(f"object '{object_id}' not found")
+        found.close()
 
     def find(self, object_id: str) -> UserObject | None:
         """The object of an id."""

@@ -73,6 +73,21 @@ class Objects(Protocol):
         """The object of an id."""
 
 
+@dataclass(frozen=True, slots=True)
+class MemoryPart:
+    """A block of a guest's main memory.
+
+    Attributes:
+        name: Of the block.
+        size_bytes: Its size.
+        is_shared: Whether another process has it mapped.
+    """
+
+    name: str
+    size_bytes: int
+    is_shared: bool
+
+
 class DirtyRate(Protocol):
     """Measures the dirty rate."""
 
@@ -186,11 +201,25 @@ class Machine(Protocol):
     def ram_bytes(self) -> int:
         """Size of all RAM blocks of the guest; 0 without a guest."""
 
-    def reset(self) -> None:
+    @property
+    def blockers(self) -> Sequence[str]:
+        """Names of devices with which the guest cannot migrate."""
+
+    @property
+    def memory(self) -> Sequence[MemoryPart]:
+        """The guest's main memory; empty without a guest."""
+
+    async def reset(self) -> None:
         """Reset the machine."""
 
-    def powerdown(self) -> None:
+    async def powerdown(self) -> None:
         """Press the power button."""
+
+    async def save_devices(self, path: str) -> None:
+        """Write the state of the guest's devices to a file."""
+
+    async def load_devices(self, path: str) -> None:
+        """Take the state of the guest's devices from a file."""
 
     def chardevs(self) -> Mapping[str, Chardev]:
         """Character devices by label."""

@@ -10,6 +10,7 @@ Reference: QEMU's ``migrate``; texts as in its ``error-desc``, 11.1.
 import asyncio
 import errno
 import os
+import select
 import socket
 import stat
 from collections.abc import Callable
@@ -35,11 +36,22 @@ from migrationd.transport.resolve import SocketTarget, resolve
 FdLookup = Callable[[str], int]
 """Gives up the descriptor of a name; raises an error of ours if there is none."""
 
-RDMA_REFUSAL = "rdma: this host has no RDMA support; use tcp: or unix:"
+_RDMA_DEVICE = "/dev/infiniband/rdma_cm"
 
 _IPPROTO_MPTCP = 262
 _BACKLOG_RETRY_S = 0.01
 _OFFSET_LIMIT = 1 << 63
+
+
+def rdma_refusal(missing: str) -> AddressError:
+    """Why there is no RDMA.
+
+    Args:
+        missing: What QEMU fails to make on a host without RDMA.
+    """
+    if os.path.exists(_RDMA_DEVICE):
+        return AddressError("RDMA is not built into migrationd: use tcp: or unix:")
+    return AddressError(f"RDMA ERROR: could not create {missing}")
 
 
 def is_opened_now(address: Address) -> bool:
@@ -67,7 +79,7 @@ def open_now(address: Address, fds: FdLookup, *, keep: tuple[int, int] | None = 
         case FileAddress(path, offset):
             return _create_file(path, offset, keep)
         case RdmaAddress():
-            raise AddressError(RDMA_REFUSAL)
+            raise rdma_refusal("CM channel")
         case _:
             raise AddressError(f"'{describe(address)}' is not opened at once")
 
@@ -225,6 +237,21 @@ async def _connected(sock: socket.socket, target: SocketTarget) -> None:
             if sock.family != socket.AF_UNIX:
                 break
         await asyncio.sleep(_BACKLOG_RETRY_S)
+    # On this host there is an answer already.
+    if not _is_writable(sock):
+        await _writable(sock)
+    number = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    if number:
+        raise OSError(number, os.strerror(number))
+
+
+def _is_writable(sock: socket.socket) -> bool:
+    poll = select.poll()
+    poll.register(sock, select.POLLOUT)
+    return bool(poll.poll(0))
+
+
+async def _writable(sock: socket.socket) -> None:
     loop = asyncio.get_running_loop()
     ready = asyncio.Event()
     loop.add_writer(sock.fileno(), ready.set)
@@ -232,9 +259,6 @@ async def _connected(sock: socket.socket, target: SocketTarget) -> None:
         await ready.wait()
     finally:
         loop.remove_writer(sock.fileno())
-    number = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-    if number:
-        raise OSError(number, os.strerror(number))
 
 
 def _create_file(path: str, offset: int, keep: tuple[int, int] | None) -> Channel:

@@ -12,7 +12,7 @@ import socket
 import stat
 from collections.abc import Awaitable, Callable
 
-from migrationd.errors import AddressError, ConnectFailed, MigrationdError
+from migrationd.errors import ConnectFailed, MigrationdError
 from migrationd.transport.address import (
     Address,
     ExecAddress,
@@ -27,11 +27,11 @@ from migrationd.transport.address import (
 )
 from migrationd.transport.channel import Channel
 from migrationd.transport.connect import (
-    RDMA_REFUSAL,
     FdLookup,
     channel_of_fd,
     inet_socket,
     open_command,
+    rdma_refusal,
     set_keep_alive,
     vsock_socket,
 )
@@ -255,7 +255,7 @@ async def listen(address: Address, fds: FdLookup) -> Listener:
         case FileAddress(path, offset):
             return Listener([], _open_file(path, offset))
         case RdmaAddress():
-            raise AddressError(RDMA_REFUSAL)
+            raise rdma_refusal("rdma event channel")
 
 
 async def _bind_inet(address: InetAddress) -> list[socket.socket]:

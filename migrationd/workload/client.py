@@ -71,6 +71,9 @@ class Workload:
         on_stopped: Called when it was stopped; nothing is in ``active()`` any more.
         on_started: Called when it may run, at first or again.
         on_quit: Called when the daemon ends the workload; the process exits by default.
+        on_reset: Called when it is to begin anew, with nothing in ``active()``; without it the
+            workload cannot be reset.
+        on_powerdown: Called when somebody wants it to end in its own time.
 
     By postcopy a destination runs before its memory is there: a thread that touches what is
     missing waits for it, *with* the interpreter's lock, so that all threads do. If the daemon
@@ -85,12 +88,16 @@ class Workload:
         on_stopped: Callable[[], None] | None = None,
         on_started: Callable[[], None] | None = None,
         on_quit: Callable[[], None] | None = None,
+        on_reset: Callable[[], None] | None = None,
+        on_powerdown: Callable[[], None] | None = None,
     ) -> None:
         self.name = name
         self._on_loaded = on_loaded
         self._on_stopped = on_stopped
         self._on_started = on_started
         self._on_quit = on_quit or (lambda: os._exit(0))
+        self._on_reset = on_reset
+        self._on_powerdown = on_powerdown
         self._blocks: list[Block] = []
         self._devices: list[_Device] = []
         self._gate = _Gate()
@@ -315,6 +322,11 @@ class Workload:
                 self._is_lazy = self._ran_lazily = False
             case "keep":
                 self._note = arguments["note"]
+            case "reset":
+                self._reset()
+            case "powerdown":
+                if self._on_powerdown is not None:
+                    self._on_powerdown()
             case "quit":
                 pass
             case other:
@@ -364,6 +376,17 @@ class Workload:
         self._gate.open()
         if not was_open and self._on_started is not None:
             self._on_started()
+
+    def _reset(self) -> None:
+        if self._on_reset is None:
+            raise GuestError(f"workload '{self.name}' cannot be reset")
+        was_open = self._gate.is_open
+        self._gate.close()
+        try:
+            self._on_reset()
+        finally:
+            if was_open:
+                self._gate.open()
 
     def _save(self) -> tuple[dict[str, Any], list[int]]:
         saved = []

@@ -18,6 +18,9 @@ class Why(Enum):
     NO_MACHINE = "no machine"
     """Decided: migrationd has no vCPUs and no devices, and says so as QEMU does."""
 
+    BAD_PEER = "bad peer"
+    """Decided: a bad peer costs its own migration, and ``error-desc`` says why."""
+
     OTHER = "differs"
 
 
@@ -66,6 +69,10 @@ DIFFERENCES: dict[str, tuple[Allowed, ...]] = {
     ),
     "cap_mismatch": _other(_PARKED, '"query-status"'),
     "dirty_rate": _other("an attached guest is not measured by dirty-bitmap", '"dirty-bitmap"'),
+    "incoming_garbage_stay": tuple(
+        Allowed(request, Why.BAD_PEER, "a bad source is named, and the next one may come")
+        for request in ('"query-migrate"', '"migrate-incoming"', "events")
+    ),
     "legacy_commands": _old(
         '"migrate_set_speed"',
         '"migrate_set_downtime"',

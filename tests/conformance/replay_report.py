@@ -29,7 +29,7 @@ RECORDER = ROOT / "tests" / "conformance" / "recorder" / "record.py"
 RECORDINGS = ROOT / "tests" / "conformance" / "recordings"
 LIMIT_S = 150.0
 VERDICTS = ("identical", "as decided", "differs", "not applicable")
-_DECIDED = {Why.OLD_TOOLS, Why.NO_MACHINE}
+_DECIDED = {Why.OLD_TOOLS, Why.NO_MACHINE, Why.BAD_PEER}
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from tests.conformance import replay_report as report
 from tests.conformance.replay_compare import read
 from tests.conformance.replay_differences import NOT_APPLICABLE
 
-QUICK = ("precopy_tcp", "cancel_pre_switchover", "incoming_garbage", "precopy_dst_S")
+QUICK = ("precopy_tcp", "cancel_pre_switchover", "incoming_garbage", "incoming_defer", "colo_xen")
 """Played in every run; they take seconds."""
 
 

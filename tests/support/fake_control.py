@@ -14,7 +14,7 @@ from migrationd.migration.dirty_rate import DirtyRateRequest, DirtyRateState
 from migrationd.migration.info import MigrationInfo
 from migrationd.migration.options import MigrationOptions
 from migrationd.objects.registry import ObjectRegistry
-from migrationd.qmp.context import Chardev, DirtyRate, FdLookup, MigrationChannel
+from migrationd.qmp.context import Chardev, DirtyRate, FdLookup, MemoryPart, MigrationChannel
 from migrationd.qmp.event_bus import EventBus
 from migrationd.transport.address import Address
 
@@ -62,14 +62,24 @@ class FakeMachine:
         )
     )
     calls: list[str] = field(default_factory=list)
+    blockers: tuple[str, ...] = ()
+    memory: list[MemoryPart] = field(default_factory=list)
 
-    def reset(self) -> None:
+    async def reset(self) -> None:
         """Only remember it."""
         self.calls.append("reset")
 
-    def powerdown(self) -> None:
+    async def powerdown(self) -> None:
         """Only remember it."""
         self.calls.append("powerdown")
+
+    async def save_devices(self, path: str) -> None:
+        """Only remember it."""
+        self.calls.append(f"save_devices {path}")
+
+    async def load_devices(self, path: str) -> None:
+        """Only remember it."""
+        self.calls.append(f"load_devices {path}")
 
     def chardevs(self) -> Mapping[str, Chardev]:
         """Those of the test."""

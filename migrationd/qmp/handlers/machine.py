@@ -8,6 +8,7 @@ device that is not there.
 import os
 
 from migrationd.errors import QMPError
+from migrationd.objects.iothread import IoThread
 from migrationd.qmp.command import CommandSpec, Invocation, command
 from migrationd.qmp.models import machine as models
 from migrationd.qmp.models.base import QapiModel
@@ -82,6 +83,82 @@ def query_rx_filter(call: Invocation, arguments: models.QueryRxFilter) -> list[m
     return []
 
 
+def query_memdev(call: Invocation, _: object) -> list[models.Memdev]:
+    """``query-memdev``: the main memory of the guest."""
+    return [
+        models.Memdev.make(
+            id=item.name,
+            size=item.size_bytes,
+            merge=False,
+            dump=True,
+            prealloc=False,
+            share=item.is_shared,
+            reserve=False,
+            host_nodes=[],
+            policy="default",
+        )
+        for item in call.control.machine.memory
+    ]
+
+
+def query_iothreads(call: Invocation, _: object) -> list[models.IOThreadInfo]:
+    """``query-iothreads``."""
+    objects = call.control.objects
+    threads = ((name, objects.find(name)) for name in objects)
+    return [
+        models.IOThreadInfo.make(
+            id=name,
+            thread_id=found.thread_id,
+            poll_max_ns=found.number("poll-max-ns", 32768),
+            poll_grow=found.number("poll-grow", 2),
+            poll_shrink=found.number("poll-shrink", 2),
+            poll_weight=found.number("poll-weight", 3),
+            aio_max_batch=found.number("aio-max-batch", 0),
+        )
+        for name, found in threads
+        if isinstance(found, IoThread)
+    ]
+
+
+def no_hotplug(call: Invocation, _: object) -> None:
+    """``query-hotpluggable-cpus``."""
+    raise QMPError("machine does not support hot-plugging CPUs")
+
+
+def no_acpi(call: Invocation, _: object) -> None:
+    """``query-acpi-ospm-status``."""
+    raise QMPError("command is not supported, missing ACPI device")
+
+
+def query_sev(call: Invocation, _: object) -> models.SevGuest:
+    """``query-sev``: no memory is encrypted."""
+    return models.SevGuest.make(
+        enabled=False,
+        api_major=0,
+        api_minor=0,
+        build_id=0,
+        state="uninit",
+        sev_type="sev",
+        policy=0,
+        handle=0,
+    )
+
+
+def no_gic(call: Invocation, _: object) -> None:
+    """``query-gic-capabilities``."""
+    raise QMPError("GIC hardware is not available on this target")
+
+
+def query_dump_formats(call: Invocation, _: object) -> models.DumpGuestMemoryCapability:
+    """``query-dump-guest-memory-capability``: memory is not dumped."""
+    return models.DumpGuestMemoryCapability.make(formats=[])
+
+
+def no_cpu_model(call: Invocation, arguments: models.CpuModelExpansion) -> None:
+    """``query-cpu-model-expansion``: none is known."""
+    raise QMPError(f"CPU model '{arguments.model.name}' not found")
+
+
 def no_balloon(call: Invocation, _: object) -> None:
     """``balloon`` and ``query-balloon``."""
     raise QMPError("No balloon device has been activated", "DeviceNotActive")
@@ -119,14 +196,14 @@ def client_migrate_info(call: Invocation, arguments: models.ClientMigrateInfo) -
     raise QMPError("SPICE is not in use", "DeviceNotActive")
 
 
-def system_reset(call: Invocation, _: object) -> None:
+async def system_reset(call: Invocation, _: object) -> None:
     """``system_reset``."""
-    call.control.machine.reset()
+    await call.control.machine.reset()
 
 
-def system_powerdown(call: Invocation, _: object) -> None:
+async def system_powerdown(call: Invocation, _: object) -> None:
     """``system_powerdown``."""
-    call.control.machine.powerdown()
+    await call.control.machine.powerdown()
 
 
 def system_wakeup(call: Invocation, _: object) -> None:
@@ -149,13 +226,26 @@ COMMANDS: tuple[CommandSpec, ...] = (
     command("query-machines", nothing_of_the_kind, models.QueryMachines, list[models.MachineInfo]),
     command("query-current-machine", query_current_machine, returns=models.CurrentMachineParams),
     command("query-cpus-fast", nothing_of_the_kind, returns=list[models.CpuInfoFast]),
-    command("query-hotpluggable-cpus", nothing_of_the_kind, returns=list[models.HotpluggableCpu]),
+    command("query-hotpluggable-cpus", no_hotplug, returns=list[models.HotpluggableCpu]),
     command("query-cpu-definitions", nothing_of_the_kind, returns=list[models.CpuDefinition]),
-    command("query-memdev", nothing_of_the_kind, returns=list[models.Memdev]),
+    command("query-memdev", query_memdev, returns=list[models.Memdev]),
     command("query-memory-size-summary", query_memory_size, returns=models.MemorySizes),
     command("query-memory-devices", nothing_of_the_kind, returns=list[models.MemoryDevice]),
-    command("query-iothreads", nothing_of_the_kind, returns=list[models.IOThreadInfo]),
-    command("query-acpi-ospm-status", nothing_of_the_kind, returns=list[models.AcpiOstInfo]),
+    command("query-iothreads", query_iothreads, returns=list[models.IOThreadInfo]),
+    command("query-acpi-ospm-status", no_acpi, returns=list[models.AcpiOstInfo]),
+    command("query-sev", query_sev, returns=models.SevInfo),
+    command("query-gic-capabilities", no_gic, returns=list[models.GicCapability]),
+    command(
+        "query-dump-guest-memory-capability",
+        query_dump_formats,
+        returns=models.DumpGuestMemoryCapability,
+    ),
+    command(
+        "query-cpu-model-expansion",
+        no_cpu_model,
+        models.CpuModelExpansion,
+        models.CpuModelExpansionInfo,
+    ),
     command("query-block", nothing_of_the_kind, models.QueryBlock, list[models.BlockInfo]),
     command(
         "query-blockstats", nothing_of_the_kind, models.QueryBlockStats, list[models.BlockStats]

@@ -79,6 +79,8 @@ def query_migrate(call: Invocation, _: object) -> MigrationInfoModel:
     for info in (call.control.incoming_info(), call.control.outgoing_info()):
         if info is not None:
             members |= _info_members(info)
+    if blockers := call.control.machine.blockers:
+        members["blocked_reasons"] = [f"non-migratable device: {name}" for name in blockers]
     if "ram" in members and call.control.options.capabilities["xbzrle"]:
         members.setdefault("xbzrle_cache", _unused_cache(call))
     return MigrationInfoModel.make(**members)
@@ -107,7 +109,6 @@ def _info_members(info: MigrationInfo) -> dict[str, object]:
         "remaining": info.remaining_bytes,
         "cpu_throttle_percentage": info.cpu_throttle_percentage,
         "error_desc": info.error_desc,
-        "blocked_reasons": list(info.blocked_reasons) or None,
         "socket_address": [_ADDRESSES.validate_python(item) for item in info.socket_address]
         or None,
         "ram": _ram(info.ram),

@@ -73,7 +73,13 @@ _MONITOR = {
     "chardev": Property("string"),
     "pretty": Property("bool", False),
 }
-_PARENTS = {"secret": "secret_common", "authz": "authz", "tls": "tls-creds"}
+_PLAIN: dict[object, str] = {bool: "bool", int: "int"}
+_PARENTS = {
+    "iothread": "event-loop-base",
+    "secret": "secret_common",
+    "authz": "authz",
+    "tls": "tls-creds",
+}
 
 
 def known_types() -> dict[str, TypeInfo]:
@@ -82,6 +88,7 @@ def known_types() -> dict[str, TypeInfo]:
         "object": TypeInfo(None, is_abstract=True),
         "container": TypeInfo("object"),
         "authz": TypeInfo("object", is_abstract=True),
+        "event-loop-base": TypeInfo("object", is_abstract=True),
         "secret_common": TypeInfo("object", is_abstract=True),
         "tls-creds": TypeInfo("object", is_abstract=True),
         "chardev": TypeInfo("object", is_abstract=True),
@@ -95,7 +102,7 @@ def known_types() -> dict[str, TypeInfo]:
         for member in model.model_fields.values():
             extra = member.json_schema_extra
             facts = extra.facts if isinstance(extra, Facts) else {}
-            plain = "bool" if member.annotation is bool else "string"
+            plain = _PLAIN.get(member.annotation, "string")
             properties[str(member.alias)] = Property(
                 str(facts.get("qom", plain)), facts.get("initial", "")
             )

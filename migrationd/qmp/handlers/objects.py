@@ -4,6 +4,7 @@ from typing import Any
 
 from migrationd.errors import QMPError
 from migrationd.qmp.command import CommandSpec, Invocation, command
+from migrationd.qmp.handlers import migration_type
 from migrationd.qmp.handlers.object_tree import (
     Node,
     Property,
@@ -84,6 +85,8 @@ def qom_list_properties(
     call: Invocation, arguments: models.TypeName
 ) -> list[models.ObjectPropertyInfo]:
     """``qom-list-properties``."""
+    if arguments.typename == migration_type.TYPE_NAME:
+        return migration_type.all_properties()
     info = known_types().get(arguments.typename)
     if info is None:
         raise QMPError(f"Class '{arguments.typename}' not found", "DeviceNotFound")
@@ -96,7 +99,9 @@ def qom_list_properties(
 def device_list_properties(
     call: Invocation, arguments: models.TypeName
 ) -> list[models.ObjectPropertyInfo]:
-    """``device-list-properties``: no device model is known."""
+    """``device-list-properties``: of devices none is known but the migration itself."""
+    if arguments.typename == migration_type.TYPE_NAME:
+        return migration_type.device_properties()
     if arguments.typename in known_types():
         raise QMPError("Parameter 'typename' expects a non-abstract device type")
     raise QMPError(f"Device '{arguments.typename}' not found", "DeviceNotFound")

@@ -15,14 +15,14 @@ def colo_lost_heartbeat(call: Invocation, _: object) -> None:
     raise QMPError("VM is not in COLO mode")
 
 
-def xen_save_devices_state(call: Invocation, arguments: models.XenSaveDevicesState) -> None:
-    """``xen-save-devices-state``: refused, its format is not written here."""
-    raise QMPError("xen-save-devices-state is not supported in this version of migrationd")
+async def xen_save_devices_state(call: Invocation, arguments: models.XenSaveDevicesState) -> None:
+    """``xen-save-devices-state``; ``live`` is about disk images, and there is none."""
+    await call.control.machine.save_devices(arguments.filename)
 
 
-def xen_load_devices_state(call: Invocation, arguments: models.XenLoadDevicesState) -> None:
-    """``xen-load-devices-state``: refused, its format is not read here."""
-    raise QMPError("xen-load-devices-state is not supported in this version of migrationd")
+async def xen_load_devices_state(call: Invocation, arguments: models.XenLoadDevicesState) -> None:
+    """``xen-load-devices-state``."""
+    await call.control.machine.load_devices(arguments.filename)
 
 
 def xen_set_global_dirty_log(call: Invocation, arguments: models.XenSetGlobalDirtyLog) -> None:

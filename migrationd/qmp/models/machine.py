@@ -3,11 +3,11 @@
 Returns that can only be empty lists name the members that every release has.
 """
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict
+from pydantic import ConfigDict, Field
 
-from migrationd.qmp.models.base import QapiModel, Size, UInt64, optional
+from migrationd.qmp.models.base import QapiModel, QapiUnion, Size, UInt64, optional
 
 WatchdogAction = Literal["reset", "shutdown", "poweroff", "pause", "debug", "none", "inject-nmi"]
 
@@ -298,6 +298,96 @@ class DumpQueryResult(QapiModel):
     status: Literal["none", "active", "completed", "failed"]
     completed: int
     total: int
+
+
+SevState = Literal[
+    "uninit", "launch-update", "launch-secret", "running", "send-update", "receive-update"
+]
+SevGuestType = Literal["sev", "sev-snp"]
+
+
+class SevBase(QapiModel):
+    """What ``query-sev`` says of each kind of guest."""
+
+    enabled: bool
+    api_major: int
+    api_minor: int
+    build_id: int
+    state: SevState
+    sev_type: SevGuestType
+
+
+class SevMembers(QapiModel):
+    """Of SEV itself."""
+
+    policy: int
+    handle: int
+
+
+class SevSnpMembers(QapiModel):
+    """Of SEV-SNP."""
+
+    snp_policy: int
+
+
+class SevGuest(SevBase, SevMembers):
+    """Return of ``query-sev``."""
+
+    sev_type: Literal["sev"]
+
+
+class SevSnpGuest(SevBase, SevSnpMembers):
+    """Return of ``query-sev`` for SEV-SNP."""
+
+    sev_type: Literal["sev-snp"]
+
+
+SevInfo = Annotated[
+    SevGuest | SevSnpGuest,
+    Field(discriminator="sev_type"),
+    QapiUnion(SevBase, "sev-type", {"sev": SevMembers, "sev-snp": SevSnpMembers}),
+]
+
+
+class GicCapability(QapiModel):
+    """One entry of ``query-gic-capabilities``."""
+
+    version: int
+    emulated: bool
+    kernel: bool
+
+
+DumpGuestMemoryFormat = Literal[
+    "elf", "kdump-zlib", "kdump-lzo", "kdump-snappy", "kdump-raw-zlib", "kdump-raw-lzo",
+    "kdump-raw-snappy", "win-dmp",
+]  # fmt: skip
+
+
+class DumpGuestMemoryCapability(QapiModel):
+    """Return of ``query-dump-guest-memory-capability``."""
+
+    formats: list[DumpGuestMemoryFormat]
+
+
+class CpuModel(QapiModel):
+    """A CPU model with properties."""
+
+    name: str
+    props: Any = optional()
+
+
+class CpuModelExpansion(QapiModel):
+    """Arguments of ``query-cpu-model-expansion``."""
+
+    type: Literal["static", "full"]
+    model: CpuModel
+
+
+class CpuModelExpansionInfo(QapiModel):
+    """Return of ``query-cpu-model-expansion``."""
+
+    model: CpuModel
+    deprecated_props: list[str] = optional(since="9.1")
 
 
 class SetAction(QapiModel):

@@ -19,6 +19,7 @@ class ObjectBase(QapiModel):
     qom_type: Literal[
         "authz-list",
         "authz-simple",
+        "iothread",
         "secret",
         "tls-creds-anon",
         "tls-creds-psk",
@@ -46,6 +47,18 @@ class AuthzSimpleMembers(QapiModel):
     """Properties of an ``authz-simple``."""
 
     identity: str
+
+
+class IothreadMembers(QapiModel):
+    """Properties of an ``iothread``."""
+
+    aio_max_batch: int = optional(initial=0)
+    thread_pool_min: int = optional(initial=0)
+    thread_pool_max: int = optional(initial=64)
+    poll_max_ns: int = optional(initial=32768)
+    poll_grow: int = optional(initial=2)
+    poll_shrink: int = optional(initial=2)
+    poll_weight: int = optional(initial=3)
 
 
 class SecretMembers(QapiModel):
@@ -94,6 +107,12 @@ class AuthzSimpleOptions(ObjectBase, AuthzSimpleMembers):
     qom_type: Literal["authz-simple"]
 
 
+class IothreadOptions(ObjectBase, IothreadMembers):
+    """Object: a thread for devices, which nothing here has."""
+
+    qom_type: Literal["iothread"]
+
+
 class SecretOptions(ObjectBase, SecretMembers):
     """Object: a password or key."""
 
@@ -121,6 +140,7 @@ class TlsCredsX509Options(ObjectBase, TlsCredsX509Members):
 ObjectOptions = Annotated[
     AuthzListOptions
     | AuthzSimpleOptions
+    | IothreadOptions
     | SecretOptions
     | TlsCredsAnonOptions
     | TlsCredsPskOptions
@@ -132,6 +152,7 @@ ObjectOptions = Annotated[
         {
             "authz-list": AuthzListMembers,
             "authz-simple": AuthzSimpleMembers,
+            "iothread": IothreadMembers,
             "secret": SecretMembers,
             "tls-creds-anon": TlsCredsMembers,
             "tls-creds-psk": TlsCredsPskMembers,
@@ -143,6 +164,7 @@ ObjectOptions = Annotated[
 OBJECT_MEMBERS: dict[str, type[QapiModel]] = {
     "authz-list": AuthzListMembers,
     "authz-simple": AuthzSimpleMembers,
+    "iothread": IothreadMembers,
     "secret": SecretMembers,
     "tls-creds-anon": TlsCredsMembers,
     "tls-creds-psk": TlsCredsPskMembers,

@@ -53,19 +53,22 @@ def make(
     )
 
 
-def test_without_a_guest() -> None:
+async def test_without_a_guest() -> None:
     events: list[dict[str, object]] = []
     machine = make(events, None)
     assert (machine.type_name, machine.base_memory_bytes, machine.ram_bytes) == (None, 0, 0)
-    machine.reset()
-    machine.powerdown()
+    await machine.reset()
+    await machine.powerdown()
+    assert (machine.memory, machine.blockers) == ([], ())
+    with pytest.raises(QMPError, match="no guest whose devices"):
+        await machine.save_devices("/nonexistent/x")
     assert [(event["event"], event.get("data")) for event in events] == [
         ("RESET", {"guest": False, "reason": "host-qmp-system-reset"}),
         ("POWERDOWN", None),
     ]
 
 
-def test_with_a_guest() -> None:
+async def test_with_a_guest() -> None:
     guest = ParkedGuest.create(
         GuestIdentity(machine="pc-i440fx-11.1"),
         [RamBlockSpec("pc.rom", 8192, 4096), RamBlockSpec("pc.ram", 65536, 4096)],
@@ -77,7 +80,8 @@ def test_with_a_guest() -> None:
     assert (machine.base_memory_bytes, machine.ram_bytes) == (65536, 73728)
     for act in (machine.reset, machine.powerdown):
         with pytest.raises(QMPError, match="does not run the machine of its guest"):
-            act()
+            await act()
+    assert [(part.name, part.size_bytes) for part in machine.memory] == [("pc.ram", 65536)]
     assert events == []
 
 

@@ -4,11 +4,13 @@ Texts are those that QEMU 11.1 was recorded with.
 """
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import TypeAdapter
 
+from migrationd.qmp.context import MemoryPart
 from migrationd.qmp.handlers.machine import COMMANDS as MACHINE_COMMANDS
 from migrationd.qmp.handlers.machine import nothing_of_the_kind
 from migrationd.qmp.handlers.table import COMMANDS, EVENTS
@@ -57,6 +59,59 @@ async def test_what_the_machine_does_not_have(monitor: Monitor, name: str) -> No
 async def test_target(monitor: Monitor, control: FakeControl, machine: str, arch: str) -> None:
     control.machine.type_name = machine
     assert await ask(monitor, "query-target") == {"arch": arch}
+
+
+async def test_main_memory(monitor: Monitor, control: FakeControl) -> None:
+    control.machine.memory = [MemoryPart("heap", 65536, is_shared=True)]
+    (found,) = await ask(monitor, "query-memdev")
+    assert (found["id"], found["size"], found["share"]) == ("heap", 65536, True)
+
+
+async def test_iothreads(monitor: Monitor) -> None:
+    assert await ask(monitor, "query-iothreads") == []
+    assert await ask(monitor, "object-add", qom_type="iothread", id="io0", poll_grow=4) == {}
+    (found,) = await ask(monitor, "query-iothreads")
+    assert Path(f"/proc/self/task/{found.pop('thread-id')}/comm").exists()
+    assert found == {
+        "id": "io0",
+        "poll-max-ns": 32768,
+        "poll-grow": 4,
+        "poll-shrink": 2,
+        "poll-weight": 3,
+        "aio-max-batch": 0,
+    }
+    for given, text in (
+        ({"poll_max_ns": -5}, "poll-max-ns value must be in range [0, 9223372036854775807]"),
+        ({"poll_weight": 64}, "poll-weight value must be in range [0, 63]"),
+        (
+            {"thread_pool_max": 1, "thread_pool_min": 5},
+            "bad thread-pool-min/thread-pool-max values",
+        ),
+        ({"thread_pool_max": 1 << 40}, "bad thread-pool-min/thread-pool-max values"),
+    ):
+        answer = await ask(monitor, "object-add", qom_type="iothread", id="io1", **given)
+        assert answer == refused(text)
+    assert await ask(monitor, "object-del", id="io0") == {}
+    assert await ask(monitor, "query-iothreads") == []
+
+
+async def test_without_encrypted_memory(monitor: Monitor) -> None:
+    found = await ask(monitor, "query-sev")
+    assert (found["enabled"], found["state"], found["sev-type"]) == (False, "uninit", "sev")
+    assert await ask(monitor, "query-dump-guest-memory-capability") == {"formats": []}
+
+
+async def test_devices_that_cannot_migrate_are_told(monitor: Monitor, control: FakeControl) -> None:
+    control.machine.blockers = ("camera",)
+    assert await ask(monitor, "query-migrate") == {
+        "blocked-reasons": ["non-migratable device: camera"]
+    }
+
+
+async def test_files_of_devices(monitor: Monitor, control: FakeControl) -> None:
+    assert await ask(monitor, "xen-save-devices-state", filename="/f", live=False) == {}
+    assert await ask(monitor, "xen-load-devices-state", filename="/f") == {}
+    assert control.machine.calls == ["save_devices /f", "load_devices /f"]
 
 
 async def test_what_is_known_of_the_machine(monitor: Monitor, control: FakeControl) -> None:
@@ -119,6 +174,26 @@ NO_BALLOON = refused("No balloon device has been activated", "DeviceNotActive")
             ),
         ),
         ("x-colo-lost-heartbeat", {}, refused("VM is not in COLO mode")),
+        (
+            "query-hotpluggable-cpus",
+            {},
+            refused("machine does not support hot-plugging CPUs"),
+        ),
+        (
+            "query-acpi-ospm-status",
+            {},
+            refused("command is not supported, missing ACPI device"),
+        ),
+        (
+            "query-gic-capabilities",
+            {},
+            refused("GIC hardware is not available on this target"),
+        ),
+        (
+            "query-cpu-model-expansion",
+            {"type": "static", "model": {"name": "qemu64"}},
+            refused("CPU model 'qemu64' not found"),
+        ),
         (
             "xen-set-replication",
             {"enable": True, "primary": True, "failover": True},
