@@ -3,6 +3,7 @@
 from uuid import UUID
 
 from migrationd.incoming.berth import IncomingSettings
+from migrationd.migration.bitmap_mapping import BitmapMapping
 from migrationd.migration.convergence import ThrottleSettings
 from migrationd.migration.options import MigrationOptions
 from migrationd.outgoing.contract import OutgoingSettings
@@ -53,6 +54,8 @@ def outgoing_settings(
         xbzrle_cache_bytes=number(parameters["xbzrle-cache-size"])
         if capabilities["xbzrle"]
         else None,
+        dirty_bitmaps=capabilities["dirty-bitmaps"],
+        bitmap_mapping=_mapping(options),
     )
 
 
@@ -82,6 +85,7 @@ def incoming_settings(
         postcopy_blocktime=capabilities["postcopy-blocktime"],
         multifd_channels=number(options.parameters["multifd-channels"]) if has_channels else 0,
         multifd_compression=_text(options.parameters["multifd-compression"]),
+        bitmap_mapping=_mapping(options),
     )
 
 
@@ -89,6 +93,12 @@ def number(value: object) -> int:
     """A parameter that the monitor's model made sure is a number."""
     assert isinstance(value, int)
     return value
+
+
+def _mapping(options: MigrationOptions) -> BitmapMapping | None:
+    mapping = options.parameters["block-bitmap-mapping"]
+    assert mapping is None or isinstance(mapping, tuple)
+    return mapping
 
 
 def _text(value: object) -> str:

@@ -9,6 +9,7 @@ from migrationd.guest.held import HeldGuest
 from migrationd.guest.ram_block import RamBlockSpec
 from migrationd.incoming.loader import Arrival
 from migrationd.migration.dialect import describes_devices
+from migrationd.migration.dirty_bitmaps import without_incomplete
 
 
 def check_configuration(
@@ -82,10 +83,13 @@ def complete(guest: HeldGuest, arrival: Arrival, *, by_postcopy: bool) -> None:
 
     A guest that came by postcopy leaves by precopy like any other. What came behind its
     devices leaves before them, and a description, which its stream never has, is sent again
-    where the machine type sends one.
+    where the machine type sends one. A dirty bitmap that came in part is none.
+
+    Raises:
+        StreamCorrupt: The dirty bitmaps are malformed.
     """
     has_description = arrival.vmdescription is not None
-    devices = arrival.devices
+    devices = without_incomplete(arrival.devices)
     if by_postcopy:
         devices = sorted(devices, key=_is_late)
         has_description = describes_devices(identity_of(arrival, None).machine)

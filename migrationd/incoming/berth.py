@@ -8,6 +8,7 @@ from migrationd.guest.base import GuestIdentity
 from migrationd.guest.device import DeviceState
 from migrationd.guest.held import HeldGuest
 from migrationd.guest.ram_block import RamBlockSpec
+from migrationd.migration.bitmap_mapping import BitmapMapping
 from migrationd.store.mapped_ram_reader import Contents
 
 
@@ -69,3 +70,4 @@ class IncomingSettings:
     postcopy_blocktime: bool = False
     multifd_channels: int = 0
     multifd_compression: str = "none"
+    bitmap_mapping: BitmapMapping | None = None

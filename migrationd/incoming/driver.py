@@ -283,6 +283,7 @@ class IncomingMigration:
             StreamDecoder(StreamLimits(ram_bytes=settings.ram_limit_bytes)),
             lambda: loop.call_soon_threadsafe(self._stream_began),
             self._multifd,
+            settings.bitmap_mapping,
         )
         self._await_preempt(channels, loader)
         return loader
@@ -407,6 +408,7 @@ class IncomingMigration:
             channel,
             self._berth.adopt,
             ram_limit_bytes=self._settings.ram_limit_bytes,
+            mapping=self._settings.bitmap_mapping,
             check=lambda record: check_uuid(record, self._settings.guest_uuid, 0),
         )
 
@@ -511,7 +513,9 @@ class IncomingMigration:
             case n if n == MIG_CMD_SWITCHOVER_START:
                 loader.arrival.has_switchover_start = True
             case n if n in _POSTCOPY_COMMANDS:
-                if not self._return_path_open:
+                # Dirty bitmaps can do without a way back.
+                is_for_bitmaps = n == MIG_CMD_POSTCOPY_ADVISE and not command.payload
+                if not self._return_path_open and not is_for_bitmaps:
                     raise StreamCorrupt("postcopy without a return path", position=loader.position)
                 self._postcopy.obey(command, loader)
             case n if n == MIG_CMD_PACKAGED:

@@ -13,7 +13,6 @@ from enum import Enum
 
 from migrationd.codec.constants import (
     QEMU_VM_SECTION_END,
-    QEMU_VM_SECTION_FULL,
     QEMU_VM_SECTION_START,
 )
 from migrationd.codec.ram import RamDecoder, inflate_page
@@ -38,12 +37,14 @@ from migrationd.codec.records import (
     ZeroBatch,
 )
 from migrationd.codec.stream import StreamDecoder
-from migrationd.errors import StreamCorrupt, StreamLimit, StreamTruncated, StreamUnsupported
+from migrationd.errors import StreamCorrupt, StreamTruncated, StreamUnsupported
 from migrationd.guest.device import DeviceState
 from migrationd.guest.ram_block import RamBlock
 from migrationd.incoming.direct_receive import DirectReceiver, RunGuess
+from migrationd.incoming.kept_sections import KeptSections
 from migrationd.incoming.multifd_receive import Multifd
 from migrationd.incoming.pages import place_record
+from migrationd.migration.bitmap_mapping import BitmapMapping
 from migrationd.pageops.xbzrle import decode_page
 from migrationd.transport.channel import Channel
 
@@ -63,9 +64,6 @@ FILL_BYTES = 256 << 10
 PEEK_BYTES = 16 << 10
 """Receive no more than this where a long run is likely to begin: the rest can go straight to its
 place."""
-
-MAX_DEVICE_BYTES = 1 << 30
-"""All device sections of one guest together."""
 
 
 class Pause(Enum):
@@ -101,6 +99,7 @@ class StreamLoader:
         on_first_bytes: Called once, on the stepping thread, when a stream has begun: what does not
             begin like one never does.
         multifd: Channels that carry pages besides this stream.
+        mapping: ``block-bitmap-mapping``: under which names dirty bitmaps are kept.
 
     One step runs at a time; between steps the event loop may read every attribute.
     """
@@ -111,14 +110,13 @@ class StreamLoader:
         decoder: StreamDecoder,
         on_first_bytes: Callable[[], object],
         multifd: Multifd | None = None,
+        mapping: BitmapMapping | None = None,
     ) -> None:
         self._channel = channel
         self._multifd = multifd
         self._decoder = decoder
         self._on_first_bytes = on_first_bytes
         self._blocks: Sequence[RamBlock] | None = None
-        self._device_keys: set[tuple[str, int]] = set()
-        self._device_bytes = 0
         self._ended_handlers: set[tuple[str, int]] = set()
         self._in_setup = True
         self._section: str | None = None
@@ -129,6 +127,7 @@ class StreamLoader:
         self._is_postcopy = False
         self._awaits_resume = False
         self.arrival = Arrival()
+        self._kept = KeptSections(mapping, self.arrival.devices)
 
     @property
     def blocks(self) -> Sequence[RamBlock]:
@@ -143,6 +142,8 @@ class StreamLoader:
         """
         self._is_postcopy = True
         self._run.ended()
+        # With dirty bitmaps alone, RAM ends before the switch and once more behind it.
+        self._ended_handlers.clear()
 
     def resume(self, channel: Channel) -> None:
         """Go on with the stream on another connection, after :meth:`listen`.
@@ -169,7 +170,7 @@ class StreamLoader:
     @property
     def has_sections(self) -> bool:
         """Whether any section has come."""
-        return self._blocks is not None or bool(self._device_keys)
+        return self._blocks is not None or bool(self._kept)
 
     def fork_ram(self) -> RamDecoder | None:
         """A decoder for RAM records of another channel; None before the block list."""
@@ -378,42 +379,10 @@ class StreamLoader:
         """Keep a section as bytes.
 
         Raises:
-            StreamError: It came twice, never started, or there is too much.
+            StreamError: It came twice, never started, is malformed, or there is too much.
         """
-        key = (section.idstr, section.instance_id)
-        if section.kind in (QEMU_VM_SECTION_FULL, QEMU_VM_SECTION_START):
-            if key in self._device_keys:
-                raise StreamCorrupt(
-                    f"duplicate section, instance {section.instance_id}",
-                    position=self.position,
-                    section=section.idstr,
-                )
-            self._device_keys.add(key)
-        elif key not in self._device_keys:
-            raise StreamCorrupt(
-                "a part of a section that never started",
-                position=self.position,
-                section=section.idstr,
-            )
-        self._device_bytes += len(section.body)
-        if self._device_bytes > MAX_DEVICE_BYTES:
-            raise StreamLimit(
-                f"device sections of more than {MAX_DEVICE_BYTES} bytes",
-                position=self.position,
-                section=section.idstr,
-            )
+        self._kept.keep(section, self.position, in_setup=self._in_setup)
         self.arrival.has_footers = section.has_footer
-        self.arrival.devices.append(
-            DeviceState(
-                idstr=section.idstr,
-                instance_id=section.instance_id,
-                version_id=section.version_id,
-                body=section.body,
-                kind=section.kind,
-                section_id=section.section_id,
-                is_early=self._in_setup and section.kind == QEMU_VM_SECTION_FULL,
-            )
-        )
 
     def _unsupported(self, what: str, hint: str | None = None) -> StreamUnsupported:
         return StreamUnsupported(

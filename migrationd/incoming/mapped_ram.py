@@ -7,7 +7,7 @@ Reference: stream format 8.3.
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 
@@ -20,6 +20,9 @@ from migrationd.guest.held import HeldGuest
 from migrationd.guest.memory import FileMemory, page_runs
 from migrationd.guest.parked import ParkedGuest
 from migrationd.guest.ram_block import RamBlock, RamBlockSpec
+from migrationd.incoming.kept_sections import renamed
+from migrationd.migration.bitmap_mapping import BitmapMapping
+from migrationd.migration.dirty_bitmaps import without_incomplete
 from migrationd.store.container import read_container
 from migrationd.store.mapped_ram import CAPABILITY, PlacedBlock
 from migrationd.store.mapped_ram_reader import Contents, read_contents, read_packed_bitmap
@@ -36,6 +39,7 @@ def load_mapped_ram(
     *,
     ram_limit_bytes: int | None,
     check: Callable[[Configuration], None],
+    mapping: BitmapMapping | None = None,
 ) -> HeldGuest:
     """Open the guest of a file that an incoming migration reads.
 
@@ -44,6 +48,7 @@ def load_mapped_ram(
         adopt: Makes a guest of the file and its contents.
         ram_limit_bytes: Largest guest that is taken.
         check: Refuses a configuration.
+        mapping: ``block-bitmap-mapping``: under which names dirty bitmaps are kept.
 
     Raises:
         StreamUnsupported: It is no file, or a plain stream.
@@ -67,7 +72,13 @@ def load_mapped_ram(
             fd, "the file", position=container.position, ram_limit_bytes=ram_limit_bytes
         )
         check(contents.configuration)
-        return adopt(fd, contents)
+        return adopt(fd, _with_names(contents, mapping))
+
+
+def _with_names(contents: Contents, mapping: BitmapMapping | None) -> Contents:
+    sections = renamed((*contents.early, *contents.late), mapping)
+    count = len(contents.early)
+    return replace(contents, early=tuple(sections[:count]), late=tuple(sections[count:]))
 
 
 def identity_of(contents: Contents) -> GuestIdentity:
@@ -97,9 +108,10 @@ def complete_guest(
     """
     known = {field.name for field in fields(SeenOnArrival)}
     values = {"switchover_start": contents.has_switchover_start, **(seen or {})}
+    sections = [DeviceState.of_section(section, in_setup=True) for section in contents.early]
+    sections += [DeviceState.of_section(section, in_setup=False) for section in contents.late]
     guest.complete(
-        [DeviceState.of_section(section, in_setup=True) for section in contents.early]
-        + [DeviceState.of_section(section, in_setup=False) for section in contents.late],
+        without_incomplete(sections),
         contents.vmdescription,
         SeenOnArrival(**{name: value for name, value in values.items() if name in known}),
     )

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from migrationd.guest.run_state import LazyHandOver
+from migrationd.migration.bitmap_mapping import BitmapMapping
 from migrationd.migration.convergence import ThrottleSettings
 from migrationd.outgoing.file_save import FileSettings
 from migrationd.outgoing.multifd_send import MultifdSettings
@@ -31,6 +32,9 @@ class OutgoingSettings:
     """How a mapped-ram file is written; None without the capability."""
     multifd: MultifdSettings | None = None
     detects_zero_pages: bool = True
+    dirty_bitmaps: bool = False
+    """Whether the destination is told of dirty bitmaps; those that the guest has go anyway."""
+    bitmap_mapping: BitmapMapping | None = None
     mode: str = "normal"
     """Parameter ``mode``."""
 

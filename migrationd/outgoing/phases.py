@@ -28,6 +28,7 @@ from migrationd.migration.stats import OutgoingStats
 from migrationd.migration.status import Cause, StatusMachine
 from migrationd.outgoing.connection import OutgoingConnection
 from migrationd.outgoing.contract import Observer, OutgoingSettings
+from migrationd.outgoing.departing import advise_bitmaps, departing
 from migrationd.outgoing.device_save import free_section_id, stream_head, stream_tail
 from migrationd.outgoing.file_save import FileSave, FileSettings
 from migrationd.outgoing.live_save import LiveSaver
@@ -76,7 +77,7 @@ class Phases:
         observer: Observer,
         status: StatusMachine,
     ) -> None:
-        self._guest = guest
+        self._guest = guest = departing(guest, settings.bitmap_mapping)
         self._dialect = dialect
         self._settings = settings
         self._clock = clock
@@ -225,7 +226,7 @@ class Phases:
             self._dialect,
             return_path=self.has_return_path,
             uuid=self._settings.uuid,
-            advise=self.postcopy.advise_bytes() if self.postcopy is not None else b"",
+            advise=self._advise(),
         )
         self._stats.dirty_sync_count = 1
         ram = self._ram_saver()
@@ -251,6 +252,11 @@ class Phases:
         await self._stop_first()
         self._advance(Cause.STREAM)
         return saver
+
+    def _advise(self) -> bytes:
+        if self.postcopy is not None:
+            return self.postcopy.advise_bytes()
+        return advise_bitmaps() if self._settings.dirty_bitmaps else b""
 
     async def _stop_first(self) -> None:
         if self._settings.stops_first and self._guest.live is not None:

@@ -20,6 +20,7 @@ import numpy.typing as npt
 from migrationd.codec.buffer import NeedData, ReadBuffer
 from migrationd.codec.constants import (
     MAPPED_RAM_HDR_VERSION,
+    MIG_CMD_POSTCOPY_ADVISE,
     MIG_CMD_SWITCHOVER_START,
     QEMU_VM_FILE_VERSION,
     QEMU_VM_SECTION_END,
@@ -303,6 +304,8 @@ class _Reader:
                 case Command(number) if number == MIG_CMD_SWITCHOVER_START:
                     has_switchover_start = True
                     sections = late
+                case Command(number, b"") if number == MIG_CMD_POSTCOPY_ADVISE:
+                    pass  # dirty bitmaps may come
                 case (
                     FileHeader()
                     | Configuration()
