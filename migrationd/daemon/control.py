@@ -156,6 +156,9 @@ class GuestControl:
     def adopt_lazy(self, guest: ParkedGuest, lazy: LazyHandOver) -> None:
         """Offer a guest whose postcopy an earlier daemon began: ``migrate`` resumes it."""
         self.adopt(guest)
+        self._resume_lazy(guest, lazy)
+
+    def _resume_lazy(self, guest: HeldGuest, lazy: LazyHandOver) -> None:
         self._run.in_switchover = True
         observer = OutgoingObserver(self._run, self._events, guest, "its destination", lazy)
         settings = replace(
@@ -185,13 +188,27 @@ class GuestControl:
                 f"Device {guest.blockers[0]} is not migratable, but --only-migratable was specified"
             )
         awaits_source = self._run.guest is None and self._run.expects_guest
+        note = guest.restore_owner()
+        is_needed = note.lazy is not None and note.owner is Owner.HANDING_OVER
+        if is_needed and awaits_source:
+            raise GuestError(
+                f"the workload's memory is still needed at {note.destination}: start its daemon "
+                "without -incoming, and resume"
+            )
         await asyncio.to_thread(guest.begin, is_destination=awaits_source)
         if self._config.start_stopped and not awaits_source and guest.is_running:
             await asyncio.to_thread(guest.stop)
             guest.never_ran = True
         self._shelter.slot.put(guest)
-        if not awaits_source:
-            self._run.guest = guest
+        if awaits_source:
+            guest.owner = Owner.HELD
+            return
+        self._run.guest = guest
+        if note.owner is not Owner.HELD:
+            log.warning("the guest went to %s and must not run here", note.destination)
+        if is_needed and note.lazy is not None:
+            await asyncio.to_thread(guest.know_present)
+            self._resume_lazy(guest, note.lazy)
 
     def detached(self, guest: AttachedGuest) -> None:
         """The workload is gone; what it was doing fails by itself."""

@@ -62,7 +62,7 @@ class OutgoingObserver:
         self._events = events
         self._guest = guest
         self._destination = destination
-        self._was_stopped = False
+        self._was_stopped = lazy is not None
         self._lazy = lazy
         self._gives_memory = gives_memory
 

@@ -13,12 +13,14 @@ from migrationd.codec.records import Configuration
 from migrationd.config import DaemonConfig
 from migrationd.daemon.attached_berth import AttachedBerth, WorkloadSlot
 from migrationd.daemon.cpr_berth import AttachedCprBerth, ParkedCprBerth
-from migrationd.errors import StoreError
+from migrationd.errors import GuestError, StoreError
+from migrationd.guest.attached import AttachedGuest
 from migrationd.guest.base import GuestIdentity
 from migrationd.guest.device import DeviceState
 from migrationd.guest.guest_file import GuestFile
 from migrationd.guest.held import HeldGuest
 from migrationd.guest.memory import AnonymousMemory, FileMemory
+from migrationd.guest.owner_note import OwnerNote
 from migrationd.guest.parked import ParkedGuest
 from migrationd.guest.ram_block import RamBlockSpec
 from migrationd.guest.run_state import LazyHandOver, Owner
@@ -201,6 +203,8 @@ class Shelter:
         Returns:
             Done when the record is on stable storage; raises StoreError if it cannot be.
         """
+        if isinstance(guest, AttachedGuest):
+            return self._tell_workload(guest, OwnerNote(guest.owner, destination, lazy))
         owner = guest.owner.value
         flags = asdict(lazy) if lazy is not None else None
         return self._record(lambda directory: directory.record_owner(owner, destination, flags))
@@ -250,6 +254,17 @@ class Shelter:
         self._writer.shutdown(wait=True)
         if self._directory is not None:
             self._directory.close()
+
+    def _tell_workload(self, guest: AttachedGuest, note: OwnerNote) -> "asyncio.Future[None]":
+        """Let a workload keep its record; it may be gone, and its memory elsewhere all the same."""
+
+        def tell() -> None:
+            try:
+                guest.record_owner(note)
+            except GuestError as error:
+                log.warning("the workload keeps no record of its owner: %s", error)
+
+        return asyncio.shield(asyncio.get_running_loop().run_in_executor(self._writer, tell))
 
     def _record(self, change: Callable[[ParkedDirectory], None]) -> "asyncio.Future[None]":
         loop = asyncio.get_running_loop()

@@ -17,6 +17,7 @@ from migrationd.guest.device import DeviceState
 from migrationd.guest.dirty import DirtyTracker, NoTracker, PagemapTracker
 from migrationd.guest.handed import HandedMemory, empty_memfd
 from migrationd.guest.memory import Pages, SharedMemory
+from migrationd.guest.owner_note import OwnerNote, decode_note, encode_note
 from migrationd.guest.protocol import Begin, Check, Keep, Remap, Saved, SavedDevice, Throttle
 from migrationd.guest.ram_block import RamBlock, RamBlockSpec
 from migrationd.guest.run_state import (
@@ -313,18 +314,30 @@ class AttachedGuest(Owned):
         """
         self._link.request("whole")
 
-    @property
-    def note(self) -> str:
-        """What an earlier daemon put on record with the workload; empty if nothing."""
-        return self._introduced.hello.note
+    def restore_owner(self) -> OwnerNote:
+        """Take over what an earlier daemon put on record with the workload.
 
-    def keep(self, note: str) -> None:
-        """Put something on record with the workload, for the next daemon.
+        Raises:
+            GuestError: It is no such record.
+        """
+        note = decode_note(self._introduced.hello.note)
+        self._owner = note.owner
+        return note
+
+    def record_owner(self, note: OwnerNote) -> None:
+        """Put on record with the workload, for the next daemon, who owns it.
 
         Raises:
             GuestError: It does not obey.
         """
-        self._link.request("keep", Keep(note=note))
+        self._link.request("keep", Keep(note=encode_note(note)))
+
+    def know_present(self) -> None:
+        """See :class:`Live`."""
+        for block in self.ram:
+            block.present[:] = False
+            for first, count in self.touched_runs(block).tolist():
+                block.present[first : first + count] = True
 
     def _load(self, devices: Sequence[DeviceState], timeout_s: float | None) -> None:
         own = [item for item in devices if item.idstr not in (DECLARATIONS, GLOBAL_STATE)]

@@ -55,6 +55,9 @@ class Live(Protocol):
     def touched_runs(self, block: RamBlock) -> Pages:
         """Runs of pages that may hold something, shape ``(n, 2)``: first page, count."""
 
+    def know_present(self) -> None:
+        """Make ``present`` of every block say, in place, which pages may hold something."""
+
     def stop(self) -> None:
         """Stop it; when this returns it changes nothing any more.
 

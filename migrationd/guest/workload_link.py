@@ -288,7 +288,7 @@ class WorkloadLink:
                 raise GuestError("the workload's message is too long")
             try:
                 tree = json.loads(data)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise GuestError(f"the workload's message is no JSON: {error}") from None
             return _validated(model, tree, "message"), fds
         except BaseException:

@@ -149,8 +149,7 @@ class LiveSaver:
             GuestError: The guest is gone.
         """
         self._collect()
-        for block in self._blocks:
-            block.present[:] = self._touched(block)
+        self._live.know_present()
         self._stats.dirty_bytes = None
 
     def release(self) -> None:

@@ -299,6 +299,7 @@ class Workload:
             case "begin":
                 if arguments["role"] == "destination":
                     self._make_room()
+                    self._note = ""
                     self._is_lazy = self._ran_lazily = False
                 self._begun.set()
             case "stop":

@@ -109,6 +109,11 @@ class ScriptedGuest:
         """All of it."""
         return np.array([[0, block.page_count]], np.int64)
 
+    def know_present(self) -> None:
+        """All of it."""
+        for block in self.ram:
+            block.present[:] = True
+
     def stop(self) -> None:
         """It writes nothing any more."""
         self.is_running = False
