@@ -233,21 +233,41 @@ static inline int mw_watch(struct mw_workload *w)
     return w->userfaultfd = fd;
 }
 
+/* Another userfaultfd, which writes wait for; the daemon alone keeps it. -1 if there is none. */
+static inline int mw_open_faults(void)
+{
+    int fd = syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK);
+    if (fd < 0)
+        return -1;
+    struct uffdio_api api = {.api = UFFD_API, .features = (1 << 0) | (1 << 12)};
+    if (ioctl(fd, UFFDIO_API, &api) == 0)
+        return fd;
+    close(fd);
+    return -1;
+}
+
 static inline int mw_introduce(struct mw_workload *w)
 {
     char *text = NULL;
     size_t length = 0;
-    int fds[2], count = 0;
-    if (mw_watch(w) >= 0) {
-        fds[0] = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
-        fds[1] = w->userfaultfd;
-        count = fds[0] < 0 ? 0 : 2;
-    }
+    int fds[3], count = 0;
+    int pagemap = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
+    int faults = mw_open_faults();
+    const char *names = "";
+    if (pagemap >= 0 && mw_watch(w) >= 0) {
+        fds[count++] = pagemap;
+        fds[count++] = w->userfaultfd;
+        names = faults < 0 ? "\"pagemap\", \"userfaultfd\""
+                           : "\"pagemap\", \"userfaultfd\", \"faults\"";
+    } else if (faults >= 0)
+        names = "\"faults\"";
+    if (faults >= 0)
+        fds[count++] = faults;
     FILE *out = open_memstream(&text, &length);
     fprintf(out,
             "{\"hello\": {\"version\": 1, \"name\": \"%s\", \"page_size\": %ld, "
-            "\"running\": %s, \"devices\": [",
-            w->name, sysconf(_SC_PAGESIZE), w->is_open ? "true" : "false");
+            "\"running\": %s, \"descriptors\": [%s], \"devices\": [",
+            w->name, sysconf(_SC_PAGESIZE), w->is_open ? "true" : "false", names);
     for (int i = 0; i < w->device_count; i++) {
         const struct mw_device *d = &w->devices[i];
         fprintf(out,
@@ -261,8 +281,10 @@ static inline int mw_introduce(struct mw_workload *w)
     fclose(out);
     int result = mw_send(w, text, fds, count);
     free(text);
-    if (count)
-        close(fds[0]);
+    if (pagemap >= 0)
+        close(pagemap);
+    if (faults >= 0)
+        close(faults);
     for (int i = 0; i < w->block_count && result == 0; i++) {
         char block[512];
         snprintf(block, sizeof(block),

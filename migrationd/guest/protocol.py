@@ -4,7 +4,7 @@ The guest socket is an ``AF_UNIX`` ``SOCK_SEQPACKET`` socket that the daemon lis
 Each packet is one JSON object in UTF-8 of at most 256 KiB; descriptors travel with it by
 ``SCM_RIGHTS``. The workload introduces itself, then answers one request at a time:
 
-    workload  {"hello": {...}}            [pagemap, userfaultfd] if it can be tracked
+    workload  {"hello": {...}}            [descriptors that the kernel gave it]
     workload  {"block": {...}}            [memfd], for each RAM block
     workload  {"ready": {}}
     daemon    {"execute": NAME, "arguments": {...}, "id": N}
@@ -49,6 +49,7 @@ MAX_NOTE = 2048
 """Characters of the note that a workload keeps."""
 
 Name = Annotated[str, Field(min_length=1, max_length=255, pattern=r"^[\x21-\x7e]+$")]
+Descriptor = Literal["pagemap", "userfaultfd", "faults"]
 Json = dict[str, Any]
 
 
@@ -65,6 +66,10 @@ class Hello(_Message):
     running: bool
     devices: Annotated[list[Json], Field(max_length=MAX_DEVICES)]
     """Declarations, each with its ``instance_id``."""
+    descriptors: Annotated[list[Descriptor], Field(max_length=4)] = []
+    """What comes along, in this order: ``pagemap`` and a ``userfaultfd`` that watches all
+    blocks for writes asynchronously; and ``faults``, another one that watches nothing yet, that
+    writes and accesses wait for, and that the workload itself does not keep."""
     note: Annotated[str, Field(max_length=MAX_NOTE)] = ""
     """What ``keep`` said last; empty if nothing."""
 

@@ -50,7 +50,9 @@ class Introduced:
         hello: Name, devices and whether it runs.
         blocks: RAM blocks with their memfds, in order.
         pagemap: Descriptor, or -1 if its memory cannot be tracked.
-        userfaultfd: The same.
+        userfaultfd: The same; watches every block asynchronously.
+        faults: Descriptor of another one that watches nothing yet, or -1 if nothing can wait
+            for faults to be served.
     """
 
     def __init__(self) -> None:
@@ -58,6 +60,7 @@ class Introduced:
         self.blocks: list[tuple[Block, int]] = []
         self.pagemap = -1
         self.userfaultfd = -1
+        self.faults = -1
 
     def replace_block(self, index: int, fd: int) -> None:
         """Take over another memfd for a block and close the one that it had."""
@@ -67,10 +70,11 @@ class Introduced:
 
     def close(self) -> None:
         """Close every descriptor."""
-        for fd in (self.pagemap, self.userfaultfd, *(fd for _, fd in self.blocks)):
+        single = (self.pagemap, self.userfaultfd, self.faults)
+        for fd in (*single, *(fd for _, fd in self.blocks)):
             if fd >= 0:
                 os.close(fd)
-        self.pagemap = self.userfaultfd = -1
+        self.pagemap = self.userfaultfd = self.faults = -1
         self.blocks = []
 
 
@@ -116,7 +120,7 @@ class WorkloadLink:
         fds: list[int] = []
         try:
             message, fds = self._receive(Introduction)
-            if message.hello is None or len(fds) not in (0, 2):
+            if message.hello is None:
                 raise GuestError("the workload does not begin with hello")
             found.hello = message.hello
             if message.hello.version != VERSION:
@@ -124,9 +128,16 @@ class WorkloadLink:
                     f"the workload speaks version {message.hello.version} of the guest socket, "
                     f"this daemon version {VERSION}"
                 )
-            if fds:
-                found.pagemap, found.userfaultfd = fds
-                fds = []
+            names = message.hello.descriptors
+            if len(set(names)) != len(names) or len(fds) != len(names):
+                raise GuestError(
+                    f"the workload names {len(names)} descriptors and passes {len(fds)}"
+                )
+            for name, fd in zip(names, fds, strict=True):
+                setattr(found, name, fd)
+            fds = []
+            if (found.pagemap < 0) != (found.userfaultfd < 0):
+                raise GuestError("a workload's pagemap and userfaultfd go together")
             while True:
                 message, fds = self._receive(Introduction)
                 if message.ready is not None and found.blocks:

@@ -28,13 +28,9 @@ from typing import Any
 
 from migrationd.errors import GuestError, MigrationdError
 from migrationd.linux.userfaultfd import (
-    FEATURE_MINOR_SHMEM,
-    FEATURE_MISSING_SHMEM,
-    FEATURE_THREAD_ID,
-    FEATURE_WP_ASYNC,
-    FEATURE_WP_HUGETLBFS_SHMEM,
-    FEATURE_WP_UNPOPULATED,
+    ASYNC_TRACKING,
     MODE_WP,
+    SYNC_TRACKING,
     open_userfaultfd,
     register,
 )
@@ -215,21 +211,7 @@ class Workload:
             raise GuestError(f"the daemon behind '{path}' does not take this workload")
 
     def _introduce(self, sock: socket.socket) -> None:
-        trackers: list[int] = []
-        with contextlib.suppress(GuestError, OSError):
-            if self._userfaultfd >= 0:
-                os.close(self._userfaultfd)  # what it watched is free again
-            self._userfaultfd = open_userfaultfd(
-                FEATURE_WP_ASYNC
-                | FEATURE_WP_UNPOPULATED
-                | FEATURE_WP_HUGETLBFS_SHMEM
-                | FEATURE_MISSING_SHMEM
-                | FEATURE_MINOR_SHMEM
-                | FEATURE_THREAD_ID
-            )
-            for block in self._blocks:
-                register(self._userfaultfd, block.address, block.size, MODE_WP)
-            trackers = [os.open("/proc/self/pagemap", os.O_RDONLY), self._userfaultfd]
+        given = self._open_descriptors()
         hello = {
             "version": VERSION,
             "name": self.name,
@@ -237,14 +219,38 @@ class Workload:
             "running": self._gate.is_open,
             "devices": self.declarations(),
             "note": self._note,
+            "descriptors": list(given),
         }
-        _send(sock, {"hello": hello}, trackers)
-        if trackers:
-            os.close(trackers[0])
+        try:
+            _send(sock, {"hello": hello}, list(given.values()))
+        finally:
+            for name, fd in given.items():
+                if name != "userfaultfd":
+                    os.close(fd)
         for block in self._blocks:
             told = {"name": block.name, "size": block.size, "address": block.address}
             _send(sock, {"block": told}, [block.fd])
         _send(sock, {"ready": {}}, [])
+
+    def _open_descriptors(self) -> dict[str, int]:
+        """What the kernel gives to look after the blocks with, by name.
+
+        ``faults`` stays the daemon's alone: when it is gone, nobody waits any more.
+        """
+        given: dict[str, int] = {}
+        if self._userfaultfd >= 0:
+            os.close(self._userfaultfd)  # what it watched is free again
+            self._userfaultfd = -1
+        with contextlib.suppress(GuestError, OSError):
+            self._userfaultfd = open_userfaultfd(ASYNC_TRACKING)
+            for block in self._blocks:
+                register(self._userfaultfd, block.address, block.size, MODE_WP)
+            given["pagemap"] = os.open("/proc/self/pagemap", os.O_RDONLY)
+            given["userfaultfd"] = self._userfaultfd
+        with contextlib.suppress(GuestError):
+            # A system call of this process that writes to a block has to wait, not to fail.
+            given["faults"] = open_userfaultfd(SYNC_TRACKING, only_user_faults=False)
+        return given
 
     def _serve(self, sock: socket.socket) -> None:
         """Answer one daemon after the other.
