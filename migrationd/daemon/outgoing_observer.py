@@ -81,6 +81,11 @@ class OutgoingObserver:
         self._was_stopped = True
         self._run.tell_stopped()
 
+    def on_resumed(self) -> None:
+        """Pass it on."""
+        self._was_stopped = False
+        self._run.tell_resumed()
+
     async def before_switchover(self, lazy: LazyHandOver | None) -> None:
         """Put on record that the guest is being handed over."""
         self._lazy = lazy

@@ -86,6 +86,10 @@ class RunControl:
         """Tell that the guest was stopped."""
         self._bus.emit("STOP", None)
 
+    def tell_resumed(self) -> None:
+        """Tell that the guest runs again."""
+        self._bus.emit("RESUME", None)
+
     async def stop(self) -> None:
         """Stop the guest; of a parked one, choose that it is stopped where it goes next.
 

@@ -56,6 +56,7 @@ def outgoing_settings(
         else None,
         dirty_bitmaps=capabilities["dirty-bitmaps"],
         bitmap_mapping=_mapping(options),
+        background_snapshot=capabilities["background-snapshot"],
     )
 
 

@@ -8,7 +8,8 @@ destination which cannot load them refuses before the source stops.
 import contextlib
 import json
 import os
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 
 from migrationd.codec.cpr import CprEntry, CprState, encode_workload_tail
 from migrationd.errors import GuestError
@@ -16,6 +17,7 @@ from migrationd.guest.base import GuestIdentity, SeenOnArrival
 from migrationd.guest.device import DeviceState
 from migrationd.guest.dirty import DirtyTracker, NoTracker, PagemapTracker
 from migrationd.guest.handed import HandedMemory, empty_memfd
+from migrationd.guest.instant import MemoryAtInstant
 from migrationd.guest.memory import Pages, SharedMemory
 from migrationd.guest.owner_note import OwnerNote, decode_note, encode_note
 from migrationd.guest.protocol import Begin, Check, Keep, Remap, Saved, SavedDevice, Throttle
@@ -30,6 +32,7 @@ from migrationd.guest.run_state import (
 )
 from migrationd.guest.workload_block import WorkloadBlock
 from migrationd.guest.workload_link import Introduced, WorkloadLink
+from migrationd.guest.write_faults import WriteFaults
 
 DECLARATIONS = "migrationd/declarations"
 """Section with the declarations of a workload's devices, as JSON; sent before RAM."""
@@ -86,11 +89,14 @@ class AttachedGuest(Owned):
         self.ram: tuple[WorkloadBlock, ...] = tuple(blocks)
         self._is_loaded = False
         addresses = [block.address for block, _ in introduced.blocks]
+        placed = list(zip(self.ram, addresses, strict=True))
         self.tracker: DirtyTracker = (
-            PagemapTracker(introduced.pagemap, list(zip(self.ram, addresses, strict=True)))
-            if introduced.pagemap >= 0
-            else NoTracker()
+            PagemapTracker(introduced.pagemap, placed) if introduced.pagemap >= 0 else NoTracker()
         )
+        self._faults: WriteFaults | None = None
+        if introduced.faults >= 0:
+            self._faults = WriteFaults(introduced.faults, introduced.userfaultfd, placed)
+        self._run_state_lock = threading.RLock()
 
     @property
     def is_closed(self) -> bool:
@@ -158,12 +164,13 @@ class AttachedGuest(Owned):
         Raises:
             GuestError: It does not stop in time; it is told to go on.
         """
-        try:
-            self._link.request("stop")
-        except GuestError:
-            self._go_on_after_all()
-            raise
-        self.is_running = False
+        with self._run_state_lock:
+            try:
+                self._link.request("stop")
+            except GuestError:
+                self._go_on_after_all()
+                raise
+            self.is_running = False
 
     def start(self) -> None:
         """Let it run.
@@ -171,9 +178,27 @@ class AttachedGuest(Owned):
         Raises:
             GuestError: It does not obey.
         """
-        self._link.request("start")
-        self.is_running = True
-        self.never_ran = False
+        with self._run_state_lock:
+            self._link.request("start")
+            self.is_running = True
+            self.never_ran = False
+
+    def run_state_held(self) -> contextlib.AbstractContextManager[None]:
+        """While it is entered, only this thread stops and starts the guest; others wait."""
+        return _held(self._run_state_lock)
+
+    def memory_at_instant(self) -> MemoryAtInstant:
+        """What its memory will have been at an instant to come.
+
+        Raises:
+            GuestError: Its writes cannot be made to wait.
+        """
+        if self._faults is None:
+            raise GuestError(
+                "the workload's writes cannot be made to wait: Linux 5.19 or later and a "
+                "userfaultfd that the kernel's own accesses wait for are needed"
+            )
+        return MemoryAtInstant(self.ram, self._faults)
 
     def reset(self) -> None:
         """Let it begin anew; one that stands still has not run since.
@@ -451,3 +476,9 @@ class AttachedGuest(Owned):
         except GuestError:
             # It is in its queue: a workload that only was slow takes both in order.
             return
+
+
+@contextlib.contextmanager
+def _held(lock: "threading.RLock") -> Iterator[None]:
+    with lock:
+        yield

@@ -4,12 +4,14 @@ An engine never asks which kind of guest it has.
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
 from migrationd.guest.device import DeviceState
 from migrationd.guest.dirty import DirtyTracker
 from migrationd.guest.guest_file import GuestFile
+from migrationd.guest.instant import MemoryAtInstant
 from migrationd.guest.memory import Pages
 from migrationd.guest.ram_block import RamBlock
 
@@ -77,6 +79,16 @@ class Live(Protocol):
 
         Raises:
             GuestError: It does not.
+        """
+
+    def run_state_held(self) -> AbstractContextManager[None]:
+        """While it is entered, only this thread stops and starts the guest; others wait."""
+
+    def memory_at_instant(self) -> MemoryAtInstant:
+        """What its memory will have been at an instant to come.
+
+        Raises:
+            GuestError: Its writes cannot be made to wait.
         """
 
     def save_devices(self, *, was_running: bool) -> None:

@@ -192,6 +192,11 @@ class SharedMemory(MappedMemory):
         except OSError as error:
             raise GuestError(f"clearing a memfd: {error.strerror}") from error
 
+    @property
+    def grain_bytes(self) -> int:
+        """Bytes that the kernel protects and gives back at once: of a huge page, if it is so."""
+        return max(self._page_size, os.fstatvfs(self._fd).f_bsize)
+
     def forget(self, first_page: int, count: int) -> None:
         """Make pages zero and give their memory back: nobody has them mapped then.
 
@@ -219,13 +224,19 @@ class SharedMemory(MappedMemory):
         rows = np.frombuffer(view_of(source, self._page_size), np.uint8).reshape(1, -1)
         self.write_run(page, rows)
 
-    def data_runs(self) -> Pages:
+    def data_runs(self, first_page: int = 0, page_count: int | None = None) -> Pages:
         """Runs of pages that may hold something, shape ``(n, 2)``: first page, count.
 
         What was never touched is left out without touching it.
+
+        Args:
+            first_page: Where to begin to look.
+            page_count: How many pages to look at; None for all that follow.
         """
         runs: list[tuple[int, int]] = []
-        size, at = len(self.view), 0
+        size, at = len(self.view), first_page * self._page_size
+        if page_count is not None:
+            size = min(size, at + page_count * self._page_size)
         while at < size:
             try:
                 begin = os.lseek(self._fd, at, os.SEEK_DATA)
@@ -233,6 +244,8 @@ class SharedMemory(MappedMemory):
                 if error.errno == errno.ENXIO:
                     break
                 raise GuestError(f"a memfd's holes: {error.strerror}") from error
+            if begin >= size:
+                break
             at = min(size, os.lseek(self._fd, begin, os.SEEK_HOLE))
             if begin < at:
                 first = begin // self._page_size

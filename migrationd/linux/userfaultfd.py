@@ -91,6 +91,15 @@ def open_userfaultfd(features: int, *, only_user_faults: bool = True) -> int:
     return int(fd)
 
 
+def can_serve_faults() -> bool:
+    """Whether writes of a process of this user can be made to wait, the kernel's own too."""
+    try:
+        os.close(open_userfaultfd(SYNC_TRACKING, only_user_faults=False))
+    except GuestError:
+        return False
+    return True
+
+
 def register(fd: int, address: int, length: int, mode: int) -> None:
     """Watch a range of the owner's memory.
 

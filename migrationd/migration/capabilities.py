@@ -41,7 +41,6 @@ NOT_BUILT: frozenset[str] = frozenset(
         "x-colo",
         "release-ram",
         "x-ignore-shared",
-        "background-snapshot",
         "dirty-limit",
     )
 )

@@ -42,6 +42,8 @@ class Cause(Enum):
     """A new connection: the two sides agree on who has which page."""
     RECOVERED = "recovered"
     COMPLETE = "complete"
+    SAVED = "saved"
+    """A background snapshot is whole; the guest stays."""
     FAIL = "fail"
     CANCEL = "cancel"
     CLEANED_UP = "cleaned up"
@@ -59,6 +61,7 @@ _OUTGOING: dict[tuple[str, Cause], str] = {
     ("active", Cause.PAUSE_BEFORE_SWITCHOVER): "pre-switchover",
     ("active", Cause.SWITCHOVER): "device",
     ("pre-switchover", Cause.SWITCHOVER): "device",
+    ("active", Cause.SAVED): "completed",
     ("device", Cause.COMPLETE): "completed",
     # Differs from QEMU: a cancel that crosses the destination's SHUT 0 comes too late. The
     # destination owns the guest, and to call it cancelled would make two owners.

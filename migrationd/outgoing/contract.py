@@ -35,6 +35,8 @@ class OutgoingSettings:
     dirty_bitmaps: bool = False
     """Whether the destination is told of dirty bitmaps; those that the guest has go anyway."""
     bitmap_mapping: BitmapMapping | None = None
+    background_snapshot: bool = False
+    """The guest stays: only its state at one instant is written."""
     mode: str = "normal"
     """Parameter ``mode``."""
 
@@ -59,7 +61,10 @@ class Observer(Protocol):
         """A pass over the dirty bitmap began."""
 
     def on_stopped(self) -> None:
-        """The guest was stopped for the switchover."""
+        """The guest was stopped, for the switchover or a snapshot's instant."""
+
+    def on_resumed(self) -> None:
+        """The guest runs again after a snapshot's instant."""
 
     async def before_switchover(self, lazy: LazyHandOver | None) -> None:
         """Put on record that the guest is being handed over (before status ``device``).

@@ -33,6 +33,7 @@ from migrationd.guest.base import Guest
 from migrationd.migration.dialect import Dialect
 from migrationd.migration.info import MigrationInfo
 from migrationd.migration.status import Cause, Role, StatusMachine
+from migrationd.outgoing.background_snapshot import SnapshotPhases
 from migrationd.outgoing.connection import OutgoingConnection
 from migrationd.outgoing.contract import Observer, OutgoingSettings
 from migrationd.outgoing.phases import Phases
@@ -68,7 +69,8 @@ class OutgoingMigration:
     ) -> None:
         self._observer = observer
         self._status = StatusMachine(Role.OUTGOING, observer.on_status)
-        self._phases = Phases(guest, dialect, settings, clock, observer, self._status)
+        kind = SnapshotPhases if settings.background_snapshot else Phases
+        self._phases = kind(guest, dialect, settings, clock, observer, self._status)
         self._progress = self._phases.progress
         self._postcopy = self._phases.postcopy
         self._shows_latency = settings.postcopy_blocktime

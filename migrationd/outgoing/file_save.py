@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from migrationd.clock import Clock
 from migrationd.errors import ChannelClosed, MigrationError
 from migrationd.guest.base import Guest
+from migrationd.guest.instant import Piece
 from migrationd.migration.dialect import Dialect
 from migrationd.migration.stats import OutgoingStats
 from migrationd.outgoing.mapped_ram_save import MappedRamSaver
@@ -109,6 +110,19 @@ class FileSave:
         assert self._saver is not None
         with self._file():
             zero = self._saver.save_pages()
+        self._stats.sent(0, duplicate=zero)
+
+    def save_pieces(self, pieces: Iterator[Piece]) -> None:
+        """Write every page that was not zero, as it was.
+
+        Raises:
+            ChannelClosed: As :meth:`save_ram`, and so are the others.
+            MigrationCancelled: The migration was ended.
+            StoreError: ``direct-io`` is on, and the file system has none.
+        """
+        assert self._saver is not None
+        with self._file():
+            zero = self._saver.save_pieces(pieces)
         self._stats.sent(0, duplicate=zero)
 
     def switch_over(self) -> None:

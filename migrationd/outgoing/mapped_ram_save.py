@@ -4,7 +4,7 @@ Reference: stream format 8.3. QEMU writes the same file page by page, with ``mul
 several channels.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +14,7 @@ from migrationd.errors import MigrationError
 from migrationd.guest.base import Guest, Live
 from migrationd.guest.device import DeviceState
 from migrationd.guest.guest_file import GuestFile
+from migrationd.guest.instant import Piece
 from migrationd.guest.memory import FileMemory
 from migrationd.guest.ram_block import RamBlock
 from migrationd.migration.dialect import Dialect
@@ -118,6 +119,46 @@ class MappedRamSaver:
             writer.write()
         finally:
             writer.close()
+        return self._zero_count()
+
+    def save_pieces(self, pieces: Iterable[Piece]) -> int:
+        """Write every page that is not zero, as it was at an instant.
+
+        Args:
+            pieces: Every page once, in any order.
+
+        Returns:
+            Zero pages.
+
+        Raises:
+            StoreError: As :meth:`save_pages`, and so are the others.
+            OSError: The file takes nothing more.
+            Exception: What ``chunk_bytes`` raised.
+        """
+        ram = self._guest.ram
+        self._present = [np.zeros(block.page_count, np.bool_) for block in ram]
+        writer = PageWriter(
+            self._fd,
+            (),
+            (),
+            direct_io=self._direct_io,
+            chunk_bytes=self._chunk_bytes,
+            on_written=self._on_written,
+        )
+        try:
+            for piece in pieces:
+                if piece.content is None:
+                    continue
+                is_full = np.bitwise_or.reduce(piece.content.view(np.uint64), axis=1) != 0
+                self._present[piece.block][piece.first : piece.first + piece.count] = is_full
+                place = self._layout.blocks[piece.block]
+                source = PageSource(piece.content.reshape(-1), is_full, ram[piece.block].page_size)
+                writer.write_part(source, place, piece.first)
+        finally:
+            writer.close()
+        return self._zero_count()
+
+    def _zero_count(self) -> int:
         return sum(len(present) - int(np.count_nonzero(present)) for present in self._present)
 
     def finish(self) -> int:

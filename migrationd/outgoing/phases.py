@@ -348,17 +348,7 @@ class Phases:
 
     async def _save_file(self, settings: FileSettings) -> None:
         """The same phases into a mapped-ram file."""
-        save = FileSave(
-            self._connection.channel,
-            self._guest,
-            self._dialect,
-            settings,
-            uuid=self._settings.uuid,
-            stats=self._stats,
-            limiter=self._limiter,
-            clock=self._clock,
-            wait=self._connection.wait,
-        )
+        save = self._file_save(settings)
         self._stats.dirty_sync_count = 1
         await self._connection.on_thread(save.set_up)
         self.progress.mark_set_up()
@@ -376,6 +366,19 @@ class Phases:
             await self._connection.on_thread(self._save_devices, live)
         self.tail_started.set()
         await self._connection.on_thread(save.switch_over)
+
+    def _file_save(self, settings: FileSettings) -> FileSave:
+        return FileSave(
+            self._connection.channel,
+            self._guest,
+            self._dialect,
+            settings,
+            uuid=self._settings.uuid,
+            stats=self._stats,
+            limiter=self._limiter,
+            clock=self._clock,
+            wait=self._connection.wait,
+        )
 
     def _leave_rest(self, live: Live) -> None:
         """A postcopy sends what is left of a guest that executed."""

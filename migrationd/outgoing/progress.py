@@ -68,6 +68,10 @@ class OutgoingProgress:
         """The destination runs the guest; the first call counts."""
         self._running_there_s = self._running_there_s or self._clock.monotonic_s()
 
+    def mark_still(self, begin_s: float, end_s: float) -> None:
+        """The guest stood still between these times, and goes on here."""
+        self._switchover_s, self._running_there_s = begin_s, end_s
+
     def mark_end(self) -> None:
         """The destination has everything."""
         self._end_s = self._clock.monotonic_s()

@@ -11,7 +11,7 @@ import errno
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -127,6 +127,22 @@ class PageWriter:
         if failures:
             raise failures[0]
 
+    def write_part(self, source: PageSource, place: PlacedBlock, first: int) -> None:
+        """Write the pages of a part of a block that are not zero.
+
+        Args:
+            source: The part.
+            place: Where the block's pages go.
+            first: Number of the part's first page in its block.
+
+        Raises:
+            OSError: As :meth:`write`.
+            Exception: What ``chunk_bytes`` raised.
+        """
+        shifted = replace(place, pages_position=place.pages_position + first * source.page_size)
+        for chunk in self._chunks_of(source, shifted):
+            self._write_chunk(*chunk)
+
     def close(self) -> None:
         """Release what was opened here."""
         if self._direct_fd is not None:
@@ -147,14 +163,16 @@ class PageWriter:
     def _chunks(self) -> Iterator[Chunk]:
         """What is to be written, in the order of the file."""
         for source, place in self._blocks:
-            if self._share(source, place):
-                continue
-            for first, count in runs_to_write(source.present, source.page_size).tolist():
-                done = 0
-                while done < count:
-                    step = max(1, min(count - done, self._chunk_bytes() // source.page_size))
-                    yield source, place, first + done, step
-                    done += step
+            if not self._share(source, place):
+                yield from self._chunks_of(source, place)
+
+    def _chunks_of(self, source: PageSource, place: PlacedBlock) -> Iterator[Chunk]:
+        for first, count in runs_to_write(source.present, source.page_size).tolist():
+            done = 0
+            while done < count:
+                step = max(1, min(count - done, self._chunk_bytes() // source.page_size))
+                yield source, place, first + done, step
+                done += step
 
     def _share(self, source: PageSource, place: PlacedBlock) -> bool:
         """Let the new file share the pages of the block's file, if both allow it."""

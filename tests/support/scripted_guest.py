@@ -6,6 +6,7 @@ is known to the byte.
 """
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -13,9 +14,11 @@ import numpy as np
 import numpy.typing as npt
 
 from migrationd.clock import SystemClock
+from migrationd.errors import GuestError
 from migrationd.guest.base import GuestIdentity, SeenOnArrival
 from migrationd.guest.device import DeviceState
 from migrationd.guest.held import HeldGuest
+from migrationd.guest.instant import MemoryAtInstant
 from migrationd.guest.memory import AnonymousMemory, Pages
 from migrationd.guest.parked import ParkedGuest
 from migrationd.guest.ram_block import RamBlock, RamBlockSpec
@@ -126,6 +129,18 @@ class ScriptedGuest:
     def throttle(self, percentage: int) -> None:
         """It does as the script says."""
 
+    def run_state_held(self) -> contextlib.AbstractContextManager[None]:
+        """Nobody else stops it."""
+        return contextlib.nullcontext()
+
+    def memory_at_instant(self) -> MemoryAtInstant:
+        """It has no write protection.
+
+        Raises:
+            GuestError: Always.
+        """
+        raise GuestError("a scripted guest's writes cannot be made to wait")
+
     def save_devices(self, *, was_running: bool) -> None:
         """They are as they came."""
 
@@ -176,6 +191,9 @@ class SilentObserver:
         self.passes = number
 
     def on_stopped(self) -> None:
+        """See the observer's protocol."""
+
+    def on_resumed(self) -> None:
         """See the observer's protocol."""
 
     async def before_switchover(self, lazy: LazyHandOver | None) -> None:
