@@ -231,6 +231,9 @@ async def downtime(binary: str | None, reps: int) -> None:
             silent = [item.silent_ms for item in taken if item.silent_ms is not None]
             over = sum(value > LIMIT_MS for value in silent or down)
             goal = ""
+            if not down:
+                print(f"{rate:>5} {name:<12}  given up in all {reps} runs")
+                continue
             if name == "workload":
                 is_met = not over and median(down) <= DOWNTIME_GOAL_MS and len(down) == reps
                 goal = "  ok" if is_met else f"  -- (goal: median {DOWNTIME_GOAL_MS}, none over)"

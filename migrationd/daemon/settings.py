@@ -50,6 +50,11 @@ def outgoing_settings(
         multifd=_multifd(options, uuid),
         detects_zero_pages=parameters["zero-page-detection"] != "none",
         throttle=_throttle(options),
+        throttle_trigger_threshold=number(parameters["throttle-trigger-threshold"]),
+        dirty_limit_bytes_per_s=number(parameters["vcpu-dirty-limit"]) << 20
+        if capabilities["dirty-limit"]
+        else None,
+        switchover_ack=capabilities["switchover-ack"],
         mode=_text(parameters["mode"]),
         xbzrle_cache_bytes=number(parameters["xbzrle-cache-size"])
         if capabilities["xbzrle"]

@@ -31,6 +31,13 @@ class DirtyTracker(Protocol):
             GuestError: The guest is gone.
         """
 
+    def peek(self) -> int:
+        """Bytes of the pages that :meth:`collect` would find now; it still finds them.
+
+        Raises:
+            GuestError: The guest is gone.
+        """
+
 
 class PagemapTracker:
     """Asynchronous write protection and PAGEMAP_SCAN on a workload's memory.
@@ -58,6 +65,14 @@ class PagemapTracker:
             found.append(_expand(runs))
         return found
 
+    def peek(self) -> int:
+        """See :class:`DirtyTracker`."""
+        found = 0
+        for block, address in self._blocks:
+            regions = self._scanner.scan(address, block.used_length, protect=False)
+            found += int((regions[:, 1] - regions[:, 0]).sum())
+        return found
+
 
 class NoTracker:
     """For a workload that could not offer its pagemap: it cannot migrate while it runs."""
@@ -70,6 +85,10 @@ class NoTracker:
         )
 
     def collect(self) -> list[Pages]:
+        """See :class:`DirtyTracker`."""
+        raise GuestError("the workload's memory is not tracked")
+
+    def peek(self) -> int:
         """See :class:`DirtyTracker`."""
         raise GuestError("the workload's memory is not tracked")
 

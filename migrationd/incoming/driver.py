@@ -435,6 +435,9 @@ class IncomingMigration:
         identity = identity_of(arrival, self._channels.source_uuid if self._channels else None)
         specs = specs_of(blocks, loader.page_size)
         self._guest = self._berth.allocate(identity, tuple(arrival.devices), specs)
+        is_ready = self._guest.live is not None and self._return_path_open
+        if is_ready and self._settings.switchover_ack:
+            self._answer(SwitchoverAck())  # it has accepted the declarations, and has the memory
         assert self._postcopy is not None
         self._postcopy.prepare(self._guest.ram)
         if self._postcopy.has_ram and isinstance(self._guest, AttachedGuest):

@@ -39,6 +39,8 @@ class OutgoingStats:
         dirty_pages_rate: Pages that it wrote a second, over the last pass.
         throttle_percentage: Share of its time that it gives up; None without auto-converge.
         xbzrle: Counters of XBZRLE; None where nothing is sent twice.
+        expected_downtime_s: Time that the rest of a guest that runs would take; None before it
+            is known, and of one that does not run.
         mbps: Rate of the last complete window, megabits per second.
         pages_per_s: Pages of the last complete window, per second.
     """
@@ -57,6 +59,7 @@ class OutgoingStats:
     dirty_pages_rate: int = 0
     throttle_percentage: int | None = None
     xbzrle: XbzrleStats | None = None
+    expected_downtime_s: float | None = None
     mbps: float = 0.0
     pages_per_s: int = 0
     bytes_per_s: float = 0.0
@@ -126,7 +129,9 @@ class OutgoingStats:
 
     def expected_downtime_ms(self, downtime_limit_ms: int) -> int:
         """Estimate from what remains at the measured rate; the limit until it is known."""
-        if not self.bytes_per_s:
+        if self.expected_downtime_s is not None:
+            return round(self.expected_downtime_s * 1000)
+        if not self.bytes_per_s or self.dirty_bytes is not None:
             return downtime_limit_ms
         return int(self.remaining_bytes / self.bytes_per_s * 1000)
 

@@ -50,6 +50,7 @@ class OutgoingConnection:
         self.link: PostcopyLink | None = None
         self.multifd: OutgoingMultifd | None = None
         self.tail_started = tail_started
+        self._return_path: ReturnPath | None = None
         self._stop = threading.Event()
 
     async def on_thread(self, call: Callable[[*Ts], T], *args: *Ts) -> T:
@@ -75,6 +76,12 @@ class OutgoingConnection:
             raise MigrationCancelled("cancelled")
 
     @property
+    def has_switchover_ack(self) -> bool:
+        """Whether the destination is ready for the switchover, and said so."""
+        reader = self.link or self._return_path
+        return reader is not None and reader.has_switchover_ack
+
+    @property
     def is_connecting(self) -> bool:
         """Whether a further connection is being made, which only a cancelled task ends."""
         return self.multifd is not None and self.multifd.is_connecting
@@ -94,8 +101,8 @@ class OutgoingConnection:
             await send()
             await self.on_thread(self.channel.finish)
             return
-        tail_started = self.tail_started.is_set
-        read = self.link.read if self.link else ReturnPath(self.channel, tail_started).run
+        self._return_path = ReturnPath(self.channel, self.tail_started.is_set)
+        read = self.link.read if self.link else self._return_path.run
         reader = asyncio.create_task(read(), name="return path")
         sender = asyncio.ensure_future(send())
         try:

@@ -23,6 +23,10 @@ class OutgoingSettings:
     downtime_limit_ms: int = 300
     avail_switchover_bytes_per_s: int = 0
     throttle: ThrottleSettings | None = None
+    throttle_trigger_threshold: int = 50
+    dirty_limit_bytes_per_s: int | None = None
+    """``vcpu-dirty-limit``; None without ``dirty-limit``."""
+    switchover_ack: bool = False
     postcopy: PostcopySettings | None = None
     postcopy_blocktime: bool = False
     """Show how long requests took; QEMU shows at its destination how long the guest waited."""

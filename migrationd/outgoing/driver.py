@@ -322,6 +322,7 @@ class OutgoingMigration:
             connection.shutdown()
             await phases.unthrottle()
             await connection.aclose()
+            phases.ended()
             self._may_have_package = connection.may_have_package
             self._connection = None
 

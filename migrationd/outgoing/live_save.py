@@ -25,7 +25,15 @@ SCAN_PAGES = 4096
 """Pages whose contents are looked at in one go: 16 MiB."""
 
 SHORTEST_PASS_S = 0.01
-"""A pass over nothing waits this long before the next look."""
+"""A pass waits so long before the next look, if it took less."""
+
+LOOK_S = 0.5
+"""How often a pass that takes long is looked at while it lasts."""
+
+UNACKNOWLEDGED = (
+    "the destination has not acknowledged the switchover: "
+    "is its capability switchover-ack on as well?"
+)
 
 
 class LiveSaver:
@@ -40,6 +48,7 @@ class LiveSaver:
         clock: Time.
         downtime_limit_s: Asked before each decision.
         available_bytes_per_s: Asked before each decision; ``avail-switchover-bandwidth``.
+        may_switch_over: Asked before the guest may be stopped: whether the destination agrees.
         on_pass: Called when what was written since the last look is known.
         wait: Called with seconds to wait; raises when the migration ends.
         sent: By block name one bool per page, set by the saver for pages that went out; kept
@@ -58,6 +67,7 @@ class LiveSaver:
         clock: Clock,
         downtime_limit_s: Callable[[], float],
         available_bytes_per_s: Callable[[], int],
+        may_switch_over: Callable[[], bool],
         on_pass: Callable[[], None],
         wait: Callable[[float], None],
         sent: Mapping[str, npt.NDArray[np.bool_]] | None = None,
@@ -72,15 +82,21 @@ class LiveSaver:
         self._rest: list[Pages] = []
         self._downtime_limit_s = downtime_limit_s
         self._available_bytes_per_s = available_bytes_per_s
+        self._may_switch_over = may_switch_over
         self._on_pass = on_pass
         self._wait = wait
         self._sent = sent
         self._should_stop = should_stop
+        self._is_unacknowledged = False
+        self._is_first_pass = False
+        self._pass_begin_s = 0.0
+        self._looked_s = 0.0
+        self._begin_bytes = 0
 
     @property
     def stall(self) -> str | None:
         """Why it does not end by itself, in plain words."""
-        return self._convergence.stall
+        return UNACKNOWLEDGED if self._is_unacknowledged else self._convergence.stall
 
     def converge(self) -> None:
         """Send everything, then what was written meanwhile, until the guest is to be stopped.
@@ -90,32 +106,51 @@ class LiveSaver:
             GuestError: The guest is gone or cannot be tracked.
         """
         stats = self._stats
-        self._live.tracker.start()
-        stats.dirty_bytes = stats.total_bytes
-        send = self._send_all
+        covered: int | None = stats.dirty_bytes
+        send = self._send_rest
+        if not self._rest:
+            self._live.tracker.start()
+            stats.dirty_bytes = stats.total_bytes
+            covered, send = None, self._send_all
         while True:
-            begin_s = self._clock.monotonic_s()
-            before = stats.transferred_bytes
-            send()
-            elapsed_s = self._clock.monotonic_s() - begin_s
-            if elapsed_s < SHORTEST_PASS_S and not self._should_stop():
-                self._wait(SHORTEST_PASS_S - elapsed_s)
-                elapsed_s = SHORTEST_PASS_S
-            dirty = self._collect()
-            stats.dirty_sync_count += 1
-            self._on_pass()
+            done = self._pass(send, covered)
             if self._should_stop():
                 return
-            rest_bytes = self._count(dirty, elapsed_s)
-            done = Pass(rest_bytes, stats.transferred_bytes - before, elapsed_s)
             decision = self._convergence.after(
                 done, self._downtime_limit_s(), self._available_bytes_per_s()
             )
+            self._expect(done.rest_bytes)
             self._slow_down()
-            self._rest = dirty
+            self._is_unacknowledged = False
             if decision is Decision.SWITCH_OVER:
-                return
-            send = self._send_rest
+                if self._may_switch_over():
+                    return
+                self._is_unacknowledged = True
+            covered, send = done.rest_bytes, self._send_rest
+
+    def stop(self) -> bool:
+        """Stop the guest, if what it has written until then fits the downtime limit.
+
+        Returns:
+            False if it does not: the guest goes on, and so must :meth:`converge`. In a
+            postcopy nothing has to fit.
+
+        Raises:
+            GuestError: It does not stop, or does not go on.
+        """
+        self._live.stop()
+        if self._should_stop():
+            return True
+        try:
+            self._collect_rest()
+            fits = self._convergence.fits(self._stats.remaining_bytes, self._downtime_limit_s())
+        except BaseException:
+            self._live.start()
+            raise
+        if not fits:
+            self._convergence.went_on()
+            self._live.start()
+        return fits
 
     def send_stopped(self) -> None:
         """Send everything of a guest that stands still already.
@@ -134,9 +169,7 @@ class LiveSaver:
             ChannelClosed: As :meth:`converge`.
             GuestError: The guest is gone.
         """
-        last = self._collect()
-        self._rest = [np.union1d(old, new) for old, new in zip(self._rest, last, strict=True)]
-        self._count(self._rest, 0.0)
+        self._collect_rest()
         self._send_rest()
         self._stats.dirty_bytes = 0
 
@@ -160,6 +193,52 @@ class LiveSaver:
         """
         if self._convergence.throttle_percentage:
             self._live.throttle(0)
+
+    def _pass(self, send: Callable[[], None], covered_bytes: int | None) -> Pass:
+        """Send, and find what was written meanwhile."""
+        stats = self._stats
+        begin_s = self._clock.monotonic_s()
+        before = stats.transferred_bytes
+        self._pass_begin_s = self._looked_s = begin_s
+        self._begin_bytes = before
+        self._is_first_pass = covered_bytes is None
+        send()
+        sending_s = self._clock.monotonic_s() - begin_s
+        if sending_s < SHORTEST_PASS_S and not self._should_stop():
+            self._wait(SHORTEST_PASS_S - sending_s)
+        self._rest = self._collect()
+        stats.dirty_sync_count += 1
+        self._on_pass()
+        rest_bytes = self._count(self._rest, self._clock.monotonic_s() - begin_s)
+        return Pass(rest_bytes, stats.transferred_bytes - before, sending_s, covered_bytes)
+
+    def _collect_rest(self) -> None:
+        """Add what was written since the last look to what is left."""
+        last = self._collect()
+        self._rest = [np.union1d(old, new) for old, new in zip(self._rest, last, strict=True)]
+        self._count(self._rest, 0.0)
+
+    def _expect(self, rest_bytes: int) -> None:
+        expected_s = self._convergence.expected_downtime_s(rest_bytes)
+        self._stats.expected_downtime_s = expected_s if expected_s != float("inf") else None
+
+    def _look(self) -> None:
+        """Look at a pass that takes long; with edits nobody knows yet what it will be like."""
+        now_s = self._clock.monotonic_s()
+        if now_s - self._looked_s < LOOK_S or not self._is_first_pass or self._has_edits:
+            return
+        self._looked_s = now_s
+        self._convergence.during(
+            now_s - self._pass_begin_s,
+            self._live.tracker.peek(),
+            self._stats.transferred_bytes - self._begin_bytes,
+            self._downtime_limit_s(),
+        )
+        self._slow_down()
+
+    @property
+    def _has_edits(self) -> bool:
+        return isinstance(self._saver, XbzrleSaver)
 
     def _collect(self) -> list[Pages]:
         """Pages that were written since the last look: what went out of them is old."""
@@ -213,6 +292,7 @@ class LiveSaver:
         for start in range(0, len(pages), SCAN_PAGES):
             if self._should_stop():
                 return
+            self._look()
             part = pages[start : start + SCAN_PAGES]
             is_run = int(part[-1]) - int(part[0]) + 1 == len(part)
             rows = words[int(part[0]) : int(part[-1]) + 1] if is_run else words[part]

@@ -24,6 +24,7 @@ from migrationd.guest.base import Guest, Live
 from migrationd.guest.run_state import LazyHandOver
 from migrationd.migration.convergence import Convergence
 from migrationd.migration.dialect import Dialect
+from migrationd.migration.dirty_limit import DirtyLimit
 from migrationd.migration.stats import OutgoingStats
 from migrationd.migration.status import Cause, StatusMachine
 from migrationd.outgoing.connection import OutgoingConnection
@@ -99,6 +100,7 @@ class Phases:
         self._continue = asyncio.Event()
         self._live_saver: LiveSaver | None = None
         self._was_running = False
+        self._is_stopping = False
         self._connection: OutgoingConnection
 
     @property
@@ -286,8 +288,35 @@ class Phases:
             await self._connection.on_thread(live_saver.send_stopped)
             return
         self._live_saver = live_saver
-        await self._connection.on_thread(live_saver.converge)
-        await self._stop_guest(live)
+        await self._converge(live_saver, live)
+
+    async def _converge(self, live_saver: LiveSaver, live: Live) -> None:
+        """Pass after pass, until the guest stands still and what is left fits the limit."""
+        self._was_running = live.is_running
+        while True:
+            await self._connection.on_thread(live_saver.converge)
+            self._advance(None)
+            if not self._was_running:
+                break
+            self._is_stopping = True
+            stop_s = self._clock.monotonic_s()
+            if await self._connection.on_thread(live_saver.stop):
+                self.progress.mark_switchover(stop_s)
+                self._tell_stopped()
+                break
+            self._is_stopping = False
+        self.progress.mark_switchover()
+        self._limiter.set_rate(0)
+
+    def _tell_stopped(self) -> None:
+        self._is_stopping = False
+        self._observer.on_stopped()
+
+    def ended(self) -> None:
+        """Nothing of the connection runs any more; a guest that was just being stopped was."""
+        live = self._guest.live
+        if self._is_stopping and live is not None and not live.is_running:
+            self._tell_stopped()
 
     def _count_pass(self) -> None:
         self._stats.dirty_sync_count += 1
@@ -300,8 +329,9 @@ class Phases:
         self._limiter.set_rate(0)
         self._was_running = live.is_running
         if self._was_running:
+            self._is_stopping = True
             await self._connection.on_thread(live.stop)
-            self._observer.on_stopped()
+            self._tell_stopped()
 
     def _make_live_saver(self, live: Live, saver: Saver) -> LiveSaver:
         loop = asyncio.get_running_loop()
@@ -313,16 +343,27 @@ class Phases:
             saver,
             live,
             list(self._guest.ram),
-            Convergence(self._settings.throttle),
+            self._make_convergence(),
             stats=self._stats,
             clock=self._clock,
             downtime_limit_s=lambda: self.downtime_limit_ms / 1000,
             available_bytes_per_s=lambda: self.available_bytes_per_s,
+            may_switch_over=self._may_switch_over,
             on_pass=on_pass,
             wait=self._connection.wait,
             sent=self._sent_pages(),
             should_stop=self._is_postcopy_requested,
         )
+
+    def _make_convergence(self) -> Convergence:
+        settings = self._settings
+        limit = None
+        if settings.dirty_limit_bytes_per_s is not None:
+            limit = DirtyLimit(settings.dirty_limit_bytes_per_s)
+        return Convergence(settings.throttle, limit, settings.throttle_trigger_threshold)
+
+    def _may_switch_over(self) -> bool:
+        return not self._settings.switchover_ack or self._connection.has_switchover_ack
 
     async def _begin_switchover(self, *, is_lazy: bool = False) -> None:
         """Put the hand-over on record; the next byte may be the one that moves the guest."""

@@ -46,7 +46,13 @@ from migrationd.codec.postcopy import (
 )
 from migrationd.codec.ram_encode import encode_eos
 from migrationd.codec.records import Command
-from migrationd.codec.return_path import Pong, RecvBitmap, ResumeAck, ReturnPathMessage
+from migrationd.codec.return_path import (
+    Pong,
+    RecvBitmap,
+    ResumeAck,
+    ReturnPathMessage,
+    SwitchoverAck,
+)
 from migrationd.codec.section import encode_section_footer, encode_section_header
 from migrationd.errors import ChannelError, StreamCorrupt
 from migrationd.guest.base import Guest
@@ -293,6 +299,7 @@ class PostcopyLink:
         self._executor = executor
         self._on_loaded = on_loaded
         self._loop = asyncio.get_running_loop()
+        self.has_switchover_ack = False
         self._stop = threading.Event()
         self._ending = threading.Event()
         self._preempt: Channel | None = None
@@ -469,6 +476,8 @@ class PostcopyLink:
                 if value == PING_PACKAGE_LOADED and self.may_run_there:
                     self._source.is_loaded = True
                     self._on_loaded()
+            case SwitchoverAck():
+                self.has_switchover_ack = True
             case RecvBitmap() | ResumeAck():
                 self._answers.put_nowait(message)
             case _:

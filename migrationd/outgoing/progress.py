@@ -59,9 +59,9 @@ class OutgoingProgress:
         """The destination knows all that it must before the first page."""
         self._setup_s = self._clock.monotonic_s()
 
-    def mark_switchover(self) -> None:
-        """The guest stands still from here on; the first call counts."""
-        self._switchover_s = self._switchover_s or self._clock.monotonic_s()
+    def mark_switchover(self, since_s: float | None = None) -> None:
+        """The guest stands still from here on, or since then; the first call counts."""
+        self._switchover_s = self._switchover_s or since_s or self._clock.monotonic_s()
         self.stats.in_switchover = True
 
     def mark_running_there(self) -> None:

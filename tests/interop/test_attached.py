@@ -138,6 +138,29 @@ async def test_pass_after_pass_over_multifd(tmp_path: Path, method: str) -> None
         assert ram["dirty-sync-count"] >= 2
 
 
+async def test_it_waits_until_the_destination_agrees_to_the_switchover(tmp_path: Path) -> None:
+    async with pair(tmp_path) as two:
+        await two.begin(switchover_ack=True)
+
+        async def is_explained() -> bool:
+            info = await two.source.query_migrate()
+            return "not acknowledged the switchover" in str(info.get("error-desc"))
+
+        await until(is_explained, "a plain reason")
+        assert await two.source.run_state() == "running"
+        await two.source.execute("migrate_cancel")
+        await two.source.wait_migration("cancelled")
+        await two.here.wait_passes(1)
+
+
+async def test_with_its_agreement_it_goes_over(tmp_path: Path) -> None:
+    async with pair(tmp_path) as two:
+        await two.destination.set_capabilities({"return-path": True, "switchover-ack": True})
+        await two.begin(switchover_ack=True)
+        await two.source.wait_migration("completed")
+        await two.there.wait_passes(2)
+
+
 async def test_pages_that_were_sent_before_go_as_edits(tmp_path: Path) -> None:
     async with pair(tmp_path, rate_mb_s=120.0) as two:
         await two.here.wait_passes(1)

@@ -8,6 +8,7 @@ from migrationd.migration.convergence import (
     Pass,
     ThrottleSettings,
 )
+from migrationd.migration.dirty_limit import DirtyLimit
 
 GIB = 1 << 30
 LIMIT_S = 0.3
@@ -92,3 +93,80 @@ def test_a_guest_that_writes_little_is_not_slowed_down() -> None:
     for _ in range(6):
         convergence.after(Pass(int(0.45 * GIB), GIB, 1.0), 0.1)
     assert convergence.throttle_percentage == 0
+
+
+def test_a_pass_that_something_disturbed_is_not_the_moment() -> None:
+    convergence = Convergence()
+    convergence.after(Pass(GIB // 16, GIB, 1.0), LIMIT_S)
+    assert convergence.after(Pass(GIB // 64, 0, 0.05, GIB // 16), LIMIT_S) is Decision.GO_ON
+    # Held up for a while: three times as much was written meanwhile.
+    assert convergence.after(Pass(GIB // 20, 0, 0.05, GIB // 64), LIMIT_S) is Decision.GO_ON
+    assert convergence.after(Pass(GIB // 64, 0, 0.02, GIB // 20), LIMIT_S) is Decision.SWITCH_OVER
+
+
+def test_edits_and_zero_pages_count_as_the_memory_that_they_stand_for() -> None:
+    convergence = Convergence()
+    assert convergence.after(Pass(GIB // 4, GIB // 8, 1.0), LIMIT_S) is Decision.GO_ON
+    done = Pass(GIB // 8, GIB // 1000, 0.25, GIB // 4)
+    convergence.after(done, LIMIT_S)
+    assert 0.12 < convergence.expected_downtime_s(done.rest_bytes) < 0.13
+
+
+def test_the_slower_of_what_was_measured_counts() -> None:
+    convergence = Convergence()
+    convergence.after(Pass(GIB, GIB, 1.0), LIMIT_S)
+    convergence.after(Pass(GIB, GIB // 64, 0.05, GIB // 64), LIMIT_S)
+    assert convergence.expected_downtime_s(GIB // 4) > 0.7
+
+
+def test_a_short_limit_leaves_half_of_it_to_the_rest_of_the_switchover() -> None:
+    for limit_s, rest_s in ((0.3, 0.22), (0.05, 0.024), (0.01, 0.0049)):
+        convergence = Convergence()
+        convergence.after(Pass(GIB, GIB, 1.0), 0.0)
+        assert convergence.fits(int(rest_s * GIB), limit_s)
+        assert not convergence.fits(int(rest_s * GIB * 1.1), limit_s)
+
+
+def test_a_first_pass_that_cannot_help_is_explained_while_it_lasts() -> None:
+    convergence = Convergence()
+    line, written = 125e6, 188e6
+    for half_seconds in range(1, 9):
+        now_s = half_seconds / 2
+        # It writes the same 256 MB again after a while, which does not look like writing.
+        convergence.during(now_s, int(min(256e6, written * now_s)), int(line * now_s), LIMIT_S)
+        if now_s < STALL_S:
+            assert convergence.stall is None
+    assert convergence.stall is not None
+    assert "writes 188 MB/s and 125 MB/s are sent" in convergence.stall
+    convergence = Convergence()
+    for half_seconds in range(1, 20):
+        now_s = half_seconds / 2
+        convergence.during(now_s, int(40e6 * now_s), int(line * now_s), LIMIT_S)
+    assert convergence.stall is None
+
+
+def test_a_dirty_limit_comes_into_service_and_holds_the_rate() -> None:
+    limit = DirtyLimit(50 << 20)
+    convergence = Convergence(None, limit)
+    unhindered = 400 << 20
+    seen = []
+    for _ in range(8):
+        rate = int(unhindered * (1 - convergence.throttle_percentage / 100))
+        convergence.after(Pass(rate, 100 << 20, 1.0), 0.1)
+        seen.append(rate >> 20)
+    assert seen[:3] == [400, 400, 400], "two passes that are too high bring it into service"
+    assert abs(seen[-1] - 50) <= 4
+    percentage = convergence.throttle_percentage
+    for _ in range(8):
+        percentage = limit.adjust((20 << 20) * (1 - percentage / 100))
+    assert percentage == 0, "a guest that writes less has its time again"
+
+
+def test_short_passes_together_are_one_look_at_what_the_guest_writes() -> None:
+    convergence = Convergence(ThrottleSettings(20, 10, 99, 50))
+    for _ in range(150):
+        convergence.after(Pass(GIB, GIB // 100, 0.01, GIB // 100), 0.1)
+    assert convergence.throttle_percentage == 0
+    for _ in range(60):
+        convergence.after(Pass(GIB, GIB // 100, 0.01, GIB // 100), 0.1)
+    assert convergence.throttle_percentage == 20

@@ -1,0 +1,158 @@
+"""When a running guest is stopped, and that it goes on if that was too early."""
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+
+from migrationd.errors import GuestError
+from migrationd.guest.memory import AnonymousMemory, Pages
+from migrationd.guest.ram_block import RamBlock, RamBlockSpec
+from migrationd.migration.convergence import Convergence
+from migrationd.migration.stats import OutgoingStats
+from migrationd.outgoing.live_save import UNACKNOWLEDGED, LiveSaver
+
+PAGE = 4096
+PAGES = 1000
+PAGE_S = 0.001
+"""Time that a page takes on the wire."""
+
+
+class Guest:
+    """Writes as many pages as the list says, each time that it is asked."""
+
+    def __init__(self, *written: int) -> None:
+        self.written = list(written)
+        self.is_running = True
+        self.calls: list[str] = []
+        self.tracker = self
+
+    def start(self) -> None:
+        self.is_running = True
+        self.calls.append("start")
+
+    def stop(self) -> None:
+        self.is_running = False
+        self.calls.append("stop")
+
+    def collect(self) -> list[Pages]:
+        count = self.written.pop(0)
+        if count < 0:
+            raise GuestError("gone")
+        return [np.arange(count)]
+
+    def peek(self) -> int:
+        return 0
+
+    def touched_runs(self, block: RamBlock) -> Pages:
+        return np.array([[0, block.page_count]], np.int64)
+
+    def throttle(self, percentage: int) -> None:
+        self.calls.append(f"throttle {percentage}")
+
+    def save_devices(self, *, was_running: bool) -> None:
+        raise AssertionError("not here")
+
+
+class Line:
+    """A saver that takes time, and is its own clock."""
+
+    def __init__(self, stats: OutgoingStats) -> None:
+        self.now_s = 0.0
+        self.stats = stats
+        self.sent: list[int] = []
+
+    def monotonic_s(self) -> float:
+        return self.now_s
+
+    def wall_ns(self) -> int:
+        return 0
+
+    def wait(self, delay_s: float) -> None:
+        self.now_s += delay_s
+
+    def begin_parts(self) -> None:
+        self.sent.append(0)
+
+    def end_parts(self) -> None:
+        pass
+
+    def send(self, block: RamBlock, pages: Pages, *, is_zero: bool) -> None:
+        self.sent[-1] += len(pages)
+        self.now_s += len(pages) * PAGE_S
+        self.stats.sent(len(pages) * PAGE, normal=len(pages))
+
+
+@pytest.fixture
+def block() -> Iterator[RamBlock]:
+    block = RamBlock(RamBlockSpec("ram", PAGES * PAGE, PAGE), AnonymousMemory(PAGES * PAGE, PAGE))
+    block.memory.view[::PAGE] = 1
+    yield block
+    block.memory.close()
+
+
+def saver(
+    guest: Guest, block: RamBlock, agrees: Callable[[], bool] = lambda: True
+) -> tuple[LiveSaver, Line]:
+    stats = OutgoingStats(page_size=PAGE, total_bytes=PAGES * PAGE)
+    line = Line(stats)
+    live_saver = LiveSaver(
+        line, guest, [block], Convergence(), stats=stats, clock=line,  # type: ignore[arg-type]
+        downtime_limit_s=lambda: 0.1, available_bytes_per_s=lambda: 0, may_switch_over=agrees,
+        on_pass=lambda: None, wait=line.wait,
+    )  # fmt: skip
+    return live_saver, line
+
+
+def test_passes_go_on_while_they_shrink_what_is_left(block: RamBlock) -> None:
+    guest = Guest(400, 60, 20, 20, 5)
+    live_saver, line = saver(guest, block)
+    live_saver.converge()
+    assert line.sent == [PAGES, 400, 60, 20]
+    assert line.stats.expected_downtime_ms(300) == 20
+    assert live_saver.stop()
+    assert guest.calls == ["start", "stop"]
+
+
+def test_a_guest_that_wrote_too_much_until_it_stood_goes_on(block: RamBlock) -> None:
+    guest = Guest(20, 20, 500, 60, 1, 1, 0)
+    live_saver, line = saver(guest, block)
+    live_saver.converge()
+    assert not live_saver.stop(), "500 pages would be 500 ms"
+    assert guest.is_running
+    live_saver.converge()
+    assert line.sent == [PAGES, 20, 500, 60]
+    assert live_saver.stop()
+    assert not guest.is_running
+    live_saver.finish()
+    assert line.sent[-1] == 1
+    assert line.stats.remaining_bytes == 0
+
+
+def test_a_guest_that_is_lost_while_it_stands_is_let_go_on(block: RamBlock) -> None:
+    guest = Guest(1, -1)
+    live_saver, _ = saver(guest, block)
+    live_saver.converge()
+    with pytest.raises(GuestError, match="gone"):
+        live_saver.stop()
+    assert guest.is_running
+
+
+def test_it_does_not_end_before_the_destination_agrees(block: RamBlock) -> None:
+    told: list[str | None] = []
+    guest = Guest(*[0] * 6)
+
+    def agrees() -> bool:
+        told.append(live_saver.stall)
+        return len(told) == 4
+
+    def look(delay_s: float) -> None:
+        told_while_it_waits.append(live_saver.stall)
+
+    told_while_it_waits: list[str | None] = []
+    live_saver, line = saver(guest, block, agrees)
+    live_saver._wait = look
+    live_saver.converge()
+    assert told_while_it_waits == [UNACKNOWLEDGED] * 3
+    assert live_saver.stall is None
+    assert line.sent == [PAGES, 0, 0, 0]
