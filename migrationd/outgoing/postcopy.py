@@ -63,10 +63,10 @@ from migrationd.migration.latency import LatencyStats
 from migrationd.migration.stats import OutgoingStats
 from migrationd.outgoing.device_save import encode_device, free_section_id
 from migrationd.outgoing.postcopy_learned import Order, batches, fits, merge
-from migrationd.outgoing.postcopy_pacer import Pacer
+from migrationd.outgoing.postcopy_pacer import Pacer, Shares
 from migrationd.outgoing.postcopy_schedule import BlockPages, PageSchedule
 from migrationd.outgoing.postcopy_server import Push, RequestLog, RequestServer
-from migrationd.outgoing.postcopy_writer import WIDE_WINDOW_PAGES, WINDOW_PAGES, PageWriter
+from migrationd.outgoing.postcopy_writer import PageWriter
 from migrationd.transport.channel import Channel
 
 log = logging.getLogger(__name__)
@@ -422,9 +422,9 @@ class PostcopyLink:
             source.pacer,
             source.clock,
             self._stop,
+            shares=Shares(has_own_channel=self._preempt is not None),
             # A destination of this dialect reads the preempt channel up to its EOS only, and
             # newer programs wait for every page that was asked for before.
-            window_pages=WINDOW_PAGES if self._preempt is None else WIDE_WINDOW_PAGES,
             with_zeros=self._preempt is not None and source.dialect.preempt_eos,
         )
         prefetching = asyncio.ensure_future(self._run(source.prefetch, self._stop))

@@ -12,16 +12,20 @@ Reference: the host page rule, stream format 2.3; requests, 5.3.
 """
 
 import threading
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
+from migrationd.outgoing.postcopy_walks import Walk, Walks
+
 Pages = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 
 _SCAN_PAGES = 4096
+_WALKED_AT_ONCE = 8
 _ONES = b"\1" * 4096
 _SCAN_PAGES_MAX = 1 << 20
 
@@ -68,6 +72,7 @@ class Batch:
         is_zero: Whether all of them are zero pages.
         is_wanted: Whether all of them are wanted pages.
         is_first: Whether it goes before everything else; a restart does not break it off.
+        walk: The walk that it belongs to.
     """
 
     block: int
@@ -75,6 +80,7 @@ class Batch:
     is_zero: bool = False
     is_wanted: bool = False
     is_first: bool = False
+    walk: Walk | None = None
 
 
 class PageSchedule:
@@ -91,7 +97,9 @@ class PageSchedule:
         self._lock = threading.Lock()
         self._block = 0
         self._page = 0
-        self._restart: tuple[int, int] | None = None
+        self._walks = Walks()
+        self._turns: deque[Walk] = deque(maxlen=_WALKED_AT_ONCE)
+        self._walked: list[Walk] = []
         self._first: list[Batch] = []
 
     @property
@@ -102,7 +110,7 @@ class PageSchedule:
     @property
     def has_restart(self) -> bool:
         """Whether the next batch begins elsewhere."""
-        return self._restart is not None
+        return bool(self._turns)
 
     def push_first(self, batches: Iterable[Batch]) -> None:
         """Put batches before everything else, in this order."""
@@ -153,7 +161,9 @@ class PageSchedule:
             state.sent[:] = received
             state.remaining = int(np.count_nonzero(state.wanted & ~state.sent))
         self._block = self._page = 0
-        self._restart = None
+        self._turns.clear()
+        self._walked.clear()
+        self._walks = Walks()
 
     def claim_run(self, block: int, first: int, count: int) -> bool:
         """Claim consecutive pages that were found wanted; False, and none, if one is taken."""
@@ -193,9 +203,24 @@ class PageSchedule:
                 state.remaining -= 1
         return True
 
-    def restart_at(self, block: int, page: int) -> None:
-        """Go on from here with the next batch: what follows a requested page is wanted next."""
-        self._restart = (block, page)
+    def requested(self, block: int, first: int, count: int) -> None:
+        """Let the push go where requests go; called by one thread.
+
+        Args:
+            block: Index of the block.
+            first: First page of a request that was answered.
+            count: Its pages.
+        """
+        walk = self._walks.follow(block, first, count)
+        if walk is not None:
+            self._turns.append(walk)
+
+    def broken_off(self, batch: Batch, done: int) -> None:
+        """Take back what of a batch was not sent; called by the thread that takes batches."""
+        if batch.walk is not None and done < len(batch.pages):
+            page = int(batch.pages[done])
+            batch.walk.left += abs(batch.walk.cursor - page)
+            batch.walk.cursor = page
 
     def next_batch(self, limit: int) -> Batch | None:
         """The next pages of the background push.
@@ -214,9 +239,14 @@ class PageSchedule:
                 pages = pages[:limit]
             if len(pages):
                 return Batch(batch.block, pages, batch.is_zero, is_first=True)
-        restart, self._restart = self._restart, None
-        if restart is not None:
-            self._block, self._page = restart
+        while self._turns:
+            self._walked = [*self._walked[1 - _WALKED_AT_ONCE :], self._turns.popleft()]
+        while self._walked:
+            walk = self._walked[-1]
+            found = self._scan_walk(walk, limit)
+            if found is not None:
+                return Batch(walk.block, found, is_wanted=True, walk=walk)
+            self._walked.pop()
         while any(block.remaining for block in self.blocks):
             state = self.blocks[self._block]
             found = self._scan(state, limit) if state.remaining else None
@@ -233,6 +263,27 @@ class PageSchedule:
                 found = np.flatnonzero(~state.sent[begin : begin + _SCAN_PAGES_MAX]) + begin
                 for start in range(0, len(found), limit):
                     yield Batch(index, found[start : start + limit], is_zero=True, is_first=True)
+
+    def _scan_walk(self, walk: Walk, limit: int) -> Pages | None:
+        """Wanted pages ahead of a walk, in its direction; None at its end."""
+        state = self.blocks[walk.block]
+        whole = state.host_pages
+        limit = -(-limit // whole) * whole
+        while walk.left > 0 and state.remaining and 0 <= walk.cursor < len(state.sent):
+            span = min(max(limit, whole), walk.left, _SCAN_PAGES)
+            if walk.step > 0:
+                begin = walk.cursor // whole * whole
+                end = min(begin + -(-span // whole) * whole, len(state.sent))
+                walk.cursor = end
+            else:
+                end = (walk.cursor // whole + 1) * whole
+                begin = max(end - -(-span // whole) * whole, 0)
+                walk.cursor = begin - 1
+            walk.left -= end - begin
+            found = np.flatnonzero(state.wanted[begin:end] & ~state.sent[begin:end]) + begin
+            if len(found):
+                return found if walk.step > 0 or whole > 1 else found[::-1].copy()
+        return None
 
     def _scan(self, state: BlockPages, limit: int) -> Pages | None:
         """Wanted pages from the cursor on; None if there are none up to the block's end."""

@@ -29,9 +29,9 @@ from migrationd.errors import ChannelClosed, PeerFailed, StreamCorrupt
 from migrationd.guest.ram_block import RamBlock
 from migrationd.migration.latency import LatencyStats
 from migrationd.migration.stats import OutgoingStats
-from migrationd.outgoing.postcopy_pacer import Pacer
+from migrationd.outgoing.postcopy_pacer import Pacer, Shares
 from migrationd.outgoing.postcopy_schedule import Batch, PageSchedule
-from migrationd.outgoing.postcopy_writer import WINDOW_PAGES, ZERO_WINDOW_PAGES, PageWriter
+from migrationd.outgoing.postcopy_writer import ZERO_WINDOW_PAGES, PageWriter
 from migrationd.transport.channel import Channel
 
 RECEIVE_BYTES = 16 << 10
@@ -175,7 +175,7 @@ class RequestServer:
             return
         self._latency.add(time.perf_counter_ns() - arrived_ns)
         self._stats.answered(size, pages)
-        self._schedule.restart_at(block, first + count)
+        self._schedule.requested(block, first, count)
 
     def _locate(self, request: RequestPages) -> tuple[int, int, int]:
         """Block index, first target page and count of a request.
@@ -223,7 +223,7 @@ class Push:
         pacer: ``max-postcopy-bandwidth``.
         clock: Time.
         stop: Set when the connection is given up.
-        window_pages: Most pages of one write.
+        shares: How long its turns on the channel are.
         with_zeros: Push zero pages as well, after all others: nothing can be asked for then.
     """
 
@@ -236,8 +236,8 @@ class Push:
         clock: Clock,
         stop: threading.Event,
         *,
+        shares: Shares,
         with_zeros: bool,
-        window_pages: int = WINDOW_PAGES,
     ) -> None:
         self._writer = writer
         self._schedule = schedule
@@ -246,7 +246,8 @@ class Push:
         self._clock = clock
         self._stop = stop
         self._with_zeros = with_zeros
-        self._window_pages = window_pages
+        self._shares = shares
+        writer.channel.limit_send_queue(shares.pace.queue_bytes)
 
     def run(self) -> None:
         """Push until every page is claimed.
@@ -264,21 +265,27 @@ class Push:
 
     def _push(self, batch: Batch) -> bool:
         """Push a batch; False when it was broken off for what follows a request."""
-        window = ZERO_WINDOW_PAGES if batch.is_zero else self._window_pages
         done = 0
         while done < len(batch.pages):
             self._wait()
+            window = ZERO_WINDOW_PAGES if batch.is_zero else self._shares.pace.window_pages
             pages, sent, size = self._writer.push(batch, window)
             done += pages
             self._account(size, sent, batch.is_zero)
             if self._schedule.has_restart and not batch.is_first:
+                self._schedule.broken_off(batch, done)
                 return False
         return True
 
     def _wait(self) -> None:
-        while (delay_s := self._pacer.delay_s(self._clock.monotonic_s())) > 0:
+        while (delay_s := self._pacer.delay_s(now_s := self._clock.monotonic_s())) > 0:
             if self._stop.wait(delay_s):
                 raise ChannelClosed("the channel was shut down")
+        channel = self._writer.channel
+        if self._shares.update(self._stats.postcopy_requests, now_s):
+            channel.limit_send_queue(self._shares.pace.queue_bytes)
+        # Here rather than in the write, which is made while a request has to wait.
+        channel.wait_writable()
 
     def _account(self, size: int, pages: int, is_zero: bool) -> None:
         if not size:

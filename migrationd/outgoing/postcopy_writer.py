@@ -19,13 +19,6 @@ from migrationd.linux.iovec import Vector, address_of, page_vector
 from migrationd.outgoing.postcopy_schedule import Batch, Pages, PageSchedule
 from migrationd.transport.channel import Channel
 
-WINDOW_PAGES = 16
-"""Pages that a request may have to wait for on the same channel. 64 took half the CPU time for
-the push, but up to ten times as long for a request."""
-
-WIDE_WINDOW_PAGES = 32
-"""The same where requests have a channel of their own: they wait for pages under way only."""
-
 ZERO_WINDOW_PAGES = 4096
 """ZERO records of one write, 36 KiB."""
 
@@ -109,7 +102,7 @@ class PageWriter:
             pages = self._schedule.claim(block, np.arange(first, first + count))
             return len(pages), self._write_pages(block, pages)
 
-    def push(self, batch: Batch, window_pages: int = WINDOW_PAGES) -> tuple[int, int, int]:
+    def push(self, batch: Batch, window_pages: int) -> tuple[int, int, int]:
         """Send the next window of a batch.
 
         Args:
@@ -152,8 +145,9 @@ class PageWriter:
 
     def _claim_all(self, batch: Batch, pages: Pages) -> bool:
         """Claim a window as a whole where that is cheap; False where it is not, or too late."""
-        first, count = int(pages[0]), len(pages)
-        is_run = int(pages[-1]) - first == count - 1
+        count = len(pages)
+        first, last = sorted((int(pages[0]), int(pages[-1])))
+        is_run = last - first == count - 1
         return batch.is_wanted and is_run and self._schedule.claim_run(batch.block, first, count)
 
     def _write_window(self, prepared: "_Prepared", begin: int, count: int) -> int:

@@ -91,6 +91,7 @@ class Channel:
         self.is_seekable = stat.S_ISREG(mode)
         self._kind = "socket" if self.is_socket else "command" if command else "file"
         self._in_use = _InUse(self)
+        self._writable: select.poll | None = None
         self.bytes_sent = 0
         self.bytes_received = 0
         try:
@@ -366,6 +367,22 @@ class Channel:
                 raise self._broken("write to", error) from error
             self.bytes_sent += size
             return size
+
+    def wait_writable(self) -> None:
+        """Wait until the kernel takes more without waiting itself. Sockets only; one thread.
+
+        How much may be queued by then follows from :meth:`limit_send_queue`.
+
+        Raises:
+            ChannelClosed: The channel was shut down.
+        """
+        with self._in_use:
+            if self._writable is None:
+                self._writable = select.poll()
+                self._writable.register(self._fd, select.POLLOUT)
+                self._writable.register(self._wakeup, select.POLLIN)
+            self._writable.poll()
+            self._refuse_if_down()
 
     def limit_send_queue(self, size_bytes: int) -> None:
         """Let the kernel queue about this much: what is urgent waits behind it. Sockets only."""

@@ -41,8 +41,8 @@ def test_the_push_goes_on_behind_a_request_and_comes_round() -> None:
     schedule = PageSchedule([block("1111"), block("1111")])
     assert schedule.next_batch(1) is not None
     assert schedule.claim_page(1, 1)
-    schedule.restart_at(1, 2)
-    assert push(schedule, 1) == [(1, 2), (1, 3), (0, 0), (0, 1), (0, 2), (0, 3), (1, 0)]
+    schedule.requested(1, 1, 1)
+    assert push(schedule, 1) == [(1, 2), (1, 3), (0, 1), (0, 2), (0, 3), (1, 0), (0, 0)]
 
 
 def test_a_page_is_claimed_once() -> None:
@@ -68,7 +68,8 @@ def test_pages_claimed_by_many_threads_go_once() -> None:
         for page in np.random.default_rng(seed).permutation(count)[: count // 2].tolist():
             if schedule.claim_page(0, page):
                 mine.append(page)
-                schedule.restart_at(0, page + 1)
+                if not seed:
+                    schedule.requested(0, page, 1)
 
     askers = [threading.Thread(target=ask, args=(claimed[i], i)) for i in range(2)]
     for asker in askers:
