@@ -15,9 +15,11 @@ import re
 import tempfile
 import time
 from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
+from benchmarks.measure import cpu_s, warm_memory
 from migrationd.ctl.boot_guest import BootGuest
 from migrationd.ctl.daemon_process import DaemonProcess
 from migrationd.ctl.peer_process import PeerProcess
@@ -27,8 +29,15 @@ SPARSE = BootGuest(counted_pages=1024, pages_per_s=20000)
 FULL = BootGuest(counted_pages=65536, filled_pages=131072)
 """768 MiB that hold something; it counts through 256 MiB of them as fast as it can."""
 
+FULL_2G = BootGuest(counted_pages=65536, filled_pages=456704)
+"""2040 MiB that hold something."""
+
 TO_RESUME_GOAL_MS = 30.0
 COLD_GOAL_MS = 60.0
+SCATTERED = BootGuest(counted_pages=8192, scattered_over_pages=262144)
+"""It walks 32 MiB that are scattered over 1 GiB, half of which is random."""
+
+_ANSWERED = re.compile(r"page requests, (\d+) answered")
 _REQUESTS = re.compile(r"p50 (\d+) us, p99 (\d+) us")
 
 
@@ -162,60 +171,117 @@ async def time_to_resume(binary: str, gib: int, reps: int, root: Path) -> None:
         print(f"  {gib:3} GiB  {name:26} {median(values):8.1f} ms  {spread}{goal}")
 
 
-async def total_time(binary: str, reps: int, root: Path) -> None:
+@dataclass
+class Total:
+    """What whole postcopies of one kind took, by repetition.
+
+    Attributes:
+        wall_s: From ``migrate`` to the source's completed.
+        cpu_s: Processor time of source and destination; the guest's own is in the latter.
+        requests: Page requests that reached the source.
+        passes: Passes over its range that the guest made meanwhile.
+        latency_us: p50 and p99 from the arrival of a request to its last byte; ours only.
+    """
+
+    wall_s: list[float] = field(default_factory=list)
+    cpu_s: list[tuple[float, float]] = field(default_factory=list)
+    requests: list[int] = field(default_factory=list)
+    passes: list[int] = field(default_factory=list)
+    latency_us: list[tuple[float, float]] = field(default_factory=list)
+
+    async def measure(
+        self, source: PeerProcess, qemu: QemuProcess, uri: str, preempt: bool
+    ) -> None:
+        """Move the guest."""
+        before = cpu_s(source.pid), cpu_s(qemu.pid)
+        begin = time.monotonic()
+        await lazily(source, uri, preempt=preempt)
+        info = await source.wait_migration("completed", timeout_s=300)
+        self.wall_s.append(time.monotonic() - begin)
+        self.cpu_s.append((cpu_s(source.pid) - before[0], cpu_s(qemu.pid) - before[1]))
+        self.passes.append(len(qemu.serial))
+        ram = info["ram"]
+        assert isinstance(ram, dict)
+        self.requests.append(int(str(ram["postcopy-requests"])))
+        if isinstance(source, DaemonProcess):
+            found = _REQUESTS.findall(source.stderr)
+            self.latency_us.append((float(found[-1][0]), float(found[-1][1])))
+
+    def row(self, name: str) -> str:
+        """Medians in one line."""
+        source_s = median(source for source, _ in self.cpu_s)
+        target_s = median(target for _, target in self.cpu_s)
+        return (
+            f"  {name:20} {median(self.wall_s):6.2f} s, CPU {source_s:5.2f} + {target_s:5.2f} s, "
+            f"{median(self.requests):7.0f} requests, guest {median(self.passes):3.0f} passes"
+        )
+
+
+async def total_time(
+    binary: str, reps: int, root: Path, guest: BootGuest = FULL, memory_mib: int = 1024
+) -> None:
     """A full guest to its last page, beside QEMU -> QEMU, and its requests at our end."""
-    bench = Bench(binary, FULL, 1024, root)
-    walls: dict[str, list[float]] = {}
-    latencies: dict[str, list[tuple[float, float]]] = {}
+    bench = Bench(binary, guest, memory_mib, root)
+    totals: dict[str, Total] = {}
     async with await bench.park("-learn-order", "off") as daemon:
         for _ in range(reps):
             for preempt in (False, True):
                 channels = "preempt" if preempt else "plain"
-                async with bench.target(preempt=preempt) as (_, uri):
-                    begin = time.monotonic()
-                    await lazily(daemon, uri, preempt=preempt)
-                    await daemon.wait_migration("completed", timeout_s=120)
-                    walls.setdefault(f"migrationd {channels}", []).append(time.monotonic() - begin)
-                    p50, p99 = _REQUESTS.findall(daemon.stderr)[-1]
-                    latencies.setdefault(channels, []).append((float(p50), float(p99)))
+                warm_memory(memory_mib << 20)
+                async with bench.target(preempt=preempt) as (qemu, uri):
+                    total = totals.setdefault(f"migrationd {channels}", Total())
+                    await total.measure(daemon, qemu, uri, preempt)
+                warm_memory(memory_mib << 21)
                 async with (
-                    bench.target(preempt=preempt) as (_, uri),
+                    bench.target(preempt=preempt) as (qemu, uri),
                     await bench.qemu() as source,
                 ):
                     await source.wait_serial(2, timeout_s=120)
-                    begin = time.monotonic()
-                    await lazily(source, uri, preempt=preempt)
-                    await source.wait_migration("completed", timeout_s=120)
-                    walls.setdefault(f"QEMU {channels}", []).append(time.monotonic() - begin)
+                    total = totals.setdefault(f"QEMU {channels}", Total())
+                    await total.measure(source, qemu, uri, preempt)
     for channels in ("plain", "preempt"):
-        ours, base = walls[f"migrationd {channels}"], walls[f"QEMU {channels}"]
-        ratio = median(a / b for a, b in zip(ours, base, strict=True))
-        print(f"  {channels:8} total {median(ours):.2f} s, QEMU {median(base):.2f} s, "
-              f"ratio {ratio:.2f} (goal 1.0)")  # fmt: skip
-        middle = median(p50 for p50, _ in latencies[channels])
-        tail = median(p99 for _, p99 in latencies[channels])
-        print(f"  {channels:8} request to last byte at our end: "
+        ours, base = totals[f"migrationd {channels}"], totals[f"QEMU {channels}"]
+        print(ours.row(f"migrationd {channels}"))
+        print(base.row(f"QEMU {channels}"))
+        ratio = median(a / b for a, b in zip(ours.wall_s, base.wall_s, strict=True))
+        middle = median(p50 for p50, _ in ours.latency_us)
+        tail = median(p99 for _, p99 in ours.latency_us)
+        print(f"  {channels:20} total ratio {ratio:.2f} (goal 1.0)")
+        print(f"  {channels:20} request to last byte at our end: "
               f"p50 {middle:.0f} us, p99 {tail:.0f} us")  # fmt: skip
 
 
-async def learned(binary: str, root: Path) -> None:
-    """The same guest from a cold file, twice: requests and the time of its first pass."""
-    directory = root / "learned"
-    directory.mkdir()
-    bench = Bench(binary, FULL, 1024, directory)
-    async with await bench.park("-ram-dir", str(directory), "-name", "g") as daemon:
-        for name in ("first", "second", "third"):
-            forget(directory / "g.mapped-ram")
-            async with bench.target(preempt=True) as (qemu, uri):
-                begin = time.monotonic()
-                await lazily(daemon, uri, preempt=True)
-                await qemu.wait_serial(1, timeout_s=120)
-                steady_s = time.monotonic() - begin
-                info = await daemon.wait_migration("completed", timeout_s=120)
-                ram = info["ram"]
-                assert isinstance(ram, dict)
-                print(f"  {name:6} resume, cold file: {ram['postcopy-requests']} requests, "
-                      f"first pass after {steady_s:.2f} s")  # fmt: skip
+async def learned(binary: str, root: Path, bandwidth_bytes_per_s: int) -> None:
+    """A scattered working set out of a cold file, again and again, with and without memory.
+
+    A request is *blocking* where the page was not on its way yet.
+    """
+    limit = f"{bandwidth_bytes_per_s >> 20} MiB/s" if bandwidth_bytes_per_s else "no limit"
+    for learns in ("on", "off"):
+        directory = root / f"learned-{learns}-{bandwidth_bytes_per_s}"
+        directory.mkdir()
+        bench = Bench(binary, SCATTERED, 1100, directory)
+        arguments = ("-ram-dir", str(directory), "-name", "g", "-learn-order", learns)
+        first: tuple[int, float] | None = None
+        async with await bench.park(*arguments) as daemon:
+            await daemon.set_parameters({"max-postcopy-bandwidth": bandwidth_bytes_per_s})
+            for name in ("first", "second", "third"):
+                forget(directory / "g.mapped-ram")
+                warm_memory(1100 << 20)
+                async with bench.target(preempt=True) as (qemu, uri):
+                    begin_s = await lazily(daemon, uri, preempt=True)
+                    resume_ms = (await resumed_s(qemu) - begin_s) * 1000
+                    await qemu.wait_serial(1, timeout_s=120)
+                    steady_s = time.time() - begin_s
+                    info = await daemon.wait_migration("completed", timeout_s=300)
+                    ram = info["ram"]
+                    assert isinstance(ram, dict)
+                    blocking = int(_ANSWERED.findall(daemon.stderr)[-1])
+                    first = first or (blocking, steady_s)
+                    print(f"  {limit:9} learning {learns:3} {name:6}: RESUME {resume_ms:5.1f} ms, "
+                          f"first pass after {steady_s:5.2f} s ({first[1] / steady_s:4.1f} x), "
+                          f"requests {ram['postcopy-requests']:6}, blocking {blocking:5} "
+                          f"({100 * (1 - blocking / max(first[0], 1)):5.1f} % fewer)")  # fmt: skip
 
 
 async def run(binary: str, sizes: list[int], reps: int) -> None:
@@ -228,7 +294,8 @@ async def run(binary: str, sizes: list[int], reps: int) -> None:
         print("768 MiB that hold something:")
         await total_time(binary, reps, Path(name))
         print("learned order:")
-        await learned(binary, Path(name))
+        for bandwidth_bytes_per_s in (0, 128 << 20):
+            await learned(binary, Path(name), bandwidth_bytes_per_s)
 
 
 def main() -> None:

@@ -26,6 +26,10 @@ READY = ">"
 
 _TICKS_PER_S = 250
 _PARAMETERS = struct.Struct("<6I")
+_STEPS = struct.Struct("<3I")
+_STEPS_OFFSET = 0x318
+_SCATTER = 0x9E3779B1
+"""Odd, and near the golden ratio of a power of two: steps of it are spread evenly."""
 _PARAMETERS_OFFSET = 0x300
 _ROM_BYTES = 64 << 10
 _RAM_START = {"x86_64": 0, "aarch64": 0x40000000}
@@ -45,6 +49,9 @@ class BootGuest:
         filled_pages: Pages of random words behind the counted range; they cannot be
             compressed and are written once.
         fill_step_pages: Fill each n-th page of that range: 2 leaves every other page zero.
+        scattered_over_pages: A power of two: the counted pages are scattered over so many pages,
+            of which the others are random, and visited in an order without neighbours. 0:
+            they are consecutive. For x86_64.
 
     Raises:
         GuestError: A value is out of range.
@@ -55,6 +62,7 @@ class BootGuest:
     pages_per_s: int = 0
     filled_pages: int = 0
     fill_step_pages: int = 1
+    scattered_over_pages: int = 0
 
     def __post_init__(self) -> None:
         if self.architecture not in _RAM_START:
@@ -63,6 +71,17 @@ class BootGuest:
             raise GuestError("a boot guest counts at least one page and fills none or more")
         if self.pages_per_s < 0:
             raise GuestError("a boot guest's rate is 0 or more pages per second")
+        over = self.scattered_over_pages
+        if over and (
+            self.architecture != "x86_64"
+            or over & (over - 1)
+            or self.counted_pages > over // 2
+            or self.filled_pages
+        ):
+            raise GuestError(
+                "a boot guest scatters its pages, at most half of them, over a power of two of "
+                "pages that it fills itself"
+            )
         if self.needed_bytes > _RAM_END_LIMIT:
             raise GuestError("a boot guest uses at most 2 GiB")
 
@@ -74,7 +93,7 @@ class BootGuest:
     @property
     def counted_bytes(self) -> int:
         """Length of the counted range."""
-        return self.counted_pages * PAGE_BYTES
+        return (self.scattered_over_pages or self.counted_pages) * PAGE_BYTES
 
     @property
     def filled_address(self) -> int:
@@ -84,8 +103,16 @@ class BootGuest:
     @property
     def needed_bytes(self) -> int:
         """RAM that the guest's ranges need, from the start of RAM."""
-        pages = self.counted_pages + self.filled_pages * self.fill_step_pages
-        return _RANGE_OFFSET + pages * PAGE_BYTES
+        filled_bytes = self.filled_pages * self.fill_step_pages * PAGE_BYTES
+        return _RANGE_OFFSET + self.counted_bytes + filled_bytes
+
+    @property
+    def counted_order(self) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+        """Counted pages in the order of a pass, from the range's start, shape ``(n,)``."""
+        if not self.scattered_over_pages:
+            return np.arange(self.counted_pages)
+        half = self.scattered_over_pages // 2
+        return np.arange(self.counted_pages) * (_SCATTER % half) % half * 2
 
     def image(self) -> bytes:
         """Return the ROM for ``-bios``."""
@@ -104,6 +131,14 @@ class BootGuest:
             self.filled_pages,
             self.fill_step_pages * PAGE_BYTES,
         )
+        if self.scattered_over_pages:
+            # Even pages are counted, odd ones filled.
+            over = self.scattered_over_pages
+            fill = (self.counted_address + PAGE_BYTES, over // 2, 2 * PAGE_BYTES)
+            struct.pack_into("<3I", program, _PARAMETERS_OFFSET + 12, *fill)
+            step_bytes = _SCATTER % (over // 2) * 2 * PAGE_BYTES
+            end = self.counted_address + self.counted_bytes
+            _STEPS.pack_into(program, _STEPS_OFFSET, step_bytes, end, self.counted_bytes)
         # The x86 processor starts in the ROM's last bytes, the other in its first.
         if self.architecture == "x86_64":
             return bytes(program).rjust(_ROM_BYTES, b"\0")

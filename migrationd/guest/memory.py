@@ -336,13 +336,10 @@ class FileMemory:
 
     def prefetch(self, runs: Pages) -> None:
         """Begin to read runs of pages from the disk, in the order given."""
-        if self._map is None:
-            return
-        skipped = self.position % mmap.ALLOCATIONGRANULARITY
         for first, count in (runs * self._page_size).tolist():
-            begin = (skipped + first) // mmap.PAGESIZE * mmap.PAGESIZE
-            with contextlib.suppress(OSError, ValueError):  # it is advice
-                self._map.madvise(mmap.MADV_WILLNEED, begin, skipped + first + count - begin)
+            with contextlib.suppress(OSError):  # it is advice
+                # Not madvise: that would hold the interpreter while the disk is asked.
+                os.posix_fadvise(self._fd, self.position + first, count, os.POSIX_FADV_WILLNEED)
 
     def close(self) -> None:
         """Unmap; the file stays."""

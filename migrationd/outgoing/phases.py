@@ -147,10 +147,14 @@ class Phases:
             await self._save_file(self._settings.file)
             return
         saver = await self._set_up()
+        if self._connection.link is not None:
+            self._connection.link.prefetch()
         if not self._settings.hands_memory_over:
             await self._save_ram(saver)
         await self._pause_before_switchover()
         is_lazy = self._is_postcopy_requested()
+        if is_lazy and self._connection.link is not None and isinstance(saver, RamSaver):
+            await self._connection.link.lead(saver)
         await self._begin_switchover(is_lazy=is_lazy)
         if is_lazy:
             link = self._connection.link

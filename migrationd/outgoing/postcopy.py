@@ -15,7 +15,7 @@ Reference: stream format 6.4-6.6.
 import asyncio
 import logging
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -64,14 +64,21 @@ from migrationd.migration.stats import OutgoingStats
 from migrationd.outgoing.device_save import encode_device, free_section_id
 from migrationd.outgoing.postcopy_learned import Order, batches, fits, merge
 from migrationd.outgoing.postcopy_pacer import Pacer, Shares
-from migrationd.outgoing.postcopy_schedule import BlockPages, PageSchedule
-from migrationd.outgoing.postcopy_server import Push, RequestLog, RequestServer
+from migrationd.outgoing.postcopy_schedule import Batch, BlockPages, PageSchedule
+from migrationd.outgoing.postcopy_server import BATCH_PAGES, Push, RequestLog, RequestServer
 from migrationd.outgoing.postcopy_writer import PageWriter
+from migrationd.outgoing.ram_save import RamSaver
 from migrationd.transport.channel import Channel
 
 log = logging.getLogger(__name__)
 
 _PREFETCH_PAGES = 2048
+
+LEAD_S = 0.012
+"""How long a guest that is to run at once waits for the pages that it is known to ask for."""
+
+LEAD_PAGES = 8192
+_LEAD_BATCH_PAGES = 128
 
 SEND_QUEUE_BYTES = 128 << 10
 """What may lie in the kernel before a requested page on the same channel."""
@@ -166,14 +173,43 @@ class PostcopySource:
     def plan(self) -> None:
         """Put what the guest asked for last time before everything else."""
         if self._learned is not None:
-            blocks = self.schedule.blocks
-            self.schedule.push_first(
-                batches(
-                    self._learned,
-                    [block.present for block in blocks],
-                    [block.host_pages for block in blocks],
-                )
-            )
+            self.schedule.push_first(self._learned_batches())
+
+    def lead(self, saver: RamSaver, stop: threading.Event) -> None:
+        """Send what the guest will ask for first before it runs, for a short while.
+
+        A destination places pages of a guest that does not run faster, and the guest never
+        waits for them.
+
+        Args:
+            saver: Sends pages of precopy.
+            stop: Set when the connection is given up.
+
+        Raises:
+            ChannelError: The channel broke.
+        """
+        if self._learned is None:
+            return
+        end_s = self.clock.monotonic_s() + LEAD_S
+        left = LEAD_PAGES
+
+        def is_over() -> bool:
+            return stop.is_set() or left <= 0 or self.clock.monotonic_s() > end_s
+
+        saver.begin_parts()
+        for batch in self._learned_batches(_LEAD_BATCH_PAGES):
+            if is_over():
+                break
+            state = self.schedule.blocks[batch.block]
+            if state.led is None:
+                state.led = np.zeros(len(state.sent), np.bool_)
+            pages = batch.pages[~state.sent[batch.pages]]
+            block = self.guest.ram[batch.block]
+            saver.send(block, pages, is_zero=batch.is_zero, should_stop=is_over)
+            state.led[pages] = state.sent[pages]
+            left -= len(pages)
+        saver.end_parts()
+        self.schedule.recount()
 
     def prefetch(self, stop: threading.Event) -> None:
         """Begin to read from a file what goes first; a thread of its own."""
@@ -186,6 +222,16 @@ class PostcopySource:
                 if stop.is_set():
                     return
                 block.memory.prefetch(page_runs(pages[block.present[pages]]))
+
+    def _learned_batches(self, batch_pages: int = BATCH_PAGES) -> Iterator[Batch]:
+        assert self._learned is not None
+        blocks = self.schedule.blocks
+        return batches(
+            self._learned,
+            [block.present for block in blocks],
+            [block.host_pages for block in blocks],
+            batch_pages,
+        )
 
     def learn(self) -> Order:
         """The order to follow next time."""
@@ -304,6 +350,7 @@ class PostcopyLink:
         self._ending = threading.Event()
         self._preempt: Channel | None = None
         self._package_end: int | None = None
+        self._is_prefetching = False
         self._first_pong = asyncio.Event()
         self._answers: asyncio.Queue[RecvBitmap | ResumeAck] = asyncio.Queue()
         blocks = source.guest.ram
@@ -355,6 +402,20 @@ class PostcopyLink:
         """
         if self._source.settings.preempt and self._source.dialect.preempt_at_setup:
             await self._open_preempt()
+
+    def prefetch(self) -> None:
+        """Have the disk asked for what goes first; not waited for."""
+        if not self._is_prefetching:
+            self._is_prefetching = True
+            self._executor.submit(self._source.prefetch, self._stop)
+
+    async def lead(self, saver: RamSaver) -> None:
+        """Send what the guest asks for first, for a short while; before :meth:`switch`.
+
+        Raises:
+            ChannelError: The channel broke.
+        """
+        await self._run(self._source.lead, saver, self._stop)
 
     async def switch(self) -> None:
         """Send what makes the destination run the guest; requests are answered from here on.
@@ -427,10 +488,9 @@ class PostcopyLink:
             # newer programs wait for every page that was asked for before.
             with_zeros=self._preempt is not None and source.dialect.preempt_eos,
         )
-        prefetching = asyncio.ensure_future(self._run(source.prefetch, self._stop))
+        self.prefetch()
         await self._run(push.run)
         self._stop.set()
-        await prefetching
         self.set_ending()
         await self._run(self._main.finish, source.end_bytes())
         if self._preempt is not None and source.dialect.preempt_eos:

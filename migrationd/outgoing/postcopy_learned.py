@@ -18,7 +18,6 @@ ORDER_PAGES_MAX = 1 << 20
 Order = npt.NDArray[np.int64]
 """Pages in order, shape ``(n, 2)``: index of the block, target page."""
 
-_BATCH_PAGES = 512
 _ZERO_BATCH_PAGES = 4096
 
 
@@ -45,7 +44,9 @@ def fits(order: Order, page_counts: Sequence[int]) -> bool:
     return bool(np.all(order[:, 1] < np.array(page_counts)[order[:, 0]]))
 
 
-def batches(order: Order, present: Sequence[Bools], host_pages: Sequence[int]) -> Iterator[Batch]:
+def batches(
+    order: Order, present: Sequence[Bools], host_pages: Sequence[int], batch_pages: int
+) -> Iterator[Batch]:
     """Batches for the background push, to go before everything else.
 
     Args:
@@ -53,6 +54,7 @@ def batches(order: Order, present: Sequence[Bools], host_pages: Sequence[int]) -
         present: For each block one bool per page: it holds something.
         host_pages: For each block the target pages of a host page; only blocks of single
             target pages are replayed, others come whole and soon anyway.
+        batch_pages: Most pages of a batch that are not zero pages.
     """
     for block, bools in enumerate(present):
         pages = order[order[:, 0] == block, 1]
@@ -68,5 +70,5 @@ def batches(order: Order, present: Sequence[Bools], host_pages: Sequence[int]) -
             continue
         pages = order[begin:end, 1]
         pages = pages[present[block][pages]]
-        for start in range(0, len(pages), _BATCH_PAGES):
-            yield Batch(block, pages[start : start + _BATCH_PAGES])
+        for start in range(0, len(pages), batch_pages):
+            yield Batch(block, pages[start : start + batch_pages])

@@ -52,7 +52,7 @@ class Pace:
 
 
 ALONE = Pace(window_pages=32, queue_bytes=256 << 10)
-"""Nobody asks: large pieces take half the processor time of small ones."""
+"""Nobody asks, or for what comes anyway: large pieces take half the processor time."""
 
 SHARED = Pace(window_pages=8, queue_bytes=32 << 10)
 """Requests are answered on the same channel: what is before them is short."""
@@ -78,7 +78,7 @@ class Shares:
         """Look again.
 
         Args:
-            requests: Requests so far.
+            requests: Requests so far for pages that the push was not about to send.
             now_s: Time.
 
         Returns:

@@ -26,6 +26,7 @@ Bools = npt.NDArray[np.bool_]
 
 _SCAN_PAGES = 4096
 _WALKED_AT_ONCE = 8
+_HITS_OF_A_WALK = 2
 _ONES = b"\1" * 4096
 _SCAN_PAGES_MAX = 1 << 20
 
@@ -42,6 +43,8 @@ class BlockPages:
         wanted: Pages that must be sent: those of host pages that hold something.
         taken: The bytes of ``sent``: for a few pages it is faster.
         remaining: Wanted pages that are not sent.
+        led: Pages that went ahead of the package because they are asked for first; zero
+            pages among them are worth a range of their own. None: no page did.
     """
 
     idstr: str
@@ -51,6 +54,7 @@ class BlockPages:
     taken: memoryview = field(init=False)
     wanted: Bools = field(init=False)
     remaining: int = field(init=False)
+    led: Bools | None = None
 
     def __post_init__(self) -> None:
         self.sent = np.zeros(len(self.present), np.bool_)
@@ -90,9 +94,13 @@ class PageSchedule:
 
     Args:
         blocks: RAM blocks in the order of the block list.
+
+    Attributes:
+        strays: Answered requests that belong to no walk so far.
     """
 
     def __init__(self, blocks: Sequence[BlockPages]) -> None:
+        self.strays = 0
         self.blocks = tuple(blocks)
         self._lock = threading.Lock()
         self._block = 0
@@ -136,7 +144,7 @@ class PageSchedule:
         count = len(state.sent)
         if not state.sent.any():
             return np.array([[0, count]], np.int64) if count else np.empty((0, 2), np.int64)
-        kept = state.sent & state.wanted
+        kept = state.sent & (state.wanted if state.led is None else state.wanted | state.led)
         if state.host_pages > 1:
             # A host page of which a part was not sent goes as a whole.
             rows = kept.reshape(-1, state.host_pages)
@@ -213,6 +221,7 @@ class PageSchedule:
         """
         walk = self._walks.follow(block, first, count)
         if walk is not None:
+            self.strays += walk.hits < _HITS_OF_A_WALK
             self._turns.append(walk)
 
     def broken_off(self, batch: Batch, done: int) -> None:

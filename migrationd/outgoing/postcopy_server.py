@@ -282,7 +282,7 @@ class Push:
             if self._stop.wait(delay_s):
                 raise ChannelClosed("the channel was shut down")
         channel = self._writer.channel
-        if self._shares.update(self._stats.postcopy_requests, now_s):
+        if self._shares.update(self._schedule.strays, now_s):
             channel.limit_send_queue(self._shares.pace.queue_bytes)
         # Here rather than in the write, which is made while a request has to wait.
         channel.wait_writable()

@@ -101,7 +101,7 @@ async def test_a_million_requests_for_one_page(daemon: DaemonProcess, tmp_path: 
                 break
             await expect_quick(daemon)
             await asyncio.sleep(0.05)
-        assert info["status"] == "postcopy-active"
+        await daemon.wait_migration("postcopy-active")
         assert daemon.resident_bytes < 400 << 20
 
 

@@ -13,6 +13,9 @@
 #   0x30c fill_start   first byte of the filled range
 #   0x310 fill_pages   4 KiB pages to fill; 0: none
 #   0x314 fill_step    bytes from one filled page to the next
+#   0x318 count_step   bytes from one counted page to the next, 4096 or more
+#   0x31c count_end    where the range begins again
+#   0x320 count_back   bytes from there to its start
 #
 # Registers while counting: ebx letter, edi address, ebp pages left in the
 # pass, ecx pages left in the tick. The stack (0x7000) serves the timer alone.
@@ -91,8 +94,11 @@ filled:
         movl    count_pages, %ebp
 count:
         incl    (%edi)
-        addl    $4096, %edi
-        decl    %ebp
+        addl    count_step, %edi
+        cmpl    count_end, %edi
+        jb      1f
+        subl    count_back, %edi
+1:      decl    %ebp
         jz      pass_done
 counted:
         decl    %ecx
@@ -147,6 +153,9 @@ burst:          .long   0
 fill_start:     .long   0
 fill_pages:     .long   0
 fill_step:      .long   4096
+count_step:     .long   4096
+count_end:      .long   0xffffffff
+count_back:     .long   0
 
         .org    0x3f0                   # reset vector
         .code16

@@ -52,12 +52,34 @@ def test_image_carries_the_parameters() -> None:
     assert struct.unpack_from("<3I", other, 0x300) == (0x40100000, 7, 0)
 
 
+def test_scattered_pages_are_visited_once_each_in_the_programs_order() -> None:
+    guest = BootGuest(counted_pages=1000, scattered_over_pages=4096)
+    program = guest.image()[-1024:]
+    start, pages, _, fill_start, fill_pages, fill_step = struct.unpack_from("<6I", program, 0x300)
+    step, end, back = struct.unpack_from("<3I", program, 0x318)
+    assert (fill_start, fill_pages, fill_step) == (start + 4096, 2048, 8192)
+    address, seen = start, []
+    for _ in range(pages):
+        seen.append((address - start) // 4096)
+        address += step
+        if address >= end:
+            address -= back
+    assert seen == guest.counted_order.tolist()
+    assert len(set(seen)) == 1000
+    assert max(seen) < 4096
+    assert np.abs(np.diff(seen)).min() > 64
+    assert guest.needed_bytes == (1 << 20) + (4096 << 12)
+
+
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
         ({"architecture": "s390x"}, "no boot guest for 's390x'"),
         ({"counted_pages": 0}, "at least one page"),
         ({"filled_pages": -1}, "at least one page"),
+        ({"scattered_over_pages": 3000}, "a power of two"),
+        ({"counted_pages": 600, "scattered_over_pages": 1024}, "at most half"),
+        ({"architecture": "aarch64", "scattered_over_pages": 1024}, "a power of two"),
         ({"pages_per_s": -1}, "0 or more"),
         ({"filled_pages": 1 << 19}, "at most 2 GiB"),
     ],

@@ -28,7 +28,7 @@ def test_an_order_of_another_guest_does_not_fit() -> None:
 
 def test_zero_pages_go_first_then_the_others_as_they_were_asked_for() -> None:
     present = [np.array([1, 0, 1, 0, 1], np.bool_), np.array([1, 1], np.bool_)]
-    found = list(batches(order((0, 4), (0, 3), (1, 1), (0, 0), (0, 1)), present, [1, 1]))
+    found = list(batches(order((0, 4), (0, 3), (1, 1), (0, 0), (0, 1)), present, [1, 1], 512))
     assert [(b.block, b.pages.tolist(), b.is_zero) for b in found if len(b.pages)] == [
         (0, [1, 3], True),
         (0, [4], False),
@@ -39,4 +39,4 @@ def test_zero_pages_go_first_then_the_others_as_they_were_asked_for() -> None:
 
 def test_huge_pages_are_left_to_the_push() -> None:
     present = [np.ones(1024, np.bool_)]
-    assert list(batches(order((0, 0), (0, 512)), present, [512])) == []
+    assert list(batches(order((0, 0), (0, 512)), present, [512], 512)) == []
