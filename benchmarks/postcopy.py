@@ -271,7 +271,8 @@ async def learned(binary: str, root: Path, bandwidth_bytes_per_s: int) -> None:
                 async with bench.target(preempt=True) as (qemu, uri):
                     begin_s = await lazily(daemon, uri, preempt=True)
                     resume_ms = (await resumed_s(qemu) - begin_s) * 1000
-                    await qemu.wait_serial(1, timeout_s=120)
+                    # The first letter ends the pass that it was parked in.
+                    await qemu.wait_serial(2, timeout_s=120)
                     steady_s = time.time() - begin_s
                     info = await daemon.wait_migration("completed", timeout_s=300)
                     ram = info["ram"]

@@ -17,7 +17,7 @@ from migrationd.guest.attached import AttachedGuest
 from migrationd.guest.held import HeldGuest
 from migrationd.guest.parked import ParkedGuest
 from migrationd.guest.run_state import PAUSED, PRELAUNCH, RUNNING, LazyHandOver, Owner
-from migrationd.outgoing.postcopy_learned import Order
+from migrationd.outgoing.postcopy_learned import NO_ORDER, Order
 from migrationd.qmp.event_bus import EventBus
 
 log = logging.getLogger(__name__)
@@ -228,12 +228,12 @@ class RunControl:
             self._spawn(self._shelter.record_owner(guest, destination, lazy))
 
     def learned_order(self) -> Order | None:
-        """In which order the guest asks for its pages, if that is known and wanted."""
+        """In which order the guest asks for its pages, empty if unknown; None if unwanted."""
         if not self._config.learn_order or not isinstance(self.guest, ParkedGuest):
             return None
         if self.guest.page_order is None:
             self.guest.page_order = self._shelter.read_order(self.guest)
-        return self.guest.page_order
+        return NO_ORDER if self.guest.page_order is None else self.guest.page_order
 
     def learn_order(self, guest: HeldGuest, order: Order) -> None:
         """Keep the order in which a guest asked for its pages, if that is wanted."""

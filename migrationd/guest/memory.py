@@ -58,6 +58,9 @@ class Memory(Protocol):
     def prefetch(self, runs: Pages) -> None:
         """Bring runs of pages into memory soon, without waiting; shape as :meth:`give_back`."""
 
+    def is_at_hand(self, pages: Pages) -> bool:
+        """Whether these pages can be read without waiting for a disk."""
+
     def close(self) -> None:
         """Release everything."""
 
@@ -104,6 +107,10 @@ class MappedMemory:
 
     def prefetch(self, runs: Pages) -> None:
         """Nothing: it is memory."""
+
+    def is_at_hand(self, pages: Pages) -> bool:
+        """It is memory."""
+        return True
 
     def close(self) -> None:
         """Unmap; a view that is still in use keeps the mapping until it goes."""
@@ -340,6 +347,16 @@ class FileMemory:
             with contextlib.suppress(OSError):  # it is advice
                 # Not madvise: that would hold the interpreter while the disk is asked.
                 os.posix_fadvise(self._fd, self.position + first, count, os.POSIX_FADV_WILLNEED)
+
+    def is_at_hand(self, pages: Pages) -> bool:
+        """Whether these pages are in the page cache."""
+        scratch = bytearray(1)
+        try:
+            for start in (self.position + pages * self._page_size).tolist():
+                os.preadv(self._fd, (scratch,), start, os.RWF_NOWAIT)
+        except OSError:
+            return False
+        return True
 
     def close(self) -> None:
         """Unmap; the file stays."""

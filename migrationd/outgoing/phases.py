@@ -13,6 +13,7 @@ Reference: QEMU's source; sequences in stream format 6.1-6.6, events in QEMU 11.
 import asyncio
 import logging
 import threading
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -153,8 +154,8 @@ class Phases:
             await self._save_ram(saver)
         await self._pause_before_switchover()
         is_lazy = self._is_postcopy_requested()
-        if is_lazy and self._connection.link is not None and isinstance(saver, RamSaver):
-            await self._connection.link.lead(saver)
+        if is_lazy and self._connection.link is not None and self._settings.multifd is None:
+            await self._connection.link.lead(self._ram_saver)
         await self._begin_switchover(is_lazy=is_lazy)
         if is_lazy:
             link = self._connection.link
@@ -190,7 +191,7 @@ class Phases:
         self.progress.error = None
         self._observer.running_there()
 
-    def _ram_saver(self) -> RamSaver:
+    def _ram_saver(self, should_stop: Callable[[], bool] | None = None) -> RamSaver:
         return RamSaver(
             self._connection.channel,
             list(self._guest.ram),
@@ -201,7 +202,7 @@ class Phases:
             limiter=self._limiter,
             clock=self._clock,
             wait=self._connection.wait,
-            should_stop=self._is_postcopy_requested,
+            should_stop=should_stop or self._is_postcopy_requested,
             sent=self._sent_pages(),
             names_page_sizes=self.postcopy is not None,
             part_bytes=PART_BYTES if self._settings.multifd is None else None,

@@ -63,7 +63,7 @@ from migrationd.migration.latency import LatencyStats
 from migrationd.migration.stats import OutgoingStats
 from migrationd.outgoing.device_save import encode_device, free_section_id
 from migrationd.outgoing.postcopy_learned import Order, batches, fits, merge
-from migrationd.outgoing.postcopy_pacer import Pacer, Shares
+from migrationd.outgoing.postcopy_pacer import FIRST_GIVES_WAY_S, GivesWay, Pacer, Shares
 from migrationd.outgoing.postcopy_schedule import Batch, BlockPages, PageSchedule
 from migrationd.outgoing.postcopy_server import BATCH_PAGES, Push, RequestLog, RequestServer
 from migrationd.outgoing.postcopy_writer import PageWriter
@@ -77,11 +77,16 @@ _PREFETCH_PAGES = 2048
 LEAD_S = 0.012
 """How long a guest that is to run at once waits for the pages that it is known to ask for."""
 
-LEAD_PAGES = 8192
-_LEAD_BATCH_PAGES = 128
+LEAD_PAGES = 2048
+"""Each of them may cost the destination a range of pages to be forgotten."""
+
+_LEAD_BATCH_PAGES = 64
 
 SEND_QUEUE_BYTES = 128 << 10
 """What may lie in the kernel before a requested page on the same channel."""
+
+MakeSaver = Callable[[Callable[[], bool]], RamSaver]
+"""Makes a saver for the connection, which asks the argument when to stop."""
 
 OpenChannel = Callable[[], Awaitable[Channel]]
 
@@ -95,7 +100,8 @@ class PostcopySettings:
         at_once: Switch before any RAM is sent.
         max_bandwidth_bytes_per_s: ``max-postcopy-bandwidth``; 0 is unlimited.
         is_loaded: The destination runs the guest already: an earlier daemon began.
-        learned: The order in which the guest asked for its pages before, if that is known.
+        learned: The order in which the guest asked for its pages before; empty if that is to
+            be learned now, None if nobody wants to know.
     """
 
     preempt: bool = False
@@ -120,6 +126,7 @@ class PostcopySource:
         latency: From the arrival of a request to its last byte.
         requests: Pages in the order in which they were asked for.
         pacer: ``max-postcopy-bandwidth``.
+        gives_way: How the push leaves the guest alone while it is learned what it asks for.
         is_loaded: The destination said that it has loaded the package: it runs the guest.
     """
 
@@ -148,6 +155,9 @@ class PostcopySource:
         self.pacer = Pacer(settings.max_bandwidth_bytes_per_s)
         self.is_loaded = settings.is_loaded
         self._learned: Order | None = None
+        self.gives_way = GivesWay(
+            FIRST_GIVES_WAY_S if settings.learned is not None and not len(settings.learned) else 0
+        )
         if settings.learned is not None and fits(
             settings.learned, [block.page_count for block in guest.ram]
         ):
@@ -175,20 +185,20 @@ class PostcopySource:
         if self._learned is not None:
             self.schedule.push_first(self._learned_batches())
 
-    def lead(self, saver: RamSaver, stop: threading.Event) -> None:
+    def lead(self, make_saver: MakeSaver, stop: threading.Event) -> None:
         """Send what the guest will ask for first before it runs, for a short while.
 
         A destination places pages of a guest that does not run faster, and the guest never
         waits for them.
 
         Args:
-            saver: Sends pages of precopy.
+            make_saver: Makes what sends pages of precopy.
             stop: Set when the connection is given up.
 
         Raises:
             ChannelError: The channel broke.
         """
-        if self._learned is None:
+        if self._learned is None or not len(self._learned):
             return
         end_s = self.clock.monotonic_s() + LEAD_S
         left = LEAD_PAGES
@@ -196,6 +206,7 @@ class PostcopySource:
         def is_over() -> bool:
             return stop.is_set() or left <= 0 or self.clock.monotonic_s() > end_s
 
+        saver = make_saver(is_over)
         saver.begin_parts()
         for batch in self._learned_batches(_LEAD_BATCH_PAGES):
             if is_over():
@@ -205,7 +216,9 @@ class PostcopySource:
                 state.led = np.zeros(len(state.sent), np.bool_)
             pages = batch.pages[~state.sent[batch.pages]]
             block = self.guest.ram[batch.block]
-            saver.send(block, pages, is_zero=batch.is_zero, should_stop=is_over)
+            if not (batch.is_zero or block.memory.is_at_hand(pages)):
+                break  # the guest runs sooner without
+            saver.send(block, pages, is_zero=batch.is_zero)
             state.led[pages] = state.sent[pages]
             left -= len(pages)
         saver.end_parts()
@@ -409,13 +422,13 @@ class PostcopyLink:
             self._is_prefetching = True
             self._executor.submit(self._source.prefetch, self._stop)
 
-    async def lead(self, saver: RamSaver) -> None:
+    async def lead(self, make_saver: MakeSaver) -> None:
         """Send what the guest asks for first, for a short while; before :meth:`switch`.
 
         Raises:
             ChannelError: The channel broke.
         """
-        await self._run(self._source.lead, saver, self._stop)
+        await self._run(self._source.lead, make_saver, self._stop)
 
     async def switch(self) -> None:
         """Send what makes the destination run the guest; requests are answered from here on.
@@ -481,6 +494,7 @@ class PostcopyLink:
             source.schedule,
             source.stats,
             source.pacer,
+            source.gives_way,
             source.clock,
             self._stop,
             shares=Shares(has_own_channel=self._preempt is not None),

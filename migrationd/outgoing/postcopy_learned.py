@@ -18,6 +18,8 @@ ORDER_PAGES_MAX = 1 << 20
 Order = npt.NDArray[np.int64]
 """Pages in order, shape ``(n, 2)``: index of the block, target page."""
 
+NO_ORDER: Order = np.empty((0, 2), np.int64)
+
 _ZERO_BATCH_PAGES = 4096
 
 

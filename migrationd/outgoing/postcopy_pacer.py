@@ -70,9 +70,14 @@ class Shares:
 
     def __init__(self, *, has_own_channel: bool) -> None:
         self._busy = BESIDE if has_own_channel else SHARED
+        self._first_pages = 256 if has_own_channel else 64
         self._requests = 0
         self._last_s = float("-inf")
         self.pace = self._busy
+
+    def window_pages(self, is_first: bool) -> int:
+        """Pages of the next write; more of what the guest will want before all else."""
+        return self._first_pages if is_first else self.pace.window_pages
 
     def update(self, requests: int, now_s: float) -> bool:
         """Look again.
@@ -92,3 +97,41 @@ class Shares:
             return False
         self.pace = pace
         return True
+
+
+FIRST_GIVES_WAY_S = 3.0
+"""What a guest's first resume may take longer, so that all that it asks for is known."""
+
+_QUIET_S = 0.001
+
+
+class GivesWay:
+    """Holds the push back while the guest asks for pages here and there; pure.
+
+    What is pushed before it is asked for is never learned, and is in the way of what the guest
+    waits for. One thread asks.
+
+    Args:
+        budget_s: How long it may hold the push back in all.
+    """
+
+    def __init__(self, budget_s: float) -> None:
+        self._left_s = budget_s
+        self._requests = -1
+        self._asked_s = 0.0
+
+    def hold_s(self, requests: int, now_s: float) -> float:
+        """Seconds to wait before asking again; 0 when the push may go on.
+
+        Args:
+            requests: Requests so far.
+            now_s: Time.
+        """
+        if self._left_s <= 0:
+            return 0.0
+        since_s, self._asked_s = now_s - self._asked_s, now_s
+        if requests == self._requests and since_s >= _QUIET_S:
+            return 0.0
+        self._requests = requests
+        self._left_s -= _QUIET_S
+        return _QUIET_S

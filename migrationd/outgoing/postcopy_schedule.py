@@ -26,7 +26,6 @@ Bools = npt.NDArray[np.bool_]
 
 _SCAN_PAGES = 4096
 _WALKED_AT_ONCE = 8
-_HITS_OF_A_WALK = 2
 _ONES = b"\1" * 4096
 _SCAN_PAGES_MAX = 1 << 20
 
@@ -221,7 +220,7 @@ class PageSchedule:
         """
         walk = self._walks.follow(block, first, count)
         if walk is not None:
-            self.strays += walk.hits < _HITS_OF_A_WALK
+            self.strays += not walk.is_sure
             self._turns.append(walk)
 
     def broken_off(self, batch: Batch, done: int) -> None:

@@ -29,7 +29,7 @@ from migrationd.errors import ChannelClosed, PeerFailed, StreamCorrupt
 from migrationd.guest.ram_block import RamBlock
 from migrationd.migration.latency import LatencyStats
 from migrationd.migration.stats import OutgoingStats
-from migrationd.outgoing.postcopy_pacer import Pacer, Shares
+from migrationd.outgoing.postcopy_pacer import GivesWay, Pacer, Shares
 from migrationd.outgoing.postcopy_schedule import Batch, PageSchedule
 from migrationd.outgoing.postcopy_writer import ZERO_WINDOW_PAGES, PageWriter
 from migrationd.transport.channel import Channel
@@ -221,6 +221,7 @@ class Push:
         schedule: What goes next.
         stats: Counters of this thread.
         pacer: ``max-postcopy-bandwidth``.
+        gives_way: Holds it back for a while, but for what lies ahead of walks.
         clock: Time.
         stop: Set when the connection is given up.
         shares: How long its turns on the channel are.
@@ -233,6 +234,7 @@ class Push:
         schedule: PageSchedule,
         stats: OutgoingStats,
         pacer: Pacer,
+        gives_way: GivesWay,
         clock: Clock,
         stop: threading.Event,
         *,
@@ -243,6 +245,7 @@ class Push:
         self._schedule = schedule
         self._stats = stats
         self._pacer = pacer
+        self._gives_way = gives_way
         self._clock = clock
         self._stop = stop
         self._with_zeros = with_zeros
@@ -267,13 +270,32 @@ class Push:
         """Push a batch; False when it was broken off for what follows a request."""
         done = 0
         while done < len(batch.pages):
+            if not self._may_push(batch):
+                self._schedule.broken_off(batch, done)
+                return False
             self._wait()
-            window = ZERO_WINDOW_PAGES if batch.is_zero else self._shares.pace.window_pages
+            window = (
+                ZERO_WINDOW_PAGES if batch.is_zero else self._shares.window_pages(batch.is_first)
+            )
             pages, sent, size = self._writer.push(batch, window)
             done += pages
             self._account(size, sent, batch.is_zero)
             if self._schedule.has_restart and not batch.is_first:
                 self._schedule.broken_off(batch, done)
+                return False
+        return True
+
+    def _may_push(self, batch: Batch) -> bool:
+        """Give way to requests; False when what follows one of them goes before the batch."""
+        if batch.is_first or (batch.walk is not None and batch.walk.is_sure):
+            return True
+        clock = self._clock
+        while (
+            hold_s := self._gives_way.hold_s(self._stats.postcopy_requests, clock.monotonic_s())
+        ) > 0:
+            if self._stop.wait(hold_s):
+                raise ChannelClosed("the channel was shut down")
+            if self._schedule.has_restart:
                 return False
         return True
 

@@ -16,6 +16,7 @@ _REACH_PAGES = 1024
 """A walk may have passed over so many pages that were there already."""
 
 _WALKS = 16
+_SURE_HITS = 2
 _UNDER_WAY_PAGES = 512
 
 
@@ -38,6 +39,11 @@ class Walk:
     hits: int
     cursor: int
     left: int
+
+    @property
+    def is_sure(self) -> bool:
+        """Whether what lies ahead will be asked for."""
+        return self.hits >= _SURE_HITS
 
 
 class Walks:

@@ -158,16 +158,7 @@ class RamSaver:
         self._send(prefix + mark + self._part_end())
 
     def send(
-<<<<<<< HEAD
         self, block: RamBlock, pages: Pages, *, is_zero: bool, copied: Copied | None = None
-=======
-        self,
-        block: RamBlock,
-        pages: Pages,
-        *,
-        is_zero: bool,
-        should_stop: Callable[[], bool] | None = None,
->>>>>>> 4ed2214 (outgoing: learned pages before the guest runs; a guest that scatters its pages)
     ) -> None:
         """Send pages of a block inside PARTs, in batches, until it is told to stop.
 
@@ -175,23 +166,14 @@ class RamSaver:
             block: Block.
             pages: Page numbers, shape ``(n,)``.
             is_zero: Whether all of them are zero.
-<<<<<<< HEAD
             copied: Their contents, if not those that the block has when they are sent.
-=======
-            should_stop: Asked instead of the saver's own.
->>>>>>> 4ed2214 (outgoing: learned pages before the guest runs; a guest that scatters its pages)
 
         Raises:
             ChannelClosed: As :meth:`save_all`.
         """
         start = 0
-<<<<<<< HEAD
         content, places = copied or (block.memory.view, pages)
         while start < len(pages) and not self._should_stop():
-=======
-        is_over = should_stop or self._should_stop
-        while start < len(pages) and not is_over():
->>>>>>> 4ed2214 (outgoing: learned pages before the guest runs; a guest that scatters its pages)
             is_record = is_zero and self._zeros is None
             count = ZERO_BATCH_PAGES if is_record else self._allowed_pages()
             batch = pages[start : start + count]

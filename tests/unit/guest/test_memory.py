@@ -1,5 +1,6 @@
 import mmap
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -127,6 +128,25 @@ def test_a_pages_area_may_begin_at_any_target_page(file: int) -> None:
     assert bytes(memory.view[2048:3072]) == b"x" * 1024
     assert not memory.view[:2048].any()
     memory.close()
+
+
+def test_pages_that_the_disk_must_be_asked_for_are_told_from_others(tmp_path: Path) -> None:
+    path = tmp_path / "cold"
+    path.write_bytes(bytes(range(256)) * (64 * PAGE // 256))
+    fd = os.open(path, os.O_RDONLY)
+    memory = FileMemory(fd, 0, 64 * PAGE, PAGE)
+    pages = np.array([3, 40])
+    assert memory.is_at_hand(pages)
+    os.fsync(fd)
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    if not memory.is_at_hand(pages):  # a file system in memory forgets nothing
+        memory.prefetch(page_runs(pages))
+        deadline = time.monotonic() + 10
+        while not memory.is_at_hand(pages):
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+    memory.close()
+    os.close(fd)
 
 
 def test_an_area_outside_its_file_is_refused(file: int) -> None:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from migrationd.outgoing.postcopy_pacer import ALONE, BESIDE, SHARED, Shares
+from migrationd.outgoing.postcopy_pacer import ALONE, BESIDE, SHARED, GivesWay, Shares
 from migrationd.outgoing.postcopy_schedule import BlockPages, PageSchedule
 from migrationd.outgoing.postcopy_walks import NEIGHBOUR_PAGES, Walks
 
@@ -123,3 +123,25 @@ def test_short_turns_only_while_requests_come() -> None:
     assert not shares.update(1, 5.0)
     other = Shares(has_own_channel=True)
     assert other.pace is BESIDE
+
+
+def test_the_push_gives_way_until_nobody_asks_or_its_time_is_up() -> None:
+    way = GivesWay(0.01)
+    assert way.hold_s(1, 1.0) > 0
+    assert way.hold_s(2, 1.001) > 0
+    assert way.hold_s(2, 1.0011) > 0, "too soon to tell"
+    assert way.hold_s(2, 1.0031) == 0
+    held = 0.0
+    for number in range(3, 100):
+        held += way.hold_s(number, 1.0 + number / 1000)
+    assert 0 < held < 0.011
+    assert GivesWay(0).hold_s(1, 1.0) == 0
+
+
+def test_zero_pages_that_went_ahead_are_not_forgotten() -> None:
+    schedule = PageSchedule([BlockPages("m", np.array([1, 0, 0, 1, 1], np.bool_))])
+    state = schedule.blocks[0]
+    state.sent[[1, 3]] = True
+    state.led = np.array([0, 1, 0, 1, 0], np.bool_)
+    assert schedule.discards(0).tolist() == [[0, 1], [4, 1]]
+    assert state.sent.tolist() == [False, True, False, True, False]
