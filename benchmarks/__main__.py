@@ -1,6 +1,6 @@
 """QEMU and migrationd as source and as destination, interleaved in one run.
 
-    python -m benchmarks [--reps N] [--memory MIB] [--qemu BINARY]
+    python -m benchmarks [--reps N] [--memory MIB] [--prealloc on|off] [--qemu BINARY]
 
 Prints medians, and ratios to QEMU -> QEMU of the same repetition. Single figures are
 worth nothing on a shared machine; ratios of one run are what to look at, and only those
@@ -48,15 +48,16 @@ PROBED = (("QEMU", "migrationd"), ("migrationd", "QEMU"))
 QUIET_CPUS = 0.15
 
 
-async def run(binary: str, memory_mib: int, reps: int) -> None:
+async def run(binary: str, memory_mib: int, reps: int, *, prealloc: bool) -> None:
     """Measure and print."""
+    memory = "preallocated memory" if prealloc else "memory made as it is touched"
     print(f"QEMU {qemu_version(binary)}, {memory_mib} MiB, tcp, no bandwidth limit, "
-          f"{reps} interleaved repetitions")  # fmt: skip
+          f"destinations with {memory}, {reps} interleaved repetitions")  # fmt: skip
     latencies: dict[Pair, list[float]] = {pair: [] for pair in PROBED}
     beyond: list[int] = []
     for content in CONTENTS:
         samples: dict[Pair, list[Sample]] = {pair: [] for pair in PAIRS}
-        async with Bench(binary, memory_mib, content) as bench:
+        async with Bench(binary, memory_mib, content, prealloc=prealloc) as bench:
             for rep in range(reps):
                 for pair in PAIRS if rep % 2 == 0 else PAIRS[::-1]:
                     samples[pair].append(await bench.sample(*pair))
@@ -120,12 +121,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--reps", type=int, default=7)
     parser.add_argument("--memory", type=int, default=1024, help="guest memory, MiB")
+    parser.add_argument("--prealloc", choices=("on", "off"), default="on",
+                        help="destinations have their memory before the source comes (on): "
+                        "QEMU's prealloc=on, migrationd's -ram-prealloc")  # fmt: skip
     parser.add_argument("--qemu", default=find_qemu(), help="QEMU binary")
     options = parser.parse_args()
     if options.qemu is None:
         print("qemu-system-x86_64 is not installed (Debian: apt-get install qemu-system-x86)")
         return 1
-    asyncio.run(run(options.qemu, options.memory, options.reps))
+    asyncio.run(run(options.qemu, options.memory, options.reps, prealloc=options.prealloc == "on"))
     return 0
 
 

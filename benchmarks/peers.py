@@ -18,6 +18,12 @@ from migrationd.ctl.daemon_process import DaemonProcess
 from migrationd.ctl.peer_process import PeerProcess
 from migrationd.ctl.qemu_process import QemuProcess
 
+BESIDE_RAM_MIB = 32
+"""Room for a machine's smaller RAM blocks."""
+
+IDLE_MIB = 40
+"""A daemon without any guest has at least so much resident."""
+
 CONTENTS = ("random", "half zero")
 
 
@@ -30,6 +36,7 @@ class Bench:
         content: What is in it, as :func:`fill_guest` knows it.
         channels: multifd channels; 0 is a single connection.
         compression: Of the channels.
+        prealloc: Whether destinations have their memory before the source comes.
 
     Attributes:
         beyond_guest_bytes: Peaks of resident memory beyond the guest's RAM, of each daemon
@@ -43,10 +50,13 @@ class Bench:
         content: str,
         channels: int = 0,
         compression: str = "none",
+        *,
+        prealloc: bool = True,
     ) -> None:
         self._binary = binary
         self._memory_mib = memory_mib
         self._content = content
+        self._prealloc = prealloc
         self._capabilities = {"multifd": True} if channels else {}
         self._parameters: dict[str, object] = {}
         if channels:
@@ -104,7 +114,7 @@ class Bench:
         if destination_kind == "QEMU":
             destination = await self._qemu("defer")
         else:
-            destination = await self._daemon()
+            destination = await self._ready_daemon()
         async with destination:
             warm_memory((self._memory_mib + 256) << 20)
             await self._listen(destination)
@@ -141,15 +151,25 @@ class Bench:
 
     async def _qemu(self, incoming: str | None) -> QemuProcess:
         size = f"{self._memory_mib}M"
+        prealloc = "on" if self._prealloc else "off"
         return await QemuProcess.start(
             self._binary,
             machine="pc,memory-backend=ram0",
             memory_mib=self._memory_mib,
             guest=self._guest,
-            arguments=["-object", f"memory-backend-ram,id=ram0,size={size},prealloc=on"],
+            arguments=["-object", f"memory-backend-ram,id=ram0,size={size},prealloc={prealloc}"],
             incoming=incoming,
             timeout_s=60,
         )
+
+    async def _ready_daemon(self) -> DaemonProcess:
+        """A destination; QEMU answers only when it has its memory, the daemon before."""
+        if not self._prealloc:
+            return await self._daemon()
+        size = self._memory_mib + BESIDE_RAM_MIB
+        daemon = await self._daemon("-ram-prealloc", f"{size}M")
+        await daemon.wait_resident((size + IDLE_MIB) << 20)
+        return daemon
 
     async def _daemon(self, *arguments: str) -> DaemonProcess:
         directory = DaemonProcess.make_directory()

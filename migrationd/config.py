@@ -13,12 +13,10 @@ from pathlib import Path
 from uuid import UUID
 
 from migrationd.errors import ConfigError
+from migrationd.units import parse_size
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
 LOG_FORMATS = ("text", "json")
-
-_SIZE = re.compile(r"(\d{1,19})([bBkKmMgGtTpP]?)$")
-_SHIFT = {"": 0, "b": 0, "k": 10, "m": 20, "g": 30, "t": 40, "p": 50}
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +50,7 @@ class DaemonConfig:
         ram_dir: Directory in which a parked guest rests, or None for memory.
         keep: The parked guest is a template.
         ram_limit_bytes: Largest incoming guest, or None.
+        ram_prealloc_bytes: Memory made ready for an incoming guest; 0 is none.
         learn_order: Remember in which order a guest asks for its pages, and follow it.
         start_postcopy: With ``postcopy-ram`` on, migrate without sending RAM first.
         only_migratable: Refuse devices that cannot migrate.
@@ -71,6 +70,7 @@ class DaemonConfig:
     ram_dir: Path | None = None
     keep: bool = False
     ram_limit_bytes: int | None = None
+    ram_prealloc_bytes: int = 0
     learn_order: bool = True
     start_postcopy: bool = False
     only_migratable: bool = False
@@ -106,6 +106,8 @@ OPTIONS: tuple[_Option, ...] = (
     _Option("keep", "", "the parked guest is a template: sending does not hand it over",
             is_flag=True),
     _Option("ram-limit", "SIZE", "refuse an incoming guest with more RAM, for example 64G"),
+    _Option("ram-prealloc", "SIZE", "make memory ready for an incoming guest of this size at "
+            "start, so that it comes faster"),
     _Option("learn-order", "on|off", "remember in which order a guest asks for its pages, and "
             "send them in that order next time (on)"),
     _Option("start-postcopy", "", "with postcopy-ram on, let the guest run at its destination "
@@ -190,21 +192,22 @@ def build_config(values: Values) -> DaemonConfig:
         raise ConfigError("-ram-dir needs -name: the guest is found again by its name")
     if config.ram_dir is not None and config.attach_path is not None:
         raise ConfigError("-ram-dir is for a parked guest: an attached one keeps its own memory")
+    if config.ram_prealloc_bytes and (config.ram_dir or config.attach_path) is not None:
+        raise ConfigError(
+            "-ram-prealloc makes anonymous memory ready: not with -ram-dir or an attached guest"
+        )
     for text in config.incoming:
         check_incoming_text(text)
     return config
 
 
-def parse_size(text: str, *, option: str) -> int:
-    """Bytes of a size with a binary suffix (``64G``).
-
-    Raises:
-        ConfigError: If the text is not a positive size below 2^63.
-    """
-    match = _SIZE.match(text)
-    size = int(match[1]) << _SHIFT[match[2].lower()] if match else 0
+def _size(name: str, text: str) -> int:
+    try:
+        size = parse_size(text)
+    except (ValueError, OverflowError):
+        size = 0
     if not 0 < size < 1 << 63:
-        raise ConfigError(f"-{option} expects a size such as 64G, not '{text}'")
+        raise ConfigError(f"-{name} expects a size such as 64G, not '{text}'")
     return size
 
 
@@ -292,7 +295,9 @@ def _apply(config: DaemonConfig, name: str, texts: list[str]) -> DaemonConfig:
         case "ram-dir":
             return replace(config, ram_dir=Path(text))
         case "ram-limit":
-            return replace(config, ram_limit_bytes=parse_size(text, option=name))
+            return replace(config, ram_limit_bytes=_size(name, text))
+        case "ram-prealloc":
+            return replace(config, ram_prealloc_bytes=_size(name, text))
         case "metrics":
             return replace(config, metrics=_host_and_port(name, text))
         case "log-level":

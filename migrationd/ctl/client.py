@@ -9,12 +9,12 @@ from collections.abc import AsyncIterator, Mapping
 
 from qemu.qmp import EventListener, ExecuteError, QMPClient, QMPError
 
+from migrationd import units
 from migrationd.errors import MigrationdError
 
 CONNECT_TIMEOUT_S = 5.0
 
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kKmMgGtT]?)(?:i?[bB])?")
-_FACTORS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+_BYTES = re.compile(r"(?<=[kmgtpe])i?b$", re.IGNORECASE)
 
 
 class ClientError(MigrationdError):
@@ -122,7 +122,7 @@ def parse_size(text: str) -> int:
     Raises:
         ClientError: It is none.
     """
-    found = _SIZE.fullmatch(text.strip())
-    if found is None:
-        raise ClientError(f"'{text}' is not a size: write for example 64M or 1.5G")
-    return int(float(found[1]) * _FACTORS[found[2].lower()])
+    try:
+        return units.parse_size(_BYTES.sub("", text))
+    except (ValueError, OverflowError):
+        raise ClientError(f"'{text}' is not a size: write for example 64M or 1.5G") from None

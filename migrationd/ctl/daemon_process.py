@@ -1,12 +1,13 @@
 """A ``migrationd`` of our own as a child process, for the demo and the tests."""
 
+import asyncio
 import os
 import signal
 import sys
 from collections.abc import Sequence
 from typing import Self
 
-from migrationd.ctl.peer_process import DEFAULT_TIMEOUT_S, PeerProcess
+from migrationd.ctl.peer_process import DEFAULT_TIMEOUT_S, PeerError, PeerProcess
 
 
 class DaemonProcess(PeerProcess):
@@ -46,6 +47,18 @@ class DaemonProcess(PeerProcess):
     def send_signal(self, number: signal.Signals) -> None:
         """Send a signal."""
         os.kill(self.pid, number)
+
+    async def wait_resident(self, least_bytes: int, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
+        """Wait until the process has so much memory resident, as with ``-ram-prealloc``.
+
+        Raises:
+            PeerError: It has not, in time.
+        """
+        deadline = asyncio.get_running_loop().time() + timeout_s
+        while (resident := self.resident_bytes) < least_bytes:
+            if asyncio.get_running_loop().time() > deadline:
+                raise PeerError(f"{self.name}: {resident} of {least_bytes} bytes are resident")
+            await asyncio.sleep(0.02)
 
     @property
     def resident_bytes(self) -> int:

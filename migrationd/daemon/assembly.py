@@ -50,6 +50,8 @@ async def assemble(
             control.open_guest_socket(config.attach_path)
         if not _offer_saved_guest(config, control):
             await _start_incoming(config, control)
+            if config.ram_prealloc_bytes:
+                control.make_memory_ready()
     except BaseException:
         await control.aclose()
         raise

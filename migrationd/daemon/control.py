@@ -169,6 +169,10 @@ class GuestControl:
         self._outgoing = OutgoingMigration(guest, dialect, settings, self._clock, observer)
         self._spawn(self._outgoing.run(None))
 
+    def make_memory_ready(self) -> None:
+        """Touch the memory of ``-ram-prealloc`` while nobody waits for it."""
+        self._spawn(asyncio.to_thread(self._shelter.make_ready))
+
     def open_guest_socket(self, path: str) -> None:
         """Listen for the workload of ``-guest attach``.
 
@@ -393,6 +397,7 @@ class GuestControl:
             else:
                 # Differs from QEMU: a bad source costs its own migration, the next may come.
                 self._incoming_started = False
+                self.make_memory_ready()
 
         self._spawn(load())
 

@@ -23,6 +23,7 @@ from migrationd.guest.memory import AnonymousMemory, FileMemory
 from migrationd.guest.owner_note import OwnerNote
 from migrationd.guest.parked import ParkedGuest
 from migrationd.guest.ram_block import RamBlockSpec
+from migrationd.guest.ready_memory import ReadyMemory
 from migrationd.guest.run_state import LazyHandOver, Owner
 from migrationd.incoming.berth import Berth
 from migrationd.incoming.cpr import CprBerth
@@ -40,7 +41,14 @@ EMPTY_DESCRIPTION = b"{}"
 
 
 class MemoryBerth:
-    """Room for a guest in anonymous memory."""
+    """Room for a guest in anonymous memory.
+
+    Args:
+        ready: Memory that was made ready for it, if some was.
+    """
+
+    def __init__(self, ready: ReadyMemory | None = None) -> None:
+        self._ready = ready
 
     def allocate(
         self,
@@ -49,8 +57,9 @@ class MemoryBerth:
         blocks: Sequence[RamBlockSpec],
     ) -> ParkedGuest:
         """Map memory for each block."""
+        make = self._ready.take if self._ready is not None else AnonymousMemory
         return ParkedGuest.create(
-            identity, blocks, lambda _, spec: AnonymousMemory(spec.used_length, spec.page_size)
+            identity, blocks, lambda _, spec: make(spec.used_length, spec.page_size)
         )
 
     def adopt(self, fd: int, contents: Contents) -> ParkedGuest:
@@ -58,7 +67,9 @@ class MemoryBerth:
         return map_guest(fd, contents)
 
     def settle(self, guest: HeldGuest) -> None:
-        """Nothing: no durability was asked for."""
+        """Give back what was ready and is not needed; no durability was asked for."""
+        if self._ready is not None:
+            self._ready.give_back_rest()
 
     def abandon(self) -> None:
         """Nothing: the guest releases its memory itself."""
@@ -165,16 +176,26 @@ class Shelter:
         self.slot = WorkloadSlot()
         self._is_attached = config.attach_path is not None
         self._directory: ParkedDirectory | None = None
+        self._ready: ReadyMemory | None = None
+        if config.ram_prealloc_bytes:
+            self._ready = ReadyMemory(config.ram_prealloc_bytes)
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="record")
         self._ram_limit_bytes = config.ram_limit_bytes
         if config.ram_dir is not None and config.name is not None:
             self._directory = ParkedDirectory(config.ram_dir, config.name, is_shared=config.keep)
 
+    def make_ready(self) -> None:
+        """Touch the memory of ``-ram-prealloc``; on a thread of its own, for it takes a while."""
+        if self._ready is not None:
+            self._ready.make_ready()
+
     def berth(self) -> Berth:
         """Room for one arriving guest."""
         if self._is_attached:
             return AttachedBerth(self.slot)
-        return FileBerth(self._directory) if self._directory is not None else MemoryBerth()
+        return (
+            FileBerth(self._directory) if self._directory is not None else MemoryBerth(self._ready)
+        )
 
     def cpr_berth(self) -> CprBerth:
         """Room for one guest whose memory comes over a cpr channel."""
@@ -251,6 +272,8 @@ class Shelter:
 
     def close(self) -> None:
         """Finish the records and give the directory up."""
+        if self._ready is not None:
+            self._ready.close()
         self._writer.shutdown(wait=True)
         if self._directory is not None:
             self._directory.close()

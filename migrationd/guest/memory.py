@@ -72,12 +72,14 @@ class MappedMemory:
         mapping: At least ``size`` bytes.
         size: Bytes, a multiple of the page size.
         page_size: Target page size in bytes.
+        begin: Where in the mapping the memory begins, at a host page.
     """
 
-    def __init__(self, mapping: mmap.mmap, size: int, page_size: int) -> None:
+    def __init__(self, mapping: mmap.mmap, size: int, page_size: int, begin: int = 0) -> None:
         self._page_size = page_size
         self._map = mapping
-        self.view: Bytes = np.frombuffer(mapping, np.uint8, size)
+        self._begin = begin
+        self.view: Bytes = np.frombuffer(mapping, np.uint8, size, begin)
         self._pages = self.view.reshape(-1, page_size)
 
     def place_run(self, first_page: int, data: Bytes) -> None:
@@ -93,7 +95,7 @@ class MappedMemory:
     ) -> None:
         """Place pages one by one: for short, mixed rows a NumPy call costs more."""
         size = self._page_size
-        target = memoryview(self._map)
+        target = self.view.data
         source = memoryview(buffer)
         for page, at in zip(pages, content_at, strict=True):
             target[page * size : (page + 1) * size] = source[at : at + size]
@@ -119,6 +121,29 @@ class MappedMemory:
             self._map.close()
 
 
+def map_anonymous(size: int) -> mmap.mmap:
+    """Private memory that costs nothing yet, in huge pages where it is large enough.
+
+    Args:
+        size: Bytes.
+
+    Raises:
+        GuestError: The kernel gives no address space for it.
+    """
+    try:
+        mapping = mmap.mmap(
+            -1,
+            max(size, mmap.PAGESIZE),
+            flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE,
+        )
+    except (OSError, OverflowError, ValueError) as error:
+        raise GuestError(f"cannot map {size} bytes of guest memory: {error}") from error
+    if size >= HUGE_PAGE_BYTES:
+        with contextlib.suppress(OSError):
+            mapping.madvise(mmap.MADV_HUGEPAGE)
+    return mapping
+
+
 class AnonymousMemory(MappedMemory):
     """Private memory, in huge pages where the block is large enough.
 
@@ -131,18 +156,8 @@ class AnonymousMemory(MappedMemory):
     """
 
     def __init__(self, size: int, page_size: int) -> None:
-        length = max(size, mmap.PAGESIZE)
-        try:
-            mapping = mmap.mmap(
-                -1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
-            )
-        except (OSError, OverflowError, ValueError) as error:
-            raise GuestError(f"cannot map {size} bytes of guest memory: {error}") from error
+        super().__init__(map_anonymous(size), size, page_size)
         self._is_huge = size >= HUGE_PAGE_BYTES
-        if self._is_huge:
-            with contextlib.suppress(OSError):
-                mapping.madvise(mmap.MADV_HUGEPAGE)
-        super().__init__(mapping, size, page_size)
 
     def give_back(self, runs: Pages) -> None:
         """Give long runs back to the kernel; they read as zero."""
@@ -151,12 +166,13 @@ class AnonymousMemory(MappedMemory):
             start = -(-first * self._page_size // mmap.PAGESIZE) * mmap.PAGESIZE
             end = (first + count) * self._page_size // mmap.PAGESIZE * mmap.PAGESIZE
             if end > start:
-                self._map.madvise(mmap.MADV_DONTNEED, start, end - start)
+                self._map.madvise(mmap.MADV_DONTNEED, self._begin + start, end - start)
                 gave_back = True
         if gave_back and self._is_huge:
             # Or the kernel would make whole huge pages of the rest again, holes filled.
             with contextlib.suppress(OSError):
-                self._map.madvise(mmap.MADV_NOHUGEPAGE)
+                length = -(-len(self.view) // mmap.PAGESIZE) * mmap.PAGESIZE
+                self._map.madvise(mmap.MADV_NOHUGEPAGE, self._begin, length)
 
 
 class SharedMemory(MappedMemory):

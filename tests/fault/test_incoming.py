@@ -93,12 +93,18 @@ async def offer(daemon: DaemonProcess, directory: Path, data: bytes) -> dict[str
     return info
 
 
+@pytest.mark.parametrize(
+    ("arguments", "ready_bytes"),
+    [(["-ram-limit", "1G"], 0), (["-ram-limit", "1G", "-ram-prealloc", "192M"], (192 + 40) << 20)],
+    ids=["memory when it is needed", "memory made ready"],
+)
 async def test_bad_streams_one_after_the_other_and_then_a_good_one(
-    parked_file: tuple[Path, str, str], qemu_host: Host, tmp_path: Path,
-    closing: list[object], request: pytest.FixtureRequest,
+    arguments: list[str], ready_bytes: int, parked_file: tuple[Path, str, str], qemu_host: Host,
+    tmp_path: Path, closing: list[object], request: pytest.FixtureRequest,
 ) -> None:  # fmt: skip
-    daemon = await DaemonProcess.start(incoming="defer", arguments=["-ram-limit", "1G"])
+    daemon = await DaemonProcess.start(incoming="defer", arguments=arguments)
     closing.append(daemon)
+    await daemon.wait_resident(ready_bytes)
     before = daemon.resident_bytes
     for name, (data, expected) in STREAMS.items():
         info = await offer(daemon, tmp_path, data)

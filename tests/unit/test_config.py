@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from migrationd.cli import main
-from migrationd.config import AddedFd, load_config, parse_size
+from migrationd.config import AddedFd, load_config
 from migrationd.errors import ConfigError
 
 QMP = ("-qmp", "unix:/run/guest.qmp,server=on,wait=off")
@@ -45,6 +45,8 @@ def test_options_with_one_dash_or_two() -> None:
         ((*QMP, "-guest", "vm"), "expects 'parked'"),
         ((*QMP, "-guest", "attach:"), "expects 'parked' or 'attach:PATH'"),
         ((*QMP, "-guest", "attach:/x", "-name", "x", "-ram-dir", "/x"), "for a parked guest"),
+        ((*QMP, "-ram-prealloc", "1G", "-guest", "attach:/x"), "an attached guest"),
+        ((*QMP, "-ram-prealloc", "1G", "-name", "x", "-ram-dir", "/x"), "not with -ram-dir"),
         ((*QMP, "-metrics", "9100"), "expects HOST:PORT"),
         ((*QMP, "-metrics", "host:65536"), "expects HOST:PORT"),
         ((*QMP, "-log-level", "loud"), "expects one of debug"),
@@ -75,9 +77,8 @@ def test_mistakes_in_a_file(tmp_path: Path, text: str) -> None:
 
 
 def test_sizes() -> None:
-    assert parse_size("1k", option="x") == 1024
-    assert parse_size("12", option="x") == 12
-    assert parse_size("3T", option="x") == 3 << 40
+    for text, size in (("1k", 1024), ("12", 12), ("1.5G", 3 << 29), ("3T", 3 << 40)):
+        assert load_config([*QMP, "-ram-limit", text]).ram_limit_bytes == size
 
 
 def test_usage_error_exits_2_with_one_line(capsys: pytest.CaptureFixture[str]) -> None:
