@@ -107,7 +107,7 @@ class OutgoingObserver:
     async def handed_over(self) -> None:
         """Put on record that the guest is elsewhere."""
         if self._gives_memory:
-            await self._run.give_up_memory(self._guest)
+            self._run.give_up_memory(self._guest)
         await self._run.record_owner(self._guest, Owner.HANDED_OVER, self._destination)
         self._run.in_switchover = False
 

@@ -22,6 +22,8 @@ from migrationd.qmp.event_bus import EventBus
 
 log = logging.getLogger(__name__)
 
+_DROP_AFTER_S = 0.5
+
 
 class RunControl:
     """The guest that this process holds.
@@ -171,16 +173,7 @@ class RunControl:
                 await self._start_arrived(guest)
         elif self.chosen_run_state is not None:
             self.set_next_run_state(guest, self.chosen_run_state)
-        log.info(
-            "holding guest %s: %d RAM blocks, %d MiB of RAM, %d MiB of it not zero, "
-            "%d device sections",
-            guest.identity.machine or "without a machine type",
-            len(guest.ram),
-            guest.ram_bytes >> 20,
-            guest.present_bytes >> 20,
-            len(guest.devices),
-        )
-        self._spawn(asyncio.to_thread(guest.give_back_zeros))
+        self._spawn(asyncio.to_thread(_look_at, guest))
 
     async def _start_arrived(self, guest: AttachedGuest) -> None:
         """Let a workload run that arrived, as it did at its source."""
@@ -214,8 +207,14 @@ class RunControl:
         guest.owner = owner
         await self._shelter.record_owner(guest, destination, lazy)
 
-    async def give_up_memory(self, guest: HeldGuest) -> None:
-        """Let a workload drop memory that is the destination's now."""
+    def give_up_memory(self, guest: HeldGuest) -> None:
+        """Let the guest's memory go, which is the destination's now: nothing can be taken back."""
+        guest.has_memory = False
+        self._spawn(self._drop_memory(guest))
+
+    async def _drop_memory(self, guest: HeldGuest) -> None:
+        # To unmap gigabytes takes time that the destination needs now.
+        await asyncio.sleep(_DROP_AFTER_S)
         try:
             await asyncio.to_thread(guest.give_up_memory)
         except GuestError as error:
@@ -240,3 +239,16 @@ class RunControl:
         if self._config.learn_order and isinstance(guest, ParkedGuest) and len(order):
             guest.page_order = order
             self._spawn(self._shelter.record_order(guest, order))
+
+
+def _look_at(guest: HeldGuest) -> None:
+    """Say what has come, and give back what it does not need; may take a while."""
+    log.info(
+        "holding guest %s: %d RAM blocks, %d MiB of RAM, %d MiB of it not zero, %d device sections",
+        guest.identity.machine or "without a machine type",
+        len(guest.ram),
+        guest.ram_bytes >> 20,
+        guest.present_bytes >> 20,
+        len(guest.devices),
+    )
+    guest.give_back_zeros()

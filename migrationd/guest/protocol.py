@@ -200,3 +200,9 @@ REQUESTS: dict[str, tuple[type[_Message], type[_Message]]] = {
     "quit": (Nothing, Nothing),
 }
 """Arguments and return of each request."""
+
+
+def build_models() -> None:
+    """Make all models usable now; on their first use it would be while a guest stands still."""
+    for model in _Message.__subclasses__():
+        model.model_rebuild()

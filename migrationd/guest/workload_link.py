@@ -31,6 +31,7 @@ from migrationd.guest.protocol import (
     Json,
     Reply,
     Saved,
+    build_models,
 )
 
 INTRODUCTION_WAIT_S = 10.0
@@ -89,6 +90,7 @@ class WorkloadLink:
         self._socket = sock
         self._lock = threading.Lock()
         self._next_id = 1
+        build_models()
         self._pidfd = -1
         sock.setblocking(True)
 

@@ -143,6 +143,7 @@ class IncomingMigration:
         self._door = RecoveryDoor()
         self._is_pause_wanted = False
         self._return_path_open = False
+        self._leaving: asyncio.Task[None] | None = None
         self._guest: HeldGuest | None = None
 
     @property
@@ -292,7 +293,7 @@ class IncomingMigration:
         """Phases 2 and 3 of a mapped-ram file."""
         self._stream_began()
         self._guest = await self._on_thread(self._load_file, self._main())
-        await self._acknowledge(self._guest)
+        await self._on_thread(self._acknowledge, self._guest)
         return self._guest
 
     async def _receive(self, loader: StreamLoader) -> HeldGuest:
@@ -328,23 +329,27 @@ class IncomingMigration:
 
     async def _load(self, loader: StreamLoader) -> None:
         """Phase 2: the stream, until the guest is whole."""
-        while True:
-            result = await self._on_thread(loader.step)
-            if isinstance(result, Pause):
-                if result is Pause.FINISHED:
-                    break
-                continue
-            await self._on_thread(self._pass_barrier, loader, result)
+        while await self._on_thread(self._go_on, loader) is not Pause.FINISHED:
+            pass
         if self._multifd is not None:
             await self._on_thread(self._multifd.finish)
         if self._preempt is not None:
             machine = identity_of(loader.arrival, None).machine
             await self._preempt.finish(sends_eos=dialect_of(machine).preempt_eos)
 
+    def _go_on(self, loader: StreamLoader) -> Pause:
+        """Load until there is a reason to look up; runs on the loading thread."""
+        while not isinstance(result := loader.step(), Pause):
+            self._pass_barrier(loader, result)
+        return result
+
     async def _settle(self, loader: StreamLoader) -> HeldGuest:
         """Phase 3: the guest is safe here; the source may forget it."""
-        guest = await self._on_thread(self._complete, loader)
-        await self._acknowledge(guest)
+        return await self._on_thread(self._finish, loader)
+
+    def _finish(self, loader: StreamLoader) -> HeldGuest:
+        guest = self._complete(loader)
+        self._acknowledge(guest)
         return guest
 
     def _await_preempt(self, channels: IncomingChannels, loader: StreamLoader) -> None:
@@ -491,6 +496,13 @@ class IncomingMigration:
         """The workload that takes the guest is gone: there is nothing left to wait for."""
         self._loss = GuestError("the workload is gone")
         self._door.give_up(self._loss)
+        self._leaving = asyncio.create_task(self._leave())
+
+    async def _leave(self) -> None:
+        if self._return_path_open and not self.owns_guest:
+            # With this word the source knows that it may go on.
+            with contextlib.suppress(ChannelError, TimeoutError):
+                await asyncio.wait_for(asyncio.to_thread(self._answer, Shut(1)), 1.0)
         if self._channels is not None:
             self._channels.shutdown()
 
@@ -538,12 +550,12 @@ class IncomingMigration:
         complete(self._guest, loader.arrival, by_postcopy=self.owns_guest)
         return self._guest
 
-    async def _acknowledge(self, guest: HeldGuest) -> None:
-        await self._on_thread(self._berth.settle, guest)
+    def _acknowledge(self, guest: HeldGuest) -> None:
+        self._berth.settle(guest)
         if not self._return_path_open:
             return
         try:
-            await self._on_thread(self._answer, Shut(0))
+            self._answer(Shut(0))
         except ChannelError as error:
             if self.owns_guest:
                 log.warning("the source left before it heard that the guest is whole: %s", error)

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, TypeVar, TypeVarTuple
 
 from migrationd.errors import ChannelError, MigrationCancelled
+from migrationd.outgoing.device_save import READY_PING
 from migrationd.outgoing.postcopy import OpenChannel, PostcopyLink
 from migrationd.outgoing.return_path import ReturnPath
 from migrationd.transport.channel import Channel
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
+
+_READY_WAIT_S = 30.0
 
 _LAST_WORD_S = 0.2
 """How long a destination that closed may take to have said why."""
@@ -51,6 +54,7 @@ class OutgoingConnection:
         self.multifd: OutgoingMultifd | None = None
         self.tail_started = tail_started
         self._return_path: ReturnPath | None = None
+        self._peer_ready = asyncio.Event()
         self._stop = threading.Event()
 
     async def on_thread(self, call: Callable[[*Ts], T], *args: *Ts) -> T:
@@ -101,7 +105,7 @@ class OutgoingConnection:
             await send()
             await self.on_thread(self.channel.finish)
             return
-        self._return_path = ReturnPath(self.channel, self.tail_started.is_set)
+        self._return_path = ReturnPath(self.channel, self.tail_started.is_set, self._on_pong)
         read = self.link.read if self.link else self._return_path.run
         reader = asyncio.create_task(read(), name="return path")
         sender = asyncio.ensure_future(send())
@@ -124,6 +128,22 @@ class OutgoingConnection:
             for task in (reader, sender):
                 task.cancel()
             await asyncio.gather(reader, sender, return_exceptions=True)
+
+    async def wait_peer_ready(self) -> None:
+        """Wait for the answer to :func:`ready_ping`.
+
+        Raises:
+            ChannelError: It does not come in time.
+        """
+        try:
+            async with asyncio.timeout(_READY_WAIT_S):
+                await self._peer_ready.wait()
+        except TimeoutError:
+            raise ChannelError("the destination does not answer") from None
+
+    def _on_pong(self, number: int) -> None:
+        if number == READY_PING:
+            self._peer_ready.set()
 
     def break_off(self) -> None:
         """End every call on the main channel and the postcopy's, as a lost connection would."""

@@ -32,6 +32,10 @@ EMPTY_VMDESCRIPTION = b"{}"
 """A destination reads a description after the end; any JSON will do."""
 
 
+READY_PING = 2
+"""Number of the PING behind the block list, where there is one."""
+
+
 def free_section_id(devices: Sequence[DeviceState]) -> int:
     """Smallest section id that no device of the guest uses."""
     used = {device.section_id for device in devices}
@@ -69,6 +73,11 @@ def stream_head(
         if device.is_early or device.kind == QEMU_VM_SECTION_START
     ]
     return b"".join(parts)
+
+
+def ready_ping() -> bytes:
+    """A PING whose answer says that everything before it was read."""
+    return StreamEncoder().encode(Command(MIG_CMD_PING, READY_PING.to_bytes(4, "big")))
 
 
 def stream_tail(

@@ -31,7 +31,12 @@ from migrationd.migration.status import Cause, StatusMachine
 from migrationd.outgoing.connection import OutgoingConnection
 from migrationd.outgoing.contract import Observer, OutgoingSettings
 from migrationd.outgoing.departing import advise_bitmaps, departing
-from migrationd.outgoing.device_save import free_section_id, stream_head, stream_tail
+from migrationd.outgoing.device_save import (
+    free_section_id,
+    ready_ping,
+    stream_head,
+    stream_tail,
+)
 from migrationd.outgoing.file_save import FileSave, FileSettings
 from migrationd.outgoing.live_save import LiveSaver
 from migrationd.outgoing.multifd_connect import OutgoingMultifd
@@ -108,6 +113,12 @@ class Phases:
     def has_return_path(self) -> bool:
         """Whether the destination's word is waited for."""
         return self._settings.return_path or self.postcopy is not None
+
+    @property
+    def _asks_first(self) -> bool:
+        """Whether the guest runs on until the destination has read what the guest is."""
+        hands_over = self._settings.hands_memory_over and self._settings.return_path
+        return hands_over and self._guest.live is not None
 
     @property
     def stall(self) -> str | None:
@@ -247,6 +258,8 @@ class Phases:
         elif self._settings.xbzrle_cache_bytes is not None and self._guest.live is not None:
             saver = self._xbzrle_saver(ram)
         start = await self._connection.on_thread(saver.setup_bytes)
+        if self._asks_first:
+            start += ready_ping()
         try:
             await self._connection.on_thread(self._write, head + start)
         except ChannelError:
@@ -266,6 +279,9 @@ class Phases:
         return advise_bitmaps() if self._settings.dirty_bitmaps else b""
 
     async def _stop_first(self) -> None:
+        if self._asks_first:
+            # What the destination has to do before the devices come is no downtime then.
+            await self._connection.wait_peer_ready()
         if self._settings.stops_first and self._guest.live is not None:
             await self._stop_guest(self._guest.live)
 
@@ -386,11 +402,13 @@ class Phases:
         """Phase 3: the guest leaves with its devices."""
         if self._live_saver is not None:
             await self._connection.on_thread(self._live_saver.finish)
+        await self._connection.on_thread(self._send_devices, saver)
+
+    def _send_devices(self, saver: Saver) -> None:
         if self._guest.live is not None:
-            await self._connection.on_thread(self._save_devices, self._guest.live)
-        end = await self._connection.on_thread(saver.end_bytes)
-        tail = stream_tail(self._guest, self._dialect, end, uuid=self._settings.uuid)
-        await self._connection.on_thread(self._write_tail, tail)
+            self._save_devices(self._guest.live)
+        end = saver.end_bytes()
+        self._write_tail(stream_tail(self._guest, self._dialect, end, uuid=self._settings.uuid))
 
     async def _save_file(self, settings: FileSettings) -> None:
         """The same phases into a mapped-ram file."""

@@ -6,14 +6,11 @@ driver does next.
 Reference: stream format 5; QEMU's source ends the migration at the first SHUT.
 """
 
-import logging
 from collections.abc import Callable
 
 from migrationd.codec.return_path import Pong, ReturnPathDecoder, Shut, SwitchoverAck
 from migrationd.errors import ChannelClosed, PeerFailed, StreamCorrupt, StreamUnsupported
 from migrationd.transport.channel import Channel
-
-log = logging.getLogger(__name__)
 
 RECEIVE_BYTES = 4096
 
@@ -25,9 +22,16 @@ class ReturnPath:
         channel: The main channel.
         may_end: Tells whether the last part of the stream is on its way; a SHUT 0 before
             that cannot be true.
+        on_pong: Called with the number of each PONG.
     """
 
-    def __init__(self, channel: Channel, may_end: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        channel: Channel,
+        may_end: Callable[[], bool],
+        on_pong: Callable[[int], None] = lambda _: None,
+    ) -> None:
+        self._on_pong = on_pong
         self._channel = channel
         self._may_end = may_end
         self._decoder = ReturnPathDecoder()
@@ -62,7 +66,7 @@ class ReturnPath:
                     case Shut(value=value):
                         raise PeerFailed(f"Sibling indicated error {value}")
                     case Pong(value=value):
-                        log.debug("PONG %d", value)
+                        self._on_pong(value)
                     case SwitchoverAck():
                         self.has_switchover_ack = True
                     case _:

@@ -22,6 +22,10 @@ from tests.support.peers import CuttingProxy
 pytestmark = pytest.mark.fault
 
 
+SHUT = b"\x00\x01\x00\x04"
+"""Head of the message that ends a return path."""
+
+
 def heap_inode(work: DirtierProcess) -> int:
     """Which memory a dirtier has mapped."""
     maps = Path(f"/proc/{work.process.pid}/maps").read_text().splitlines()
@@ -123,12 +127,23 @@ async def test_a_cancelled_one_can_be_tried_again(tmp_path: Path) -> None:
         await two.there.wait_passes(2)
 
 
+class LosesTheLastWord(CuttingProxy):
+    """A connection that breaks when the destination says that it has the guest."""
+
+    async def _answers(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(1 << 16):
+            answer, is_shut, _ = data.partition(SHUT)
+            writer.write(answer)
+            if is_shut:
+                return
+
+
 async def test_a_source_that_did_not_hear_it_cannot_run_on_the_same_memory(
     tmp_path: Path,
 ) -> None:
     async with pair(tmp_path) as two:
         await listen(two, tmp_path)
-        async with CuttingProxy(tmp_path / "cut", tmp_path / "main", withholds_answers=True):
+        async with LosesTheLastWord(tmp_path / "cut", tmp_path / "main"):
             channels = [channel("main", tmp_path / "cut"), channel("cpr", tmp_path / "cpr")]
             await two.source.execute("migrate", {"channels": channels})
             await two.destination.wait_run_state("running")
