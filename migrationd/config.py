@@ -15,6 +15,7 @@ from uuid import UUID
 from migrationd.errors import ConfigError
 from migrationd.units import parse_size
 
+TRACKING = ("auto", "pagemap", "userfaultfd")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 LOG_FORMATS = ("text", "json")
 
@@ -47,6 +48,7 @@ class DaemonConfig:
         uuid: Guest UUID, or None.
         start_stopped: ``-S``.
         attach_path: Socket that the workload connects to; None for a parked guest.
+        tracking: How an attached guest's writes are noted; one of ``TRACKING``.
         ram_dir: Directory in which a parked guest rests, or None for memory.
         keep: The parked guest is a template.
         ram_limit_bytes: Largest incoming guest, or None.
@@ -67,6 +69,7 @@ class DaemonConfig:
     uuid: UUID | None = None
     start_stopped: bool = False
     attach_path: str | None = None
+    tracking: str = TRACKING[0]
     ram_dir: Path | None = None
     keep: bool = False
     ram_limit_bytes: int | None = None
@@ -101,7 +104,7 @@ OPTIONS: tuple[_Option, ...] = (
     _Option("name", "NAME", "name of the guest, for query-name and -ram-dir"),
     _Option("uuid", "UUID", "UUID of the guest, for query-uuid and validate-uuid"),
     _Option("S", "", "an attached guest is not started when the migration ends", is_flag=True),
-    _Option("guest", "KIND", "parked (default) or attach:PATH"),
+    _Option("guest", "KIND", "parked (default) or attach:PATH[,tracking=pagemap|userfaultfd]"),
     _Option("ram-dir", "DIR", "keep the parked guest durably in a file there"),
     _Option("keep", "", "the parked guest is a template: sending does not hand it over",
             is_flag=True),
@@ -291,7 +294,8 @@ def _apply(config: DaemonConfig, name: str, texts: list[str]) -> DaemonConfig:
         case "only-migratable":
             return replace(config, only_migratable=_flag(name, text))
         case "guest":
-            return replace(config, attach_path=_attach_path(text))
+            path, tracking = _attachment(text)
+            return replace(config, attach_path=path, tracking=tracking)
         case "ram-dir":
             return replace(config, ram_dir=Path(text))
         case "ram-limit":
@@ -321,15 +325,20 @@ def _guest_name(text: str) -> str:
     return name
 
 
-def _attach_path(text: str) -> str | None:
+def _attachment(text: str) -> tuple[str | None, str]:
     if text == "parked":
-        return None
-    kind, _, path = text.partition(":")
+        return None, TRACKING[0]
+    kind, _, rest = text.partition(":")
+    path, comma, option = rest.partition(",")
+    tracking = TRACKING[0]
+    if comma:
+        tracking = _choice("guest attach", option, tuple(f"tracking={way}" for way in TRACKING))
+        tracking = tracking.removeprefix("tracking=")
     if kind != "attach" or not path:
         raise ConfigError(f"-guest expects 'parked' or 'attach:PATH', not '{text}'")
     if len(path.encode()) > 107:
         raise ConfigError(f"-guest attach: '{path}' is too long for a socket's path")
-    return path
+    return path, tracking
 
 
 def _host_and_port(name: str, text: str) -> tuple[str, int]:

@@ -179,7 +179,7 @@ class GuestControl:
         Raises:
             MigrationdError: The path cannot be bound.
         """
-        self._guest_socket = GuestSocket(path, self.attach, self.detached)
+        self._guest_socket = GuestSocket(path, self.attach, self.detached, self._config.tracking)
 
     async def attach(self, guest: AttachedGuest) -> None:
         """Take a workload that has just connected.

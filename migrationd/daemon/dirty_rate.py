@@ -1,6 +1,10 @@
-"""Measures how fast the guest's memory changes: pages are sampled twice and compared."""
+"""Measures how fast the guest's memory changes.
+
+Pages are sampled twice and compared, or, with ``dirty-bitmap``, all are watched.
+"""
 
 import asyncio
+import logging
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,8 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from migrationd.clock import Clock
-from migrationd.errors import QMPError
+from migrationd.errors import GuestError, QMPError
 from migrationd.guest.base import Guest
+from migrationd.guest.dirty import DirtyTracker
 from migrationd.guest.memory import Pages
 from migrationd.guest.ram_block import RamBlock
 from migrationd.migration.dirty_rate import (
@@ -17,8 +22,11 @@ from migrationd.migration.dirty_rate import (
     DirtyRateState,
     pages_to_sample,
     rate_mib_per_s,
+    rate_of_bytes,
 )
 from migrationd.pageops.sampling import Digests, page_digests
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,13 +62,40 @@ class DirtyRateMeter:
         """Begin a measurement.
 
         Raises:
-            QMPError: Writes of this guest are not logged for it.
+            QMPError: Writes of this guest cannot be tracked.
         """
         guest = self._guest()
+        tracker: DirtyTracker | None = None
         if request.mode == "dirty-bitmap" and guest is not None and guest.live is not None:
-            raise QMPError("mode dirty-bitmap is not enabled, use other method instead.")
+            try:
+                tracker = guest.live.watch_writes()
+            except GuestError as error:
+                raise QMPError(
+                    "mode dirty-bitmap is not enabled, use other method instead."
+                ) from error
         self.state = DirtyRateState("measuring", self._clock.wall_ns() // 10**9, request)
-        self._spawn(asyncio.ensure_future(self._measure(request)))
+        work = self._measure(request) if tracker is None else self._watch(request, tracker)
+        self._spawn(asyncio.ensure_future(work))
+
+    async def _watch(self, request: DirtyRateRequest, tracker: DirtyTracker) -> None:
+        """Count what is written to an executing guest's memory."""
+        rate = None
+        try:
+            await asyncio.to_thread(tracker.start)
+            begin_s = self._clock.monotonic_s()
+            await asyncio.sleep(request.calc_time_ms / 1000)
+            written_bytes = await asyncio.to_thread(tracker.peek)
+            rate = rate_of_bytes(written_bytes, self._clock.monotonic_s() - begin_s)
+        except GuestError as error:
+            log.warning("the dirty rate cannot be measured: %s", error)
+        finally:
+            await asyncio.to_thread(tracker.stop)
+            self.state = DirtyRateState(
+                "unstarted" if rate is None else "measured",
+                self.state.start_time_s,
+                request,
+                rate_mib_per_s=rate,
+            )
 
     async def _measure(self, request: DirtyRateRequest) -> None:
         rate = 0

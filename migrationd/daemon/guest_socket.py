@@ -32,6 +32,7 @@ class GuestSocket:
         path: Where; a socket that nobody listens on is replaced.
         on_attached: Called with each workload that introduced itself; raises to refuse it.
         on_gone: Called when it is gone.
+        tracking: How its writes are noted.
 
     Raises:
         MigrationdError: The path cannot be bound.
@@ -42,10 +43,12 @@ class GuestSocket:
         path: str,
         on_attached: Callable[[AttachedGuest], Awaitable[None]],
         on_gone: Callable[[AttachedGuest], None],
+        tracking: str = "auto",
     ) -> None:
         self._path = path
         self._on_attached = on_attached
         self._on_gone = on_gone
+        self._tracking = tracking
         self._guest: AttachedGuest | None = None
         self._socket = _bind(path)
         self._task = asyncio.create_task(self._serve(), name="guest socket")
@@ -76,7 +79,9 @@ class GuestSocket:
     async def _attend(self, link: WorkloadLink, watched: int) -> None:
         guest: AttachedGuest | None = None
         try:
-            guest = await asyncio.get_running_loop().run_in_executor(None, _introduce, link)
+            guest = await asyncio.get_running_loop().run_in_executor(
+                None, _introduce, link, self._tracking
+            )
             await self._on_attached(guest)
         except MigrationdError as error:
             log.warning("a workload was refused: %s", error)
@@ -96,11 +101,11 @@ class GuestSocket:
         self._on_gone(guest)
 
 
-def _introduce(link: WorkloadLink) -> AttachedGuest:
+def _introduce(link: WorkloadLink, tracking: str) -> AttachedGuest:
     link.check_peer()
     introduced = link.introduction()
     try:
-        return AttachedGuest(link, introduced)
+        return AttachedGuest(link, introduced, tracking)
     except GuestError:
         introduced.close()
         raise

@@ -16,6 +16,8 @@ from migrationd.errors import GuestError
 from migrationd.guest.base import GuestIdentity, SeenOnArrival
 from migrationd.guest.device import DeviceState
 from migrationd.guest.dirty import DirtyTracker, NoTracker, PagemapTracker
+from migrationd.guest.dirty_log import DirtyLog
+from migrationd.guest.fault_tracker import FaultTracker
 from migrationd.guest.handed import HandedMemory, empty_memfd
 from migrationd.guest.instant import MemoryAtInstant
 from migrationd.guest.memory import Pages, SharedMemory
@@ -55,6 +57,7 @@ class AttachedGuest(Owned):
     Args:
         link: Connection; owned.
         introduced: What the workload said of itself; owned.
+        tracking: How its writes are noted: ``pagemap``, ``userfaultfd``, or ``auto``.
 
     Raises:
         GuestError: A block cannot be mapped.
@@ -64,7 +67,7 @@ class AttachedGuest(Owned):
         never_ran: Whether it stands still since it came, rather than again.
     """
 
-    def __init__(self, link: WorkloadLink, introduced: Introduced) -> None:
+    def __init__(self, link: WorkloadLink, introduced: Introduced, tracking: str = "auto") -> None:
         self._link = link
         self._introduced = introduced
         hello = introduced.hello
@@ -90,12 +93,11 @@ class AttachedGuest(Owned):
         self._is_loaded = False
         addresses = [block.address for block, _ in introduced.blocks]
         placed = list(zip(self.ram, addresses, strict=True))
-        self.tracker: DirtyTracker = (
-            PagemapTracker(introduced.pagemap, placed) if introduced.pagemap >= 0 else NoTracker()
-        )
         self._faults: WriteFaults | None = None
         if introduced.faults >= 0:
             self._faults = WriteFaults(introduced.faults, introduced.userfaultfd, placed)
+        self._writes = DirtyLog(self._make_tracker(tracking, placed), self.ram)
+        self.tracker: DirtyTracker = self._writes.reader()
         self._run_state_lock = threading.RLock()
 
     @property
@@ -186,6 +188,16 @@ class AttachedGuest(Owned):
     def run_state_held(self) -> contextlib.AbstractContextManager[None]:
         """While it is entered, only this thread stops and starts the guest; others wait."""
         return _held(self._run_state_lock)
+
+    def watch_writes(self) -> DirtyTracker:
+        """Which pages it writes, for somebody else than :attr:`tracker`.
+
+        Raises:
+            GuestError: Its memory cannot be tracked.
+        """
+        if not self._writes.is_able:
+            raise GuestError("the workload's memory cannot be tracked")
+        return self._writes.reader()
 
     def memory_at_instant(self) -> MemoryAtInstant:
         """What its memory will have been at an instant to come.
@@ -464,11 +476,22 @@ class AttachedGuest(Owned):
 
     def close(self) -> None:
         """Let the workload go; what it does then is its own affair."""
+        if self._faults is not None:
+            self._faults.release()
         self._link.close()
         blocks, self.ram = self.ram, ()
         for block in blocks:
             block.memory.close()
         self._introduced.close()
+
+    def _make_tracker(
+        self, tracking: str, placed: Sequence[tuple[WorkloadBlock, int]]
+    ) -> DirtyTracker:
+        if self._introduced.pagemap >= 0 and tracking != "userfaultfd":
+            return PagemapTracker(self._introduced.pagemap, placed)
+        if self._faults is not None and tracking != "pagemap":
+            return FaultTracker(self._faults, self.ram)
+        return NoTracker()
 
     def _go_on_after_all(self) -> None:
         try:

@@ -54,6 +54,13 @@ class Live(Protocol):
     def tracker(self) -> DirtyTracker:
         """Which pages it writes."""
 
+    def watch_writes(self) -> DirtyTracker:
+        """Which pages it writes, for somebody else than :attr:`tracker`.
+
+        Raises:
+            GuestError: Its memory cannot be tracked.
+        """
+
     def touched_runs(self, block: RamBlock) -> Pages:
         """Runs of pages that may hold something, shape ``(n, 2)``: first page, count."""
 

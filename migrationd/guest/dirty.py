@@ -1,6 +1,7 @@
 """Which pages of a running guest were written since the last look.
 
-Reference: ``linux/pagemap.py``; "start, then collect" corresponds to QEMU's dirty log.
+Reference: ``linux/pagemap.py`` and, where the kernel cannot scan, ``fault_tracker.py``;
+"start, then collect" corresponds to QEMU's dirty log.
 """
 
 from collections.abc import Sequence
@@ -38,6 +39,9 @@ class DirtyTracker(Protocol):
             GuestError: The guest is gone.
         """
 
+    def stop(self) -> None:
+        """Nobody asks any more, until the next :meth:`start`."""
+
 
 class PagemapTracker:
     """Asynchronous write protection and PAGEMAP_SCAN on a workload's memory.
@@ -73,6 +77,9 @@ class PagemapTracker:
             found += int((regions[:, 1] - regions[:, 0]).sum())
         return found
 
+    def stop(self) -> None:
+        """See :class:`DirtyTracker`; a page that stays protected costs its next writer 1 us."""
+
 
 class NoTracker:
     """For a workload that could not offer its pagemap: it cannot migrate while it runs."""
@@ -80,8 +87,8 @@ class NoTracker:
     def start(self) -> None:
         """See :class:`DirtyTracker`."""
         raise GuestError(
-            "the workload's memory cannot be tracked: Linux 6.7 or later and a permitted "
-            "userfaultfd are needed"
+            "the workload's memory cannot be tracked: a permitted userfaultfd is needed, with "
+            "Linux 6.7 or later, or 5.19 where it takes the kernel's own faults"
         )
 
     def collect(self) -> list[Pages]:
@@ -91,6 +98,9 @@ class NoTracker:
     def peek(self) -> int:
         """See :class:`DirtyTracker`."""
         raise GuestError("the workload's memory is not tracked")
+
+    def stop(self) -> None:
+        """See :class:`DirtyTracker`."""
 
 
 def _expand(runs: Pages) -> Pages:

@@ -86,3 +86,8 @@ def rate_mib_per_s(changed: int, sampled: int, total_bytes: int, elapsed_s: floa
     if not sampled or elapsed_s <= 0:
         return 0
     return int(total_bytes * changed / sampled / _MIB / elapsed_s)
+
+
+def rate_of_bytes(written_bytes: int, elapsed_s: float) -> int:
+    """Dirtied MiB per second, from the pages that were written."""
+    return int(written_bytes / _MIB / elapsed_s) if elapsed_s > 0 else 0

@@ -186,11 +186,12 @@ class LiveSaver:
         self._stats.dirty_bytes = None
 
     def release(self) -> None:
-        """Let the guest have all its time again; for the end, whatever it is.
+        """Let the guest have all its time and its memory again; for the end, whatever it is.
 
         Raises:
             GuestError: It is gone.
         """
+        self._live.tracker.stop()
         if self._convergence.throttle_percentage:
             self._live.throttle(0)
 

@@ -60,11 +60,6 @@ _PARKED_ENDS = _PARKED + "; the script waits for RESUME and ends there: the rest
 
 DIFFERENCES: dict[str, tuple[Allowed, ...]] = {
     "announce_and_misc": _no("no CPU model is known", '"query-cpu-model-expansion"'),
-    "background_snapshot_file": _other(
-        "the workload's memory is not zero as the firmware's: at 100 kB/s the script ends first",
-        '"query-',
-        "events",
-    ),
     "cancel_setup": _other(
         "meant so: a connection attempt is given up at once, not when it times out",
         '"query-migrate"',
@@ -73,7 +68,6 @@ DIFFERENCES: dict[str, tuple[Allowed, ...]] = {
         "events",
     ),
     "cap_mismatch": _other(_PARKED, '"query-status"'),
-    "dirty_rate": _other("an attached guest is not measured by dirty-bitmap", '"dirty-bitmap"'),
     "incoming_garbage_stay": tuple(
         Allowed(request, Why.BAD_PEER, "a bad source is named, and the next one may come")
         for request in ('"query-migrate"', '"migrate-incoming"', "events")

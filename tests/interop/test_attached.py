@@ -54,6 +54,7 @@ async def pair(
     multifd: str | None = None,
     incoming: dict[str, bool] | None = None,
     uri: str = "tcp:127.0.0.1:0",
+    tracking: str = "auto",
 ) -> AsyncIterator[Pair]:
     here = DirtierProcess(directory, "here", mib=mib, rate_mb_s=rate_mb_s, binary=binary)
     there = DirtierProcess(
@@ -61,7 +62,9 @@ async def pair(
     )
     async with contextlib.AsyncExitStack() as stack:
         source = await stack.enter_async_context(
-            await DaemonProcess.start(arguments=here.daemon_arguments)
+            await DaemonProcess.start(
+                arguments=["-guest", f"attach:{here.socket},tracking={tracking}"]
+            )
         )
         destination = await stack.enter_async_context(
             await DaemonProcess.start(incoming="defer", arguments=there.daemon_arguments)

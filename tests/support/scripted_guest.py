@@ -100,6 +100,10 @@ class ScriptedGuest:
         """The script."""
         return self._tracker
 
+    def watch_writes(self) -> "_Tracker":
+        """The script: it has one reader."""
+        return self._tracker
+
     @property
     def main(self) -> Rows:
         """What the written block holds."""
@@ -157,6 +161,9 @@ class _Tracker:
         self._script = script
         self._passes = 0
         self.passes_left = passes
+
+    def stop(self) -> None:
+        """Nobody asks any more."""
 
     def start(self) -> None:
         """Nothing was written yet."""
