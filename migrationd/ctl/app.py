@@ -157,6 +157,41 @@ def _capability_state(text: str) -> dict[str, object]:
     return {"capability": name, "state": value != "off"}
 
 
+@app.command("park")
+def park_(
+    context: typer.Context,
+    daemon: Annotated[
+        str, typer.Argument(metavar="DAEMON", help="QMP monitor of a migrationd with -incoming")
+    ],
+    uri: Annotated[
+        str | None,
+        typer.Option(metavar="URI", help="where a daemon with -incoming defer is to wait"),
+    ] = None,
+    connect: Annotated[
+        str | None,
+        typer.Option(metavar="URI", help="how the source reaches it, if that is another address"),
+    ] = None,
+    channels: Annotated[
+        int, typer.Option(min=0, max=255, help="multifd channels; 0: a single connection")
+    ] = 0,
+    max_bandwidth: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="per second, 64M for example; 0: no limit")
+    ] = None,
+) -> None:
+    """Move the running guest of -s into a daemon that holds it."""
+    from migrationd.ctl.escrow import local_addresses
+    from migrationd.ctl.park import ParkPlan, park
+
+    limit = parse_size(max_bandwidth) if max_bandwidth is not None else None
+
+    async def run(source: Monitor) -> Progress:
+        async with connected(daemon) as target, local_addresses() as (here, _):
+            plan = ParkPlan(uri or here, connect, channels, limit)
+            return await park(source, target, plan, console)
+
+    _exit_as(_with_monitor(context, run))
+
+
 @app.command()
 def resume(
     context: typer.Context,

@@ -44,7 +44,7 @@ class EscrowPlan:
 @contextlib.asynccontextmanager
 async def local_addresses() -> AsyncIterator[tuple[str, str]]:
     """Two places for listeners that live as long as the block."""
-    with tempfile.TemporaryDirectory(prefix="escrow-") as directory:
+    with tempfile.TemporaryDirectory(prefix="migrationctl-") as directory:
         yield f"unix:{Path(directory) / 'in'}", f"unix:{Path(directory) / 'out'}"
 
 
@@ -63,8 +63,8 @@ async def escrow(
     Raises:
         ClientError: One of the three refuses, or the guest did not come to the daemon.
     """
-    await _check_waits(daemon, "the daemon")
-    await _check_waits(destination, "the destination")
+    await check_waits(daemon, "the daemon")
+    await check_waits(destination, "the destination")
     postcopy = {"postcopy-ram": True, "postcopy-preempt": plan.preempt}
     await destination.set_capabilities(postcopy)
     await destination.execute("migrate-incoming", {"uri": plan.to})
@@ -87,7 +87,12 @@ async def escrow(
             return await follow(daemon.query_migrate, display, ends_when_waiting=True)
 
 
-async def _check_waits(monitor: Monitor, who: str) -> None:
+async def check_waits(monitor: Monitor, who: str) -> None:
+    """Check that a monitor's process waits for a guest.
+
+    Raises:
+        ClientError: It does not.
+    """
     state = (await monitor.query("query-status")).get("status")
     if state != "inmigrate":
         raise ClientError(f"{who} does not wait for a guest: its run state is '{state}'")

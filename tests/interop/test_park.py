@@ -1,0 +1,60 @@
+"""``migrationctl park`` and ``resume``, as a person types them, with a real QEMU at both ends."""
+
+import asyncio
+import sys
+
+import pytest
+
+from migrationd.ctl.boot_guest import BootGuest
+from migrationd.ctl.daemon_process import DaemonProcess
+from migrationd.ctl.qemu_process import find_qemu
+from tests.support.moves import Host, check_runs_on
+
+pytestmark = pytest.mark.interop
+
+GUEST = BootGuest(counted_pages=256, filled_pages=4096, pages_per_s=20000)
+
+
+@pytest.mark.parametrize(
+    ("incoming", "options"),
+    [("defer", ("--channels", "2")), ("defer", ()), ("tcp:127.0.0.1:0", ("--max-bandwidth", "0"))],
+    ids=["multifd", "where it is told to wait", "where it waits already"],
+)
+async def test_a_guest_is_parked_and_runs_on(
+    incoming: str, options: tuple[str, ...], closing: list[object]
+) -> None:
+    binary = find_qemu()
+    if binary is None:
+        pytest.skip("QEMU is not installed")
+    host = Host(binary, guest=GUEST, memory_mib=64)
+    source = await host.start("QEMU A")
+    closing.append(source)
+    daemon = await DaemonProcess.start(incoming=incoming)
+    closing.append(daemon)
+    await source.wait_serial(3)
+    for peer in (source, daemon):
+        await peer.qmp.disconnect()
+    code, text = await ctl("-s", str(source.qmp_path), "park", str(daemon.qmp_path), *options)
+    assert code == 0, text
+    assert "parked: the daemon holds the guest, run state 'paused', 64.3 MiB of RAM" in text
+    before = source.serial
+    code, text = await ctl("-s", str(source.qmp_path), "park", str(daemon.qmp_path), *options)
+    assert code == 1
+    assert "the daemon does not wait for a guest: its run state is 'paused'" in text
+    target = await host.start("QEMU B", incoming="tcp:127.0.0.1:0")
+    closing.append(target)
+    uri = await target.listening_uri()
+    code, text = await ctl("-s", str(daemon.qmp_path), "resume", uri)
+    assert code == 0, text
+    await check_runs_on(before, target, host)
+
+
+async def ctl(*words: str) -> tuple[int | None, str]:
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", "from migrationd.ctl.app import main; main()", *words,
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
+    )  # fmt: skip
+    async with asyncio.timeout(60):
+        text, _ = await process.communicate()
+    return process.returncode, text.decode()
