@@ -9,7 +9,7 @@ import contextlib
 import json
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from migrationd.codec.cpr import CprEntry, CprState, encode_workload_tail
 from migrationd.errors import GuestError
@@ -40,6 +40,7 @@ DECLARATIONS = "migrationd/declarations"
 """Section with the declarations of a workload's devices, as JSON; sent before RAM."""
 
 GLOBAL_STATE = "globalstate"
+_TAKEN = (DECLARATIONS, GLOBAL_STATE, "ram")
 _FULL = 0x04
 _FIRST_SECTION = 2
 """Section id of the first device; 0 is that of the declarations, 1 is left for RAM."""
@@ -71,6 +72,7 @@ class AttachedGuest(Owned):
         self._link = link
         self._introduced = introduced
         hello = introduced.hello
+        self._keys = _keys(hello.devices)
         self.name = hello.name
         self.is_running = hello.running
         self.never_ran = False
@@ -284,6 +286,9 @@ class AttachedGuest(Owned):
             "size": len(declarations.body),
             "fields": [{"name": "data", "size": len(declarations.body), "type": "buffer"}],
         }
+        keys = [(device.name, device.instance_id) for device in saved.devices]
+        if keys != self._keys:
+            raise GuestError(f"the workload saves devices {keys} and has declared {self._keys}")
         at = 0
         pairs = zip(saved.devices, saved.description, strict=True)
         for number, (device, description) in enumerate(pairs, _FIRST_SECTION + 1):
@@ -505,3 +510,20 @@ class AttachedGuest(Owned):
 def _held(lock: "threading.RLock") -> Iterator[None]:
     with lock:
         yield
+
+
+def _keys(devices: Sequence[Mapping[str, object]]) -> list[tuple[str, int]]:
+    """Names and instances of declared devices.
+
+    Raises:
+        GuestError: A name is taken, or none.
+    """
+    keys: list[tuple[str, int]] = []
+    for device in devices:
+        name, instance_id = device.get("name"), device.get("instance_id")
+        if not isinstance(name, str) or not isinstance(instance_id, int):
+            raise GuestError("the workload declares a device without name or instance_id")
+        if name in _TAKEN or (name, instance_id) in keys:
+            raise GuestError(f"device '{name}' instance {instance_id}: the name is taken")
+        keys.append((name, instance_id))
+    return keys

@@ -201,6 +201,9 @@ REQUESTS: dict[str, tuple[type[_Message], type[_Message]]] = {
 }
 """Arguments and return of each request."""
 
+WITH_DESCRIPTORS = ("save",)
+"""Requests that are answered with descriptors."""
+
 
 def build_models() -> None:
     """Make all models usable now; on their first use it would be while a guest stands still."""

@@ -14,6 +14,7 @@ import signal
 import socket
 import struct
 import threading
+import time
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -25,6 +26,7 @@ from migrationd.guest.protocol import (
     MAX_STATE_BYTES,
     REQUESTS,
     VERSION,
+    WITH_DESCRIPTORS,
     Block,
     Hello,
     Introduction,
@@ -181,9 +183,15 @@ class WorkloadLink:
             message: Json = {"execute": name, "id": number}
             if arguments is not None:
                 message["arguments"] = arguments.model_dump(by_alias=True)
-            self._socket.settimeout(REQUEST_WAIT_S if timeout_s is None else timeout_s)
+            wait_s = REQUEST_WAIT_S if timeout_s is None else timeout_s
+            deadline_s = time.monotonic() + wait_s
+            self._socket.settimeout(wait_s)
             self._send(message, fds)
             while True:
+                left_s = deadline_s - time.monotonic()
+                if left_s <= 0:
+                    raise GuestError("the workload does not answer")
+                self._socket.settimeout(left_s)
                 reply, received = self._receive(Reply)
                 if reply.id == number:
                     break
@@ -193,6 +201,8 @@ class WorkloadLink:
         try:
             if reply.error is not None:
                 raise GuestError(f"the workload: {reply.error}")
+            if received and name not in WITH_DESCRIPTORS:
+                raise GuestError(f"the workload answers {name} with descriptors")
             return _validated(returns, reply.return_ or {}, f"answer to {name}"), received
         except BaseException:
             for fd in received:
@@ -215,7 +225,10 @@ class WorkloadLink:
                 raise GuestError(f"the workload announced {total} bytes of devices and has {size}")
             if len(saved.description) != len(saved.devices):
                 raise GuestError("the workload describes other devices than it saves")
-            return saved, os.pread(fds[0], total, 0)
+            bodies = os.pread(fds[0], total, 0)
+            if len(bodies) != total:
+                raise GuestError("the workload's devices are cut short")
+            return saved, bodies
         except OSError as error:
             raise GuestError(f"the workload's devices: {error.strerror}") from error
         finally:

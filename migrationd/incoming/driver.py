@@ -90,6 +90,7 @@ _POSTCOPY_COMMANDS = frozenset(
         MIG_CMD_RECV_BITMAP,
     )
 )
+_FAREWELL_S = 1.0
 _AT_END = ("completed", "failed")
 _CAN_PAUSE = ("postcopy-active", "postcopy-recover")
 
@@ -127,6 +128,7 @@ class IncomingMigration:
         self._on_running = on_running
         self._lazy: LazyRun | None = None
         self._loss: GuestError | None = None
+        self._farewell: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop
         self._answering = threading.Lock()
         self._settings_now = settings
@@ -504,7 +506,13 @@ class IncomingMigration:
             with contextlib.suppress(ChannelError, TimeoutError):
                 await asyncio.wait_for(asyncio.to_thread(self._answer, Shut(1)), 1.0)
         if self._channels is not None:
-            self._channels.shutdown()
+            self._farewell = asyncio.create_task(self._refuse(self._channels))
+
+    async def _refuse(self, channels: IncomingChannels) -> None:
+        """Tell the source, which then knows that its guest does not run here, and hang up."""
+        if not self.owns_guest:
+            await self._answer_last(Shut(1))
+        channels.shutdown()
 
     def _obey(self, command: Command, loader: StreamLoader) -> None:
         assert self._postcopy is not None
@@ -570,13 +578,21 @@ class IncomingMigration:
     async def _fail(self, error: MigrationdError) -> None:
         self._error = error
         log.error("load of migration failed: %s", error)
-        if self._return_path_open:
-            try:
-                await asyncio.wait_for(self._on_thread(self._answer, Shut(1)), 1.0)
-            except (ChannelError, TimeoutError) as failure:
-                log.debug("SHUT 1 was not sent: %s", failure)
+        if self._farewell is None:
+            await self._answer_last(Shut(1))
+        else:
+            await self._farewell
         await self._abandon()
         self._status.advance(Cause.FAIL)
+
+    async def _answer_last(self, message: Shut) -> None:
+        """Say how it ended to a source that listens, and to nobody for ever."""
+        if not self._return_path_open:
+            return
+        try:
+            await asyncio.wait_for(asyncio.to_thread(self._answer, message), _FAREWELL_S)
+        except (ChannelError, TimeoutError) as failure:
+            log.debug("SHUT %d was not sent: %s", message.value, failure)
 
     async def _abandon(self) -> None:
         if self._channels is not None:
