@@ -7,7 +7,7 @@ BIN     := $(VENV)/bin
 STAMP   := $(VENV)/.stamp-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format bench dev interop unit conformance fault fuzz coverage schemas qemu qemu-arm clean
+.PHONY: help demo test check format bench dev interop postcopy unit conformance fault fuzz coverage schemas qemu qemu-arm clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -37,6 +37,10 @@ conformance: $(STAMP) ## recorded QEMU streams alone
 
 interop: $(STAMP) qemu qemu-arm ## the full matrix over every QEMU that is installed
 	$(BIN)/pytest tests/interop -m 'interop or matrix'
+
+postcopy: $(STAMP) qemu ## postcopy and its recovery over every QEMU: matrices, cuts, bad peers, as tables
+	$(BIN)/pytest tests/interop/test_*postcopy*.py tests/interop/test_recovery_in.py tests/interop/test_escrow.py \
+	  tests/fault/test_*postcopy*.py -m 'interop or fault or matrix'
 
 fault: $(STAMP) qemu ## cancel, kill, stall, corrupt
 	$(BIN)/pytest tests/fault

@@ -22,26 +22,34 @@ from tests.support.fake_destination import FakeDestination
 from tests.support.moves import Host, check_runs_on
 from tests.support.postcopy import recover, send_lazily, start_target, statuses, wait_status
 from tests.support.relay import Relay
+from tests.support.results import TABLES, add_row
 
 pytestmark = pytest.mark.fault
 
+TABLE = "bad destinations of a postcopy: what query-migrate says"
 SLOW = {"max-postcopy-bandwidth": 1 << 20}
 RAM = "pc.ram"
 
 
-def request(start: int, length: int = 4096, idstr: str | None = RAM) -> bytes:
+def report(config: pytest.Config, name: str, when: str, text: str) -> None:
+    if TABLE not in config.stash.get(TABLES, {}):
+        add_row(config, TABLE, ("what came", "when", "status, error-desc"))
+    add_row(config, TABLE, (name, when, text))
+
+
+def ask(start: int, length: int = 4096, idstr: str | None = RAM) -> bytes:
     return encode_return_path(RequestPages(start, length, idstr))
 
 
 AT_PACKAGE = {
-    "an unknown block": (request(0, idstr="nothing"), "not in the list"),
-    "outside the block": (request(32 << 20), "outside the block"),
-    "across the end": (request((32 << 20) - 4096, 8192), "outside the block"),
-    "at the end of 64 bits": (request((1 << 64) - 4096), "outside the block"),
-    "misaligned": (request(100), "pages have 4096 bytes"),
-    "an odd length": (request(0, 5000), "pages have 4096 bytes"),
-    "no length": (request(0, 0), "pages have 4096 bytes"),
-    "no block named": (request(0, idstr=None), "before any block was named"),
+    "an unknown block": (ask(0, idstr="nothing"), "not in the list"),
+    "outside the block": (ask(32 << 20), "outside the block"),
+    "across the end": (ask((32 << 20) - 4096, 8192), "outside the block"),
+    "at the end of 64 bits": (ask((1 << 64) - 4096), "outside the block"),
+    "misaligned": (ask(100), "pages have 4096 bytes"),
+    "an odd length": (ask(0, 5000), "pages have 4096 bytes"),
+    "no length": (ask(0, 0), "pages have 4096 bytes"),
+    "no block named": (ask(0, idstr=None), "before any block was named"),
     "a bitmap unasked": (encode_return_path(RecvBitmap(RAM, bytes(8))), "bitmap of 8 bytes"),
     "RESUME_ACK unasked": (encode_return_path(ResumeAck(1)), "RESUME_ACK without RESUME"),
     "SHUT 0 too early": (encode_return_path(Shut(0)), "SHUT 0 before the end"),
@@ -59,16 +67,18 @@ async def daemon(parked_file: tuple[Path, str, str], closing: list[object]) -> D
     return daemon
 
 
-async def expect_quick(peer: PeerProcess) -> None:
-    """The monitor answers at once, whatever the destination does."""
+async def expect_quick(peer: PeerProcess) -> float:
+    """The monitor answers at once, whatever the destination does; seconds that it took."""
     begin = time.monotonic()
     await peer.query_migrate()
-    assert time.monotonic() - begin < 1.0
+    took_s = time.monotonic() - begin
+    assert took_s < 1.0
+    return took_s
 
 
 @pytest.mark.parametrize("case", AT_PACKAGE)
 async def test_what_no_destination_may_say(
-    case: str, daemon: DaemonProcess, tmp_path: Path
+    case: str, daemon: DaemonProcess, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     said, text = AT_PACKAGE[case]
     async with FakeDestination(tmp_path / "out", at_package=said):
@@ -76,6 +86,7 @@ async def test_what_no_destination_may_say(
         info = await daemon.wait_migration("postcopy-paused")
     assert text in str(info["error-desc"])
     assert await daemon.run_state() == "finish-migrate"
+    report(request.config, case, "postcopy", f"{info['status']}, {info['error-desc']}")
 
 
 async def test_a_destination_that_refuses_the_package_does_not_get_the_guest(
@@ -90,8 +101,23 @@ async def test_a_destination_that_refuses_the_package_does_not_get_the_guest(
     assert await daemon.run_state() == "paused"
 
 
-async def test_a_million_requests_for_one_page(daemon: DaemonProcess, tmp_path: Path) -> None:
-    flood = request(0) + request(0, idstr=None) * 1_000_000
+async def test_a_preempt_channel_that_never_comes_leaves_the_guest_here(
+    daemon: DaemonProcess, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    async with FakeDestination(tmp_path / "out", takes=1):
+        await send_lazily(daemon, f"unix:{tmp_path}/out", preempt=True, parameters=SLOW)
+        info = await daemon.wait_migration("failed")
+    assert "Failed to connect" in str(info["error-desc"])
+    assert await daemon.run_state() == "paused"
+    name = "no preempt channel"
+    report(request.config, name, "set-up", f"{info['status']}, {info['error-desc']}")
+
+
+async def test_a_million_requests_for_one_page(
+    daemon: DaemonProcess, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    flood = ask(0) + ask(0, idstr=None) * 1_000_000
+    slowest_s = 0.0
     async with FakeDestination(tmp_path / "out", at_package=flood):
         await send_lazily(daemon, f"unix:{tmp_path}/out", preempt=False, parameters=SLOW)
         while True:
@@ -99,10 +125,12 @@ async def test_a_million_requests_for_one_page(daemon: DaemonProcess, tmp_path: 
             ram = info.get("ram")
             if isinstance(ram, dict) and ram["postcopy-requests"] > 1_000_000:
                 break
-            await expect_quick(daemon)
+            slowest_s = max(slowest_s, await expect_quick(daemon))
             await asyncio.sleep(0.05)
         await daemon.wait_migration("postcopy-active")
         assert daemon.resident_bytes < 400 << 20
+    text = f"postcopy-active; the monitor's slowest answer {slowest_s * 1000:.0f} ms"
+    report(request.config, "1,000,000 requests for one page", "postcopy", text)
 
 
 def bitmaps(size: int | None = None, idstr: str | None = None) -> bytes:
@@ -119,14 +147,14 @@ AT_RESUME = {
     "RESUME_ACK for a bitmap": (
         encode_return_path(ResumeAck(1)), b"", "RESUME_ACK without RESUME"
     ),
-    "a request before the bitmaps": (request(0), b"", "a page request outside postcopy"),
+    "a request before the bitmaps": (ask(0), b"", "a page request outside postcopy"),
     "SHUT 0": (encode_return_path(Shut(0)), b"", "SHUT 0 before the end"),
 }  # fmt: skip
 
 
 async def test_a_hostile_recovery_falls_back_and_a_good_one_works(
     qemu_host: Host, parked_file: tuple[Path, str, str], daemon: DaemonProcess,
-    tmp_path: Path, closing: list[object],
+    tmp_path: Path, closing: list[object], request: pytest.FixtureRequest,
 ) -> None:  # fmt: skip
     target = await start_target(qemu_host, f"unix:{tmp_path}/out", preempt=False)
     closing.append(target)
@@ -135,13 +163,14 @@ async def test_a_hostile_recovery_falls_back_and_a_good_one_works(
         await daemon.wait_migration("postcopy-active")
     await daemon.wait_migration("postcopy-paused")
     await wait_status(target, "postcopy-paused")
-    for number, (before, behind, text) in enumerate(AT_RESUME.values()):
+    for number, (name, (before, behind, text)) in enumerate(AT_RESUME.items()):
         path = tmp_path / f"bad{number}"
         async with FakeDestination(path, at_resume=(before, behind), is_recovery=True):
             await daemon.execute("migrate", {"uri": f"unix:{path}", "resume": True})
             info = await daemon.wait_migration("postcopy-paused")
             assert text in str(info["error-desc"])
             await expect_quick(daemon)
+        report(request.config, name, "recovery", f"{info['status']}, {info['error-desc']}")
     await recover(target, f"unix:{tmp_path}/good")
     await daemon.set_parameters({"max-postcopy-bandwidth": 0})
     await daemon.execute("migrate", {"uri": f"unix:{tmp_path}/good", "resume": True})

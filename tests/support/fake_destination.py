@@ -22,6 +22,7 @@ class FakeDestination(UnixServer):
         at_resume: What it says to a new connection, and behind its RESUME.
         is_loading: Whether it says PONG 0x42.
         is_recovery: Whether the first connection is a new one for a paused guest.
+        takes: Connections after which it listens no more; None: it takes all.
 
     Attributes:
         taken_bytes: Stream bytes so far.
@@ -35,15 +36,21 @@ class FakeDestination(UnixServer):
         at_resume: tuple[bytes, bytes] = (b"", b""),
         is_loading: bool = True,
         is_recovery: bool = False,
+        takes: int | None = None,
     ) -> None:
         super().__init__(path)
         self._at_package = at_package
         self._at_resume = at_resume
         self._is_loading = is_loading
         self._is_first = not is_recovery
+        self._left = takes
         self.taken_bytes = 0
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self._left is not None:
+            self._left -= 1
+            if not self._left and self._server is not None:
+                self._server.close()
         serve = self._first if self._is_first else self._again
         self._is_first = False
         self._tasks.add(asyncio.create_task(self._serve(serve(reader, writer), writer)))
