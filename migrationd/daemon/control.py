@@ -163,7 +163,9 @@ class GuestControl:
         observer = OutgoingObserver(self._run, self._events, guest, "its destination", lazy)
         settings = replace(
             self._outgoing_settings(),
-            postcopy=PostcopySettings(preempt=lazy.preempt, is_loaded=lazy.is_loaded),
+            postcopy=PostcopySettings(
+                preempt=lazy.preempt, is_loaded=lazy.is_loaded, is_clone=self._config.keep
+            ),
         )
         dialect = dialect_of(guest.identity.machine, guest.seen)
         self._outgoing = OutgoingMigration(guest, dialect, settings, self._clock, observer)
@@ -546,6 +548,7 @@ class GuestControl:
             self.options,
             self.guest_uuid,
             starts_postcopy_at_once=self._config.start_postcopy,
+            is_clone=self._config.keep,
             learned=self._run.learned_order(),
         )
 

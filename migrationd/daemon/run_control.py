@@ -197,12 +197,16 @@ class RunControl:
         destination: str | None,
         lazy: LazyHandOver | None = None,
     ) -> None:
-        """Put on record who owns the guest; a template stays what it is.
+        """Put on record who owns the guest; a template stays what it is, its clone is recorded.
 
         Raises:
             StoreError: It cannot be put on record.
         """
         if self._config.keep:
+            if owner is Owner.HANDING_OVER and lazy is not None and destination is not None:
+                await self._shelter.record_clone(destination, lazy)
+            else:
+                await self._shelter.forget_clone()
             return
         guest.owner = owner
         await self._shelter.record_owner(guest, destination, lazy)
@@ -222,8 +226,10 @@ class RunControl:
 
     def record_running_there(self, guest: HeldGuest, destination: str, lazy: LazyHandOver) -> None:
         """Put on record that the destination of a postcopy has loaded the guest."""
-        if not self._config.keep:
-            # Handed to the writer now: it keeps the order of the calls.
+        # Handed to the writer now: it keeps the order of the calls.
+        if self._config.keep:
+            self._spawn(self._shelter.record_clone(destination, lazy))
+        else:
             self._spawn(self._shelter.record_owner(guest, destination, lazy))
 
     def learned_order(self) -> Order | None:

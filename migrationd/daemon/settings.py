@@ -18,6 +18,7 @@ def outgoing_settings(
     uuid: UUID | None,
     *,
     starts_postcopy_at_once: bool,
+    is_clone: bool = False,
     learned: Order | None,
 ) -> OutgoingSettings:
     """What ``migrate`` goes by from now on.
@@ -26,6 +27,7 @@ def outgoing_settings(
         options: As they are now.
         uuid: Of the guest.
         starts_postcopy_at_once: ``-start-postcopy``.
+        is_clone: ``-keep``.
         learned: Order in which the guest asked for its pages before.
     """
     capabilities = options.capabilities
@@ -40,6 +42,7 @@ def outgoing_settings(
         postcopy=PostcopySettings(
             preempt=capabilities["postcopy-preempt"],
             at_once=starts_postcopy_at_once,
+            is_clone=is_clone,
             max_bandwidth_bytes_per_s=number(parameters["max-postcopy-bandwidth"]),
             learned=learned,
         )

@@ -28,9 +28,11 @@ from migrationd.guest.run_state import LazyHandOver, Owner
 from migrationd.incoming.berth import Berth
 from migrationd.incoming.cpr import CprBerth
 from migrationd.incoming.mapped_ram import complete_guest, copy_pages, map_guest, specs_of
+from migrationd.store.clone_record import CloneRecord
 from migrationd.store.mapped_ram_reader import Contents
 from migrationd.store.page_order import Order, read_order, write_order
 from migrationd.store.parked_directory import NewGuest, ParkedDirectory, SavedGuest
+from migrationd.store.sidecar import Sidecar
 from migrationd.store.snapshots import Snapshots
 
 T = TypeVar("T")
@@ -175,6 +177,8 @@ class Shelter:
     def __init__(self, config: DaemonConfig) -> None:
         self.slot = WorkloadSlot()
         self._is_attached = config.attach_path is not None
+        self._is_template = config.keep
+        self._clone: CloneRecord | None = None
         self._directory: ParkedDirectory | None = None
         self._ready: ReadyMemory | None = None
         if config.ram_prealloc_bytes:
@@ -212,7 +216,15 @@ class Shelter:
         if self._directory is None:
             return None
         saved = self._directory.find(ram_limit_bytes=self._ram_limit_bytes)
-        return open_saved(saved) if saved is not None else None
+        if saved is None:
+            return None
+        guest = open_saved(saved)
+        if self._is_template:
+            orphan = CloneRecord.find_orphan(self._directory.path, self._directory.name)
+            if orphan is not None:
+                self._clone, sidecar = orphan
+                guest.lazy = _lazy(sidecar)
+        return guest
 
     def record_owner(
         self, guest: HeldGuest, destination: str | None, lazy: LazyHandOver | None = None
@@ -229,6 +241,26 @@ class Shelter:
         owner = guest.owner.value
         flags = asdict(lazy) if lazy is not None else None
         return self._record(lambda directory: directory.record_owner(owner, destination, flags))
+
+    def record_clone(self, destination: str, lazy: LazyHandOver) -> "asyncio.Future[None]":
+        """Put on record that a clone of the template runs, or may run, without its memory."""
+
+        def record(directory: ParkedDirectory) -> None:
+            if self._clone is None:
+                self._clone = CloneRecord.begin(directory.path, directory.name)
+            self._clone.write(destination, asdict(lazy))
+
+        return self._record(record)
+
+    def forget_clone(self) -> "asyncio.Future[None]":
+        """Take the record away: the clone is whole, or there is none."""
+
+        def forget(_: ParkedDirectory) -> None:
+            clone, self._clone = self._clone, None
+            if clone is not None:
+                clone.remove()
+
+        return self._record(forget)
 
     def read_order(self, guest: ParkedGuest) -> Order | None:
         """The order in which a guest at rest asked for its pages, if that is known."""
@@ -275,6 +307,8 @@ class Shelter:
         if self._ready is not None:
             self._ready.close()
         self._writer.shutdown(wait=True)
+        if self._clone is not None:
+            self._clone.close()
         if self._directory is not None:
             self._directory.close()
 
@@ -316,9 +350,14 @@ def open_saved(saved: SavedGuest) -> ParkedGuest:
         if saved.sidecar.run_state is not None:
             guest.choose_run_state(saved.sidecar.run_state)
         guest.restore_owner(Owner(saved.sidecar.owner))
-        if saved.sidecar.lazy is not None and guest.owner is Owner.HANDING_OVER:
-            guest.lazy = LazyHandOver(
-                preempt=saved.sidecar.lazy.get("preempt", False),
-                is_loaded=saved.sidecar.lazy.get("is_loaded", False),
-            )
+        if guest.owner is Owner.HANDING_OVER:
+            guest.lazy = _lazy(saved.sidecar)
     return guest
+
+
+def _lazy(sidecar: Sidecar) -> LazyHandOver | None:
+    if sidecar.lazy is None:
+        return None
+    return LazyHandOver(
+        preempt=sidecar.lazy.get("preempt", False), is_loaded=sidecar.lazy.get("is_loaded", False)
+    )

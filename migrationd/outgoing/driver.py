@@ -198,9 +198,18 @@ class OutgoingMigration:
 
     @property
     def may_be_taken_back(self) -> bool:
-        """Whether a paused postcopy's destination never said that it runs the guest."""
+        """Whether a paused postcopy may be given up.
+
+        Its destination never said that it runs the guest; or it runs a clone of a template: the
+        clone is lost then, but there is never a second owner.
+        """
+        postcopy = self._postcopy
         is_paused = self.status == "postcopy-paused" and self._resumed is not None
-        return is_paused and self._postcopy is not None and not self._postcopy.is_loaded
+        return (
+            is_paused
+            and postcopy is not None
+            and (postcopy.settings.is_clone or not postcopy.is_loaded)
+        )
 
     def take_back(self) -> None:
         """Give a paused postcopy up: somebody knows that the destination does not run the guest.

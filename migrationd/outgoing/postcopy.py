@@ -100,6 +100,7 @@ class PostcopySettings:
         at_once: Switch before any RAM is sent.
         max_bandwidth_bytes_per_s: ``max-postcopy-bandwidth``; 0 is unlimited.
         is_loaded: The destination runs the guest already: an earlier daemon began.
+        is_clone: What goes is a copy of a template, which nobody misses here.
         learned: The order in which the guest asked for its pages before; empty if that is to
             be learned now, None if nobody wants to know.
     """
@@ -108,6 +109,7 @@ class PostcopySettings:
     at_once: bool = False
     max_bandwidth_bytes_per_s: int = 0
     is_loaded: bool = False
+    is_clone: bool = False
     learned: Order | None = None
 
 

@@ -146,6 +146,11 @@ class ParkedDirectory:
         return self._name
 
     @property
+    def path(self) -> Path:
+        """The directory."""
+        return self._path
+
+    @property
     def ram_path(self) -> Path:
         """File of the guest at rest, whether there is one or not."""
         return self._ram

@@ -124,3 +124,82 @@ async def test_a_guest_that_nobody_runs_is_taken_back(
     await send_lazily(daemon, f"unix:{tmp_path}/out", preempt=False)
     await daemon.wait_migration("completed")
     await check_runs_on(source.serial, target, host)
+
+
+def clone_records(directory: Path) -> list[dict[str, object]]:
+    return [json.loads(path.read_text()) for path in sorted((directory / "ram").glob("*.clone.*n"))]
+
+
+@pytest.mark.parametrize("preempt", [False, True], ids=["plain", "preempt"])
+async def test_a_clone_of_a_template_survives_the_daemon(
+    preempt: bool, qemu_host: Host, tmp_path: Path, closing: list[object]
+) -> None:
+    host = Host(qemu_host.binary, "pc", GUEST, memory_mib=128)
+    daemon, source = await parked_in_file(host, tmp_path, closing)
+    await daemon.close()
+    keeping = [*arguments(tmp_path), "-keep"]
+    daemon = await DaemonProcess.start(arguments=keeping)
+    closing.append(daemon)
+    target = await start_target(host, f"unix:{tmp_path}/out", preempt=preempt)
+    closing.append(target)
+    await send_lazily(daemon, f"unix:{tmp_path}/out", preempt=preempt, parameters=SLOW)
+    await daemon.wait_migration("postcopy-active")
+    # Another daemon with the template sees that somebody sends this clone.
+    other = await DaemonProcess.start(arguments=keeping)
+    closing.append(other)
+    assert await other.run_state() == "paused"
+    await other.close()
+    await target.wait_serial(1)
+    assert [record["owner"] for record in clone_records(tmp_path)] == ["handing-over"]
+    await daemon.kill()
+    await wait_status(target, "postcopy-paused")
+    assert recorded(tmp_path)["owner"] == "held"
+
+    daemon = await DaemonProcess.start(arguments=keeping)
+    closing.append(daemon)
+    await daemon.wait_migration("postcopy-paused")
+    assert await daemon.run_state() == "finish-migrate"
+    await recover(target, f"unix:{tmp_path}/again")
+    await daemon.execute("migrate", {"uri": f"unix:{tmp_path}/again", "resume": True})
+    await daemon.wait_migration("completed")
+    await target.wait_migration("completed")
+    await check_runs_on(source.serial, target, host)
+    assert await daemon.run_state() == "paused"
+    assert not clone_records(tmp_path)
+    assert not list((tmp_path / "ram").glob("*.clone.*"))
+
+    second = await start_target(host, f"unix:{tmp_path}/second", preempt=preempt)
+    closing.append(second)
+    await send_lazily(daemon, f"unix:{tmp_path}/second", preempt=preempt)
+    await daemon.wait_migration("completed")
+    await check_runs_on(source.serial, second, host)
+
+
+async def test_a_clone_whose_destination_is_gone_is_given_up(
+    qemu_host: Host, tmp_path: Path, closing: list[object]
+) -> None:
+    host = Host(qemu_host.binary, "pc", GUEST, memory_mib=128)
+    daemon, source = await parked_in_file(host, tmp_path, closing)
+    await daemon.close()
+    keeping = [*arguments(tmp_path), "-keep"]
+    daemon = await DaemonProcess.start(arguments=keeping)
+    closing.append(daemon)
+    target = await start_target(host, f"unix:{tmp_path}/out", preempt=False)
+    await send_lazily(daemon, f"unix:{tmp_path}/out", preempt=False, parameters=SLOW)
+    await daemon.wait_migration("postcopy-active")
+    await target.kill()
+    await daemon.wait_migration("postcopy-paused")
+    await daemon.kill()
+
+    daemon = await DaemonProcess.start(arguments=keeping)
+    closing.append(daemon)
+    await daemon.wait_migration("postcopy-paused")
+    await daemon.execute("cont")
+    await daemon.wait_migration("failed")
+    assert await daemon.run_state() == "paused"
+    assert not clone_records(tmp_path)
+    again = await start_target(host, f"unix:{tmp_path}/again", preempt=False)
+    closing.append(again)
+    await send_lazily(daemon, f"unix:{tmp_path}/again", preempt=False)
+    await daemon.wait_migration("completed")
+    await check_runs_on(source.serial, again, host)
