@@ -148,6 +148,7 @@ class FileBerth:
             switchover_start=guest.seen.switchover_start,
             seen=asdict(guest.seen),
             setup=[device.to_section() for device in rest if device.is_of_setup],
+            page_sizes={b.idstr: b.backing_page_size for b in guest.ram if b.backing_page_size},
         )
         guest.rest_in(GuestFile(self._new.fd))
         os.close(self._new.fd)
@@ -350,6 +351,10 @@ def open_saved(saved: SavedGuest) -> ParkedGuest:
         if saved.sidecar.run_state is not None:
             guest.choose_run_state(saved.sidecar.run_state)
         guest.restore_owner(Owner(saved.sidecar.owner))
+        for block in guest.ram:
+            size = saved.sidecar.page_sizes.get(block.idstr, 0)
+            if size > block.page_size and not block.used_length % size:
+                block.backing_page_size = size
         if guest.owner is Owner.HANDING_OVER:
             guest.lazy = _lazy(saved.sidecar)
     return guest

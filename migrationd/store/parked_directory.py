@@ -70,6 +70,7 @@ class NewGuest:
         switchover_start: bool,
         seen: dict[str, bool],
         setup: Sequence[OpaqueSection] = (),
+        page_sizes: dict[str, int] | None = None,
     ) -> None:
         """Write what is missing and make the guest durable; it exists afterwards.
 
@@ -80,6 +81,7 @@ class NewGuest:
             switchover_start: Whether the stream contained SWITCHOVER_START.
             seen: For the sidecar.
             setup: Sections of the setup phase that are not in the layout.
+            page_sizes: For the sidecar.
 
         Raises:
             StoreError: The guest is not on stable storage, or does not read back.
@@ -92,7 +94,10 @@ class NewGuest:
             written = self._writer.read_back([*self._early, *setup], late, "the guest's file")
             os.fsync(self.fd)
             self._directory.put_in_place(
-                seen, file_bytes=written.size, metadata_crc32=written.metadata_crc32
+                seen,
+                file_bytes=written.size,
+                metadata_crc32=written.metadata_crc32,
+                page_sizes=page_sizes or {},
             )
         except OSError as error:
             raise StoreError(f"the guest cannot be stored: {error.strerror}") from error
@@ -243,7 +248,14 @@ class ParkedDirectory:
         except OSError as error:
             raise StoreError(f"'{self._part}': {error.strerror}") from error
 
-    def put_in_place(self, seen: dict[str, bool], *, file_bytes: int, metadata_crc32: int) -> None:
+    def put_in_place(
+        self,
+        seen: dict[str, bool],
+        *,
+        file_bytes: int,
+        metadata_crc32: int,
+        page_sizes: dict[str, int],
+    ) -> None:
         """Make the finished, synced file the guest of this name, durably.
 
         Each step is on disk before the next one. A crash leaves the guest that was handed over,
@@ -258,7 +270,11 @@ class ParkedDirectory:
             os.unlink(self._ram)
             sync_directory(self._path)
         sidecar = Sidecar(
-            self._name, seen=seen, file_bytes=file_bytes, metadata_crc32=metadata_crc32
+            self._name,
+            seen=seen,
+            file_bytes=file_bytes,
+            metadata_crc32=metadata_crc32,
+            page_sizes=page_sizes,
         )
         write_sidecar(self._sidecar, sidecar)
         os.rename(self._part, self._ram)

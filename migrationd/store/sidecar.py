@@ -15,6 +15,7 @@ SIDECAR_VERSION = 1
 OWNERS = ("held", "handing-over", "handed-over")
 
 _LIMIT_BYTES = 1 << 20
+_PAGE_SIZE_MAX = 1 << 40
 _T = TypeVar("_T")
 
 
@@ -30,6 +31,7 @@ class Sidecar:
         seen: Which optional parts the arriving stream had.
         file_bytes: Size of the guest's file; None if the file came without a sidecar.
         metadata_crc32: Sum of everything in the file but pages; None as ``file_bytes``.
+        page_sizes: Bytes of the huge pages behind a block, by its name, where they are known.
         lazy: While it is being handed over by postcopy: ``preempt`` and ``is_loaded``.
     """
 
@@ -41,6 +43,7 @@ class Sidecar:
     file_bytes: int | None = None
     metadata_crc32: int | None = None
     lazy: dict[str, bool] | None = None
+    page_sizes: dict[str, int] = field(default_factory=dict)
 
 
 def read_sidecar(path: Path) -> Sidecar | None:
@@ -111,7 +114,16 @@ def _parse(raw: bytes) -> Sidecar:
         seen=seen,
         file_bytes=_value(tree, "file_bytes", int),
         metadata_crc32=_value(tree, "metadata_crc32", int),
+        page_sizes=_page_sizes(tree),
     )
+
+
+def _page_sizes(tree: dict[str, object]) -> dict[str, int]:
+    sizes = _value(tree, "page_sizes", dict) or {}
+    for size in sizes.values():
+        if type(size) is not int or not 0 < size <= _PAGE_SIZE_MAX or size & (size - 1):
+            raise ValueError(f"'page_sizes' holds {size!r}, which is no page size")
+    return sizes
 
 
 def _flags(tree: dict[str, object], key: str) -> dict[str, bool] | None:

@@ -9,6 +9,7 @@ from migrationd.ctl.qemu_process import find_qemu
 from tests.support import postcopy_in
 from tests.support.moves import VIRTIO, Host, check_runs_on
 from tests.support.postcopy import send_lazily, start_target
+from tests.support.results import TABLES, add_row
 
 pytestmark = pytest.mark.interop
 
@@ -17,11 +18,20 @@ MEMORY_MIB = 64
 HUGE_PAGES = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages")
 
 
+TABLE = "postcopy in out of huge pages, and out into huge pages"
+
+
 @pytest.mark.matrix
+@pytest.mark.parametrize("store", ["memory", "file"])
 @pytest.mark.parametrize("preempt", [False, True], ids=["plain", "preempt"])
 @pytest.mark.parametrize("version", VERSIONS)
 async def test_huge_pages_go_whole(
-    version: str, preempt: bool, tmp_path: Path, closing: list[object]
+    version: str,
+    preempt: bool,
+    store: str,
+    tmp_path: Path,
+    closing: list[object],
+    request: pytest.FixtureRequest,
 ) -> None:
     binary = find_qemu(version)
     if binary is None:
@@ -35,7 +45,8 @@ async def test_huge_pages_go_whole(
     )  # fmt: skip
     source = await host.start("QEMU A")
     closing.append(source)
-    daemon = await DaemonProcess.start(incoming="defer")
+    resting = ["-ram-dir", str(tmp_path / "ram"), "-name", "g"] if store == "file" else []
+    daemon = await DaemonProcess.start(incoming="defer", arguments=resting)
     closing.append(daemon)
     await source.wait_serial(3)
     await postcopy_in.begin(source, daemon, f"unix:{tmp_path}/in.sock", preempt=preempt)
@@ -43,6 +54,11 @@ async def test_huge_pages_go_whole(
     await source.wait_migration("completed")
     before = source.serial
     await source.close()
+    if store == "file":
+        # What the next daemon knows of the pages is what rests beside the guest.
+        await daemon.close()
+        daemon = await DaemonProcess.start(arguments=resting)
+        closing.append(daemon)
     target = await start_target(host, f"unix:{tmp_path}/out", preempt=preempt)
     closing.append(target)
     await send_lazily(
@@ -51,4 +67,8 @@ async def test_huge_pages_go_whole(
     )  # fmt: skip
     await daemon.wait_migration("completed")
     await target.wait_migration("completed")
-    await check_runs_on(before, target, host)
+    passes = await check_runs_on(before, target, host)
+    if TABLE not in request.config.stash.get(TABLES, {}):
+        add_row(request.config, TABLE, ("QEMU", "channels", "guest in", "counts on"))
+    channels = "preempt" if preempt else "plain"
+    add_row(request.config, TABLE, (version, channels, store, f"yes, {passes} passes"))

@@ -17,10 +17,11 @@ def test_the_owners_on_record_are_those_of_a_guest() -> None:
     assert set(OWNERS) == {owner.value for owner in Owner}
 
 
+HUGE = Sidecar("vm1", page_sizes={"ram0": 2 << 20})
 LAZY = Sidecar("vm1", "handing-over", lazy={"preempt": True, "is_loaded": False})
 
 
-@pytest.mark.parametrize("sidecar", [FULL, LAZY, Sidecar("vm1")])
+@pytest.mark.parametrize("sidecar", [FULL, LAZY, HUGE, Sidecar("vm1")])
 def test_a_sidecar_reads_back(tmp_path: Path, sidecar: Sidecar) -> None:
     path = tmp_path / "vm1.json"
     write_sidecar(path, sidecar)
@@ -63,6 +64,10 @@ def record(**changes: object) -> bytes:
         (record(run_state=1), "'run_state'"),
         (record(destination={}), "'destination'"),
         (record(file_bytes="many"), "'file_bytes'"),
+        (record(page_sizes=[4096]), "'page_sizes' is"),
+        (record(page_sizes={"ram0": 12345}), "no page size"),
+        (record(page_sizes={"ram0": True}), "no page size"),
+        (record(page_sizes={"ram0": 1 << 60}), "no page size"),
     ],
 )
 def test_anything_else_is_refused(tmp_path: Path, raw: bytes, message: str) -> None:
