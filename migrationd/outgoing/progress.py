@@ -113,7 +113,7 @@ class OutgoingProgress:
             total_time_ms=_ms(now_s - self._start_s),
             setup_time_ms=_ms((self._setup_s or self._start_s) - self._start_s),
             downtime_ms=_ms(downtime_s) if is_stopped else None,
-            cpu_throttle_percentage=self.stats.throttle_percentage,
+            cpu_throttle_percentage=None if completed else self.stats.throttle_percentage,
             expected_downtime_ms=None
             if is_stopped
             else self.stats.expected_downtime_ms(downtime_limit_ms),

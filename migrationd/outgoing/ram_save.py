@@ -37,6 +37,8 @@ from migrationd.transport.rate_limit import RateLimiter
 ZERO_BATCH_PAGES = 16384
 """ZERO records of one write: 9 bytes each, 144 KiB."""
 
+ZERO_RECORD_BYTES = 9
+
 PART_BYTES = 64 << 20
 """A PART is closed after about this much, so that a reader sees the rounds go by."""
 
@@ -175,7 +177,7 @@ class RamSaver:
         content, places = copied or (block.memory.view, pages)
         while start < len(pages) and not self._should_stop():
             is_record = is_zero and self._zeros is None
-            count = ZERO_BATCH_PAGES if is_record else self._allowed_pages()
+            count = self._allowed_zeros() if is_record else self._allowed_pages()
             batch = pages[start : start + count]
             self.note_sent(block, batch)
             self._send_batch(block, batch, is_zero, content, places[start : start + count])
@@ -235,6 +237,13 @@ class RamSaver:
             return self._batch_pages
         return max(1, min(self._batch_pages, window_bytes // (self._page_size + 8)))
 
+    def _allowed_zeros(self) -> int:
+        """Zero pages of the next write, likewise."""
+        window_bytes = self._limiter.window_bytes
+        if window_bytes is None:
+            return ZERO_BATCH_PAGES
+        return max(1, min(ZERO_BATCH_PAGES, window_bytes // ZERO_RECORD_BYTES))
+
     def _send_batch(
         self,
         block: RamBlock,
@@ -275,6 +284,8 @@ class RamSaver:
 
     def _throttle(self) -> None:
         while (delay_s := self._limiter.delay_s(self._clock.monotonic_s())) > 0:
+            if self._should_stop():
+                return
             self._wait(delay_s)
 
     def _send(self, data: bytes, *, duplicate: int = 0) -> None:

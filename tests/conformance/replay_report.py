@@ -19,7 +19,6 @@ from tests.conformance.replay_compare import Difference, differences
 from tests.conformance.replay_differences import (
     DIFFERENCES,
     NOT_APPLICABLE,
-    PARKED_GUEST,
     Allowed,
     Why,
 )
@@ -122,7 +121,7 @@ def play(
     Returns:
         The recording.
     """
-    source = source or launcher("parked" if scenario in PARKED_GUEST else "attached")
+    source = source or launcher("attached")
     command = [sys.executable, str(RECORDER), "run", "--only", scenario, "--accel", "tcg"]
     command += ["--qemu", source, "--dst-qemu", destination or source, "--out", str(directory)]
     # The path of a socket is short.

@@ -71,3 +71,59 @@ def test_zero_pages_go_as_records_or_whole(detects_zeros: bool) -> None:
     assert stats.normal_pages == len(whole)
     assert stats.duplicate_pages == len(zero)
     block.memory.close()
+
+
+class Clock:
+    """Time that passes only while somebody waits."""
+
+    def __init__(self) -> None:
+        self.now_s = 100.0
+
+    def monotonic_s(self) -> float:
+        """Now."""
+        return self.now_s
+
+    def monotonic_ns(self) -> int:
+        """Now."""
+        return int(self.now_s * 1e9)
+
+    def wall_ns(self) -> int:
+        """Now."""
+        return self.monotonic_ns()
+
+
+def test_records_of_zero_pages_keep_to_the_rate_and_stop_when_told() -> None:
+    """Ten times more records than a second may have; then postcopy is asked for."""
+    rate = 20_000
+    pages = 10 * rate // 9
+    block = RamBlock(RamBlockSpec("ram", pages * PAGE, PAGE), AnonymousMemory(pages * PAGE, PAGE))
+    clock = Clock()
+    end_s = clock.now_s + 2.0
+    ours, theirs = socket.socketpair()
+    channel = Channel(ours.detach())
+    waits: list[float] = []
+
+    def wait(delay_s: float) -> None:
+        waits.append(delay_s)
+        clock.now_s += delay_s
+
+    stats = OutgoingStats(page_size=PAGE, total_bytes=pages * PAGE)
+    saver = RamSaver(
+        channel, [block], section_id=1, has_footers=True, page_size=PAGE, stats=stats,
+        limiter=RateLimiter(rate), clock=clock, wait=wait,
+        should_stop=lambda: clock.now_s >= end_s,
+    )  # fmt: skip
+    sizes: list[int] = []
+
+    def read() -> None:
+        while data := theirs.recv(1 << 20):
+            sizes.append(len(data))
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    with theirs:
+        saver.save_all()
+        channel.close()
+        reader.join(10)
+    assert clock.now_s < end_s + max(waits)
+    assert 1.9 * rate < sum(sizes) < 2.1 * rate
