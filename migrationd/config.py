@@ -6,7 +6,6 @@ mistakes are one line each; the caller prints them and exits with status 2.
 
 import json
 import re
-import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -242,6 +241,8 @@ def _add(values: Values, option: _Option, value: str) -> None:
 
 
 def _read_file(path: Path) -> Values:
+    import tomllib  # late: most command lines name no file
+
     try:
         table = tomllib.loads(path.read_text("utf-8"))
     except OSError as error:

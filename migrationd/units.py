@@ -1,7 +1,6 @@
 """Sizes as people and QEMU write them."""
 
 import re
-from decimal import Decimal
 
 _DECIMAL = re.compile(r"\s*([+-]?)(\d{1,64})(\.\d{1,64})?([bkmgtpe]?)", re.ASCII | re.IGNORECASE)
 _HEX = re.compile(r"\s*([+-]?)0x([0-9a-f]{1,64})", re.ASCII | re.IGNORECASE)
@@ -34,7 +33,9 @@ def parse_size(text: str) -> int:
         shift = _SHIFT[match[4].lower()]
         if match[3] and not shift:
             raise ValueError(f"'{text}' is a fraction of a byte")
-        size = (int(match[2]) << shift) + int(Decimal("0" + (match[3] or "")) * (1 << shift))
+        size = int(match[2]) << shift
+        if match[3]:
+            size += (int(match[3][1:]) << shift) // 10 ** (len(match[3]) - 1)
     else:
         raise ValueError(f"'{text}' is no size")
     if size >= _LIMIT or (match[1] == "-" and size):

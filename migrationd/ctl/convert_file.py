@@ -14,7 +14,8 @@ from migrationd.migration.stats import OutgoingStats
 from migrationd.outgoing.device_save import free_section_id, stream_head, stream_tail
 from migrationd.outgoing.mapped_ram_save import MappedRamSaver
 from migrationd.outgoing.ram_save import RamSaver
-from migrationd.store.container import Compressor, open_file
+from migrationd.store.compressed import Compressor
+from migrationd.store.container import open_file
 from migrationd.store.libvirt_image import (
     LibvirtImage,
     encode_libvirt_image,

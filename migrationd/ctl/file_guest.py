@@ -28,7 +28,8 @@ from migrationd.guest.ram_block import RamBlockSpec
 from migrationd.guest.run_state import PAUSED, RUNNING
 from migrationd.incoming.loader import Arrival, Pause, StreamLoader
 from migrationd.incoming.mapped_ram import map_guest
-from migrationd.store.container import Container, PlainStream, open_file, read_container
+from migrationd.store.compressed import PlainStream
+from migrationd.store.container import Container, open_file, read_container
 from migrationd.store.mapped_ram_reader import RAM_LIMIT_BYTES, read_contents
 from migrationd.transport.channel import Channel
 

@@ -40,7 +40,8 @@ from migrationd.codec.stream import StreamDecoder, StreamLimits
 from migrationd.errors import StreamCorrupt, StreamError
 from migrationd.guest.run_state import PAUSED, RUNNING, decode_run_state
 from migrationd.pageops.xbzrle import decode_page
-from migrationd.store.container import Container, PlainStream, open_file, read_container
+from migrationd.store.compressed import PlainStream
+from migrationd.store.container import Container, open_file, read_container
 from migrationd.store.mapped_ram_reader import RAM_LIMIT_BYTES, read_bitmap, read_contents
 from migrationd.transport.channel import Channel
 

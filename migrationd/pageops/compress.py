@@ -4,14 +4,8 @@ Reference: stream format 3.4; levels as QEMU's parameters, 0 means the library's
 and no compression for zlib.
 """
 
-import sys
 import zlib
 from collections.abc import Callable
-
-if sys.version_info >= (3, 14):
-    from compression import zstd
-else:
-    from backports import zstd
 
 Compressor = Callable[[memoryview], bytes]
 """The pages of one packet -> what goes over the wire, complete up to its last byte."""
@@ -41,6 +35,8 @@ def _zlib(level: int) -> Compressor:
 
 
 def _zstd(level: int) -> Compressor:
+    from migrationd.pageops.zstandard import zstd  # late: most migrations do without
+
     stream = zstd.ZstdCompressor(level=level)
 
     def compress(pages: memoryview) -> bytes:

@@ -7,14 +7,8 @@ decompressed.
 Reference: stream format 3.4.
 """
 
-import sys
 import zlib
 from collections.abc import Callable
-
-if sys.version_info >= (3, 14):
-    from compression import zstd
-else:
-    from backports import zstd
 
 Decompressor = Callable[[memoryview, int], bytes]
 """One packet and the size of its pages -> the pages; ValueError if it is anything else."""
@@ -51,6 +45,8 @@ def _zlib() -> Decompressor:
 
 
 def _zstd() -> Decompressor:
+    from migrationd.pageops.zstandard import zstd  # late: most migrations do without
+
     stream = zstd.ZstdDecompressor(
         options={zstd.DecompressionParameter.window_log_max: ZSTD_WINDOW_LOG_LIMIT}
     )

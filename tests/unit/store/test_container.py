@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from migrationd.errors import StoreError, StreamTruncated
-from migrationd.store.container import Compressor, PlainStream, open_file, read_container
+from migrationd.store.compressed import Compressor, PlainStream
+from migrationd.store.container import open_file, read_container
 from migrationd.store.libvirt_image import LibvirtImage, encode_libvirt_image
 from tests.unit.store.guests import store_guest
 
