@@ -40,6 +40,7 @@ from migrationd.codec.records import (
     SectionFooter,
     SectionHeader,
     VmDescription,
+    XbzrleBatch,
     XbzrlePage,
     ZeroBatch,
 )
@@ -86,6 +87,8 @@ class StreamEncoder:
             case RamBlockList():
                 self._blocks = record.blocks
                 return encode_block_list(record.blocks, record.total_bytes)
+            case XbzrleBatch():
+                return self._encode_edits(record)
             case PageBatch() | ZeroBatch() | XbzrlePage() | CompressedPage():
                 return self._encode_pages(record)
             case MixedBatch():
@@ -100,6 +103,9 @@ class StreamEncoder:
                 return encode_vmdescription(record.json)
             case _:
                 assert_never(record)
+
+    def _encode_edits(self, record: XbzrleBatch) -> bytes:
+        return b"".join(self._encode_pages(record.single(i)) for i in range(len(record.pages)))
 
     def _encode_pages(self, record: PageBatch | ZeroBatch | XbzrlePage | CompressedPage) -> bytes:
         size = self._page_size

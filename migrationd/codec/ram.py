@@ -26,7 +26,13 @@ from migrationd.codec.constants import (
     RAM_SAVE_FLAG_XBZRLE,
     RAM_SAVE_FLAG_ZERO,
 )
-from migrationd.codec.ram_rows import PAGE_CONTINUE, ZERO_CONTINUE, OutsideBlockError, RowReader
+from migrationd.codec.ram_rows import (
+    PAGE_CONTINUE,
+    XBZRLE_CONTINUE,
+    ZERO_CONTINUE,
+    OutsideBlockError,
+    RowReader,
+)
 from migrationd.codec.records import (
     CompressedPage,
     MultifdFlush,
@@ -125,6 +131,8 @@ class RamDecoder:
         flags = word & mask
         if flags in (PAGE_CONTINUE, ZERO_CONTINUE):
             return self._decode_row(buffer)
+        if flags == XBZRLE_CONTINUE and (edits := self._decode_edits(buffer)) is not None:
+            return edits
         return self._decode_one(buffer, word & ~mask, flags)
 
     def _decode_row(self, buffer: ReadBuffer) -> RamRecord:
@@ -141,6 +149,17 @@ class RamDecoder:
             raise self._outside(buffer, block, error.address & (1 << 64) - 1) from None
         buffer.skip(size)
         return record
+
+    def _decode_edits(self, buffer: ReadBuffer) -> RamRecord | None:
+        block = self._last_block
+        if block is None:
+            return None
+        limit = self.blocks[block].used_length
+        start = buffer.start
+        row = self._rows.read_edits(buffer.data, start, buffer.end, block=block, limit=limit)
+        if row is not None:
+            buffer.skip(int(row.ends[-1]) - start)
+        return row
 
     def _decode_one(self, buffer: ReadBuffer, address: int, flags: int) -> RamRecord:
         if flags == RAM_SAVE_FLAG_MEM_SIZE:

@@ -16,14 +16,24 @@ import numpy.typing as npt
 
 from migrationd.codec.buffer import NeedData
 from migrationd.codec.constants import (
+    ENCODING_FLAG_XBZRLE,
     RAM_SAVE_FLAG_CONTINUE,
     RAM_SAVE_FLAG_PAGE,
+    RAM_SAVE_FLAG_XBZRLE,
     RAM_SAVE_FLAG_ZERO,
 )
-from migrationd.codec.records import MixedBatch, PageBatch, PageNumbers, ZeroBatch
+from migrationd.codec.records import MixedBatch, PageBatch, PageNumbers, XbzrleBatch, ZeroBatch
 
 PAGE_CONTINUE = RAM_SAVE_FLAG_PAGE | RAM_SAVE_FLAG_CONTINUE
 ZERO_CONTINUE = RAM_SAVE_FLAG_ZERO | RAM_SAVE_FLAG_CONTINUE
+
+XBZRLE_CONTINUE = RAM_SAVE_FLAG_XBZRLE | RAM_SAVE_FLAG_CONTINUE
+
+EDIT_RECORDS = 4096
+"""Most XBZRLE records of one batch: 16 MiB of pages."""
+
+EDIT_BYTES = 512 << 10
+"""A batch ends when its records are longer than this: decoding takes many times their size."""
 
 ZERO_BYTES = 9
 """Length of a ZERO|CONTINUE record."""
@@ -48,6 +58,8 @@ LOOP_RECORDS = 256
 
 _WORD = np.dtype(">u8")
 _unpack_word = struct.Struct(">Q").unpack_from
+_unpack_edit = struct.Struct(">QBH").unpack_from
+_EDIT_HEAD_BYTES = 11
 
 Batch = PageBatch | ZeroBatch | MixedBatch
 
@@ -112,6 +124,41 @@ class RowReader:
             if 2 * len(batch.pages) > ahead:
                 return batch, len(batch.pages) * stride
         return self._walk(data, start, end, block, limit)
+
+    def read_edits(
+        self, data: bytearray, start: int, end: int, *, block: int, limit: int
+    ) -> XbzrleBatch | None:
+        """Read the complete and valid XBZRLE|CONTINUE records at ``start``.
+
+        Args:
+            data: As for :meth:`read`, like the others.
+            start: Index of the first record.
+            end: Index behind the last byte that arrived.
+            block: Index of the block, for the batch.
+            limit: Length of the block in bytes.
+
+        Returns:
+            The row; None if there are not two of them, whatever the reason.
+        """
+        mask, page_size = self._mask, self._page_size
+        words: list[int] = []
+        ends: list[int] = []
+        at, last = start, min(end - _EDIT_HEAD_BYTES, start + EDIT_BYTES)
+        while at <= last and len(words) < EDIT_RECORDS:
+            word, encoding, size = _unpack_edit(data, at)
+            at += _EDIT_HEAD_BYTES + size
+            is_valid = encoding == ENCODING_FLAG_XBZRLE and 0 < size <= page_size
+            if word & mask != XBZRLE_CONTINUE or word >= limit or not is_valid or at > end:
+                break
+            words.append(word)
+            ends.append(at)
+        if len(words) < 2:
+            return None
+        behind = np.array(ends, np.int64)
+        begins = np.concatenate(([start], behind[:-1])) + _EDIT_HEAD_BYTES
+        return XbzrleBatch(
+            block, np.array(words, np.int64) >> self._page_bits, begins, behind, data
+        )
 
     def _row(
         self, data: bytearray, start: int, available: int, kind: int, block: int, limit: int

@@ -165,6 +165,30 @@ class XbzrlePage:
 
 
 @dataclass(frozen=True, slots=True)
+class XbzrleBatch:
+    """XBZRLE|CONTINUE records in a row, in order.
+
+    Attributes:
+        block: Index into the block list.
+        pages: Target page numbers, shape ``(n,)``; a page may be there twice.
+        begins: Index in ``buffer`` of each edit, shape ``(n,)``.
+        ends: Index behind it, shape ``(n,)``.
+        buffer: The decoder's input buffer.
+    """
+
+    block: int
+    pages: PageNumbers
+    begins: PageNumbers
+    ends: PageNumbers
+    buffer: bytearray
+
+    def single(self, index: int) -> XbzrlePage:
+        """One of them as a record of its own."""
+        edit = bytes(self.buffer[int(self.begins[index]) : int(self.ends[index])])
+        return XbzrlePage(self.block, int(self.pages[index]), edit, True)
+
+
+@dataclass(frozen=True, slots=True)
 class CompressedPage:
     """A COMPRESS_PAGE record (up to QEMU 9.0): one zlib stream for one page."""
 
@@ -202,6 +226,7 @@ RamRecord = (
     | ZeroBatch
     | MixedBatch
     | XbzrlePage
+    | XbzrleBatch
     | CompressedPage
     | MultifdFlush
     | RamEos

@@ -33,6 +33,7 @@ from migrationd.codec.records import (
     SectionFooter,
     SectionHeader,
     VmDescription,
+    XbzrleBatch,
     XbzrlePage,
     ZeroBatch,
 )
@@ -237,6 +238,9 @@ class _StreamReader:
                 is_full = np.array(content_at) >= 0
                 self._pages("page", block, np.array(pages)[is_full], True)
                 self._pages("zero page", block, np.array(pages)[~is_full], False)
+            case XbzrleBatch():
+                for index in range(len(record.pages)):
+                    self._count(record.single(index))
             case XbzrlePage(block, page, encoded):
                 self._check(lambda: decode_page(encoded, bytearray(self._decoder.page_size)))
                 self._pages("XBZRLE page", block, np.array([page]), True)

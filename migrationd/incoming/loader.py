@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
+import numpy as np
+
 from migrationd.codec.constants import (
     QEMU_VM_SECTION_END,
     QEMU_VM_SECTION_START,
@@ -33,6 +35,7 @@ from migrationd.codec.records import (
     SectionFooter,
     SectionHeader,
     VmDescription,
+    XbzrleBatch,
     XbzrlePage,
     ZeroBatch,
 )
@@ -45,7 +48,7 @@ from migrationd.incoming.kept_sections import KeptSections
 from migrationd.incoming.multifd_receive import Multifd
 from migrationd.incoming.pages import place_record
 from migrationd.migration.bitmap_mapping import BitmapMapping
-from migrationd.pageops.xbzrle import decode_page
+from migrationd.pageops.xbzrle import decode_page, decode_pages
 from migrationd.transport.channel import Channel
 
 STEP_BUDGET_BYTES = 64 << 20
@@ -306,10 +309,13 @@ class StreamLoader:
                     self._run.saw_mixed(block, record.pages, record.content_at)
             case ZeroBatch():
                 place_record(self._block(record.block), record, self.position)
-            case XbzrlePage():
+            case XbzrlePage() | XbzrleBatch():
                 if self._is_postcopy:
                     raise StreamCorrupt("an XBZRLE page in postcopy", position=self.position)
-                self._apply_xbzrle(record)
+                if isinstance(record, XbzrlePage):
+                    self._apply_xbzrle(record)
+                else:
+                    self._apply_edits(record)
             case CompressedPage():
                 self._apply_compressed(record)
             case SectionHeader():
@@ -337,6 +343,26 @@ class StreamLoader:
         if self._blocks is None:
             raise StreamCorrupt("a page before the RAM block list", position=self.position)
         return self._blocks[index]
+
+    def _apply_edits(self, record: XbzrleBatch) -> None:
+        pages = record.pages
+        if len(np.unique(pages)) < len(pages):
+            for index in range(len(pages)):
+                self._apply_xbzrle(record.single(index))
+            return
+        block = self._block(record.block)
+        contents = block.memory.view.reshape(block.page_count, -1)[pages]
+        contents[~block.present[pages]] = 0
+        try:
+            data = np.frombuffer(record.buffer, np.uint8)
+            decode_pages(data, record.begins, record.ends, contents)
+        except ValueError as error:
+            raise StreamCorrupt(
+                f"XBZRLE pages {pages[0]} to {pages[-1]}: {error}",
+                position=self.position,
+                block=block.idstr,
+            ) from None
+        block.place_batch(pages, contents, False)
 
     def _apply_xbzrle(self, record: XbzrlePage) -> None:
         block = self._block(record.block)

@@ -19,6 +19,7 @@ from migrationd.codec.records import (
     RamEos,
     Record,
     VmDescription,
+    XbzrleBatch,
     XbzrlePage,
     ZeroBatch,
 )
@@ -146,6 +147,9 @@ def page_steps(record: Record) -> Iterator[tuple[str, int, int, bytes]]:
         for page, content in _mixed(record):
             kind = "page" if content else "zero"
             yield kind, record.block, page, content or b"\0"
+    elif isinstance(record, XbzrleBatch):
+        for index in range(len(record.pages)):
+            yield from page_steps(record.single(index))
     elif isinstance(record, XbzrlePage):
         yield "xbzrle", record.block, record.page, record.encoded
     elif isinstance(record, CompressedPage):

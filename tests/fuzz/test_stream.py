@@ -14,6 +14,7 @@ from migrationd.codec.records import (
     MixedBatch,
     PageBatch,
     Record,
+    XbzrleBatch,
     XbzrlePage,
     ZeroBatch,
 )
@@ -75,7 +76,7 @@ def drain(data: bytes, piece: int = 1 << 20) -> int:
 
 def check(decoder: StreamDecoder, record: Record) -> None:
     """What a consumer relies on: pages lie inside their block."""
-    if isinstance(record, PageBatch | ZeroBatch | MixedBatch):
+    if isinstance(record, PageBatch | ZeroBatch | MixedBatch | XbzrleBatch):
         pages = list(record.pages)
     elif isinstance(record, XbzrlePage):
         pages = [record.page]
