@@ -93,6 +93,8 @@ class Convergence:
         throttle: Steps of ``auto-converge``; None if it is off.
         dirty_limit: With ``dirty-limit`` in its place, keeps the guest's rate of writing.
         trigger_threshold: ``throttle-trigger-threshold`` of ``dirty-limit``.
+        has_edits: Whether pages that go again are edits: the first pass then tells nothing of
+            how the others will be.
 
     Attributes:
         bytes_per_s: Rate at which dirty memory is sent; 0 before it is known.
@@ -105,10 +107,13 @@ class Convergence:
         throttle: ThrottleSettings | None = None,
         dirty_limit: DirtyLimit | None = None,
         trigger_threshold: int = 50,
+        *,
+        has_edits: bool = False,
     ) -> None:
         self._throttle = throttle
         self._dirty_limit = dirty_limit
         self._threshold = throttle.trigger_threshold if throttle else trigger_threshold
+        self._has_edits = has_edits
         self._before: Pass | None = None
         self._least_rest: int | None = None
         self._fitting_passes = 0
@@ -149,6 +154,8 @@ class Convergence:
         self._least_rest = None
         self._fitting_passes = 0
         self._fitting_s = 0.0
+        if self._has_edits and before is None:
+            return Decision.GO_ON
         self._slow_down(done)
         self._look_for_stall(before, done, downtime_limit_s)
         return Decision.GO_ON
@@ -175,7 +182,7 @@ class Convergence:
             if len(self._looks) == 1:
                 self.throttle_percentage = self._dirty_limit.adjust(growth)
             return
-        if self._throttle is not None or self._dirty_limit is not None:
+        if self._throttle is not None or self._dirty_limit is not None or self._has_edits:
             return
         line = done_bytes / elapsed_s
         is_hopeless = (

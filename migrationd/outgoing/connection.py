@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, TypeVar, TypeVarTuple
 
+from migrationd.codec.postcopy import encode_ping
 from migrationd.errors import ChannelError, MigrationCancelled
 from migrationd.outgoing.device_save import READY_PING
 from migrationd.outgoing.postcopy import OpenChannel, PostcopyLink
@@ -18,6 +19,12 @@ from migrationd.transport.channel import Channel
 
 if TYPE_CHECKING:
     from migrationd.outgoing.multifd_connect import OutgoingMultifd
+
+_FIRST_QUESTION = 0x1000
+"""PINGs of :meth:`OutgoingConnection.ask` have numbers above it: smaller ones mean something."""
+
+_CHECK_S = 0.1
+"""How often somebody who waits for an answer looks whether the connection still is."""
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -55,6 +62,9 @@ class OutgoingConnection:
         self.tail_started = tail_started
         self._return_path: ReturnPath | None = None
         self._peer_ready = asyncio.Event()
+        self._asked = _FIRST_QUESTION
+        self._last_pong = -1
+        self._answered = threading.Event()
         self._stop = threading.Event()
 
     async def on_thread(self, call: Callable[[*Ts], T], *args: *Ts) -> T:
@@ -141,9 +151,36 @@ class OutgoingConnection:
         except TimeoutError:
             raise ChannelError("the destination does not answer") from None
 
+    @property
+    def can_ask(self) -> bool:
+        """Whether :meth:`ask` has somebody to ask."""
+        return self._return_path is not None and self.link is None
+
+    def ask(self) -> int:
+        """Wait, on the sending thread, until the destination has taken in all that was sent.
+
+        Returns:
+            Bytes sent for it.
+
+        Raises:
+            ChannelError: The channel broke.
+            MigrationCancelled: The connection ends.
+        """
+        self._asked += 1
+        data = encode_ping(self._asked)
+        self._answered.clear()
+        self.channel.send(data)
+        while self._last_pong != self._asked:
+            self._answered.wait(_CHECK_S)
+            self._answered.clear()
+            self.check()
+        return len(data)
+
     def _on_pong(self, number: int) -> None:
         if number == READY_PING:
             self._peer_ready.set()
+        self._last_pong = number
+        self._answered.set()
 
     def break_off(self) -> None:
         """End every call on the main channel and the postcopy's, as a lost connection would."""

@@ -15,7 +15,7 @@ from migrationd.clock import Clock
 from migrationd.guest.base import Live
 from migrationd.guest.memory import Pages
 from migrationd.guest.ram_block import RamBlock
-from migrationd.migration.convergence import Convergence, Decision, Pass
+from migrationd.migration.convergence import STALL_S, Convergence, Decision, Pass
 from migrationd.migration.stats import OutgoingStats
 from migrationd.outgoing.multifd_save import MultifdSaver
 from migrationd.outgoing.ram_save import RamSaver
@@ -30,6 +30,7 @@ SHORTEST_PASS_S = 0.01
 LOOK_S = 0.5
 """How often a pass that takes long is looked at while it lasts."""
 
+UNANSWERED = "the destination does not keep up: it has not taken in yet what was sent"
 UNACKNOWLEDGED = (
     "the destination has not acknowledged the switchover: "
     "is its capability switchover-ack on as well?"
@@ -49,6 +50,8 @@ class LiveSaver:
         downtime_limit_s: Asked before each decision.
         available_bytes_per_s: Asked before each decision; ``avail-switchover-bandwidth``.
         may_switch_over: Asked before the guest may be stopped: whether the destination agrees.
+        wait_for_peer: Returns when the destination has taken in what was sent; a pass lasts
+            until then.
         on_pass: Called when what was written since the last look is known.
         wait: Called with seconds to wait; raises when the migration ends.
         sent: By block name one bool per page, set by the saver for pages that went out; kept
@@ -68,6 +71,7 @@ class LiveSaver:
         downtime_limit_s: Callable[[], float],
         available_bytes_per_s: Callable[[], int],
         may_switch_over: Callable[[], bool],
+        wait_for_peer: Callable[[], None],
         on_pass: Callable[[], None],
         wait: Callable[[float], None],
         sent: Mapping[str, npt.NDArray[np.bool_]] | None = None,
@@ -83,6 +87,8 @@ class LiveSaver:
         self._downtime_limit_s = downtime_limit_s
         self._available_bytes_per_s = available_bytes_per_s
         self._may_switch_over = may_switch_over
+        self._wait_for_peer = wait_for_peer
+        self._asked_s: float | None = None
         self._on_pass = on_pass
         self._wait = wait
         self._sent = sent
@@ -96,6 +102,9 @@ class LiveSaver:
     @property
     def stall(self) -> str | None:
         """Why it does not end by itself, in plain words."""
+        asked_s = self._asked_s
+        if asked_s is not None and self._clock.monotonic_s() - asked_s > STALL_S:
+            return UNANSWERED
         return UNACKNOWLEDGED if self._is_unacknowledged else self._convergence.stall
 
     def converge(self) -> None:
@@ -204,6 +213,10 @@ class LiveSaver:
         self._begin_bytes = before
         self._is_first_pass = covered_bytes is None
         send()
+        if not self._should_stop():
+            self._asked_s = self._clock.monotonic_s()
+            self._wait_for_peer()
+            self._asked_s = None
         sending_s = self._clock.monotonic_s() - begin_s
         if sending_s < SHORTEST_PASS_S and not self._should_stop():
             self._wait(SHORTEST_PASS_S - sending_s)
@@ -224,9 +237,9 @@ class LiveSaver:
         self._stats.expected_downtime_s = expected_s if expected_s != float("inf") else None
 
     def _look(self) -> None:
-        """Look at a pass that takes long; with edits nobody knows yet what it will be like."""
+        """Look at a first pass that takes long."""
         now_s = self._clock.monotonic_s()
-        if now_s - self._looked_s < LOOK_S or not self._is_first_pass or self._has_edits:
+        if now_s - self._looked_s < LOOK_S or not self._is_first_pass:
             return
         self._looked_s = now_s
         self._convergence.during(
@@ -236,10 +249,6 @@ class LiveSaver:
             self._downtime_limit_s(),
         )
         self._slow_down()
-
-    @property
-    def _has_edits(self) -> bool:
-        return isinstance(self._saver, XbzrleSaver)
 
     def _collect(self) -> list[Pages]:
         """Pages that were written since the last look: what went out of them is old."""

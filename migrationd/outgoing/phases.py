@@ -370,6 +370,7 @@ class Phases:
             downtime_limit_s=lambda: self.downtime_limit_ms / 1000,
             available_bytes_per_s=lambda: self.available_bytes_per_s,
             may_switch_over=self._may_switch_over,
+            wait_for_peer=self._wait_for_peer,
             on_pass=on_pass,
             wait=self._connection.wait,
             sent=self._sent_pages(),
@@ -381,7 +382,16 @@ class Phases:
         limit = None
         if settings.dirty_limit_bytes_per_s is not None:
             limit = DirtyLimit(settings.dirty_limit_bytes_per_s)
-        return Convergence(settings.throttle, limit, settings.throttle_trigger_threshold)
+        return Convergence(
+            settings.throttle,
+            limit,
+            settings.throttle_trigger_threshold,
+            has_edits=settings.xbzrle_cache_bytes is not None,
+        )
+
+    def _wait_for_peer(self) -> None:
+        if self._connection.can_ask:
+            self._stats.sent(self._connection.ask())
 
     def _may_switch_over(self) -> bool:
         return not self._settings.switchover_ack or self._connection.has_switchover_ack

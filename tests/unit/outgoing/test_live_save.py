@@ -61,6 +61,7 @@ class Line:
         self.now_s = 0.0
         self.stats = stats
         self.sent: list[int] = []
+        self.lag_s = 0.0
 
     def monotonic_s(self) -> float:
         return self.now_s
@@ -70,6 +71,9 @@ class Line:
 
     def wait(self, delay_s: float) -> None:
         self.now_s += delay_s
+
+    def catch_up(self) -> None:
+        self.now_s += self.lag_s
 
     def begin_parts(self) -> None:
         self.sent.append(0)
@@ -99,7 +103,7 @@ def saver(
     live_saver = LiveSaver(
         line, guest, [block], Convergence(), stats=stats, clock=line,  # type: ignore[arg-type]
         downtime_limit_s=lambda: 0.1, available_bytes_per_s=lambda: 0, may_switch_over=agrees,
-        on_pass=lambda: None, wait=line.wait,
+        wait_for_peer=line.catch_up, on_pass=lambda: None, wait=line.wait,
     )  # fmt: skip
     return live_saver, line
 
@@ -156,3 +160,14 @@ def test_it_does_not_end_before_the_destination_agrees(block: RamBlock) -> None:
     assert told_while_it_waits == [UNACKNOWLEDGED] * 3
     assert live_saver.stall is None
     assert line.sent == [PAGES, 0, 0, 0]
+
+
+@pytest.mark.parametrize(("lag_s", "passes"), [(0.0, [400, 60]), (1.0, [400, 60, 58])])
+def test_a_destination_that_lags_behind_counts_as_a_slow_line(
+    block: RamBlock, lag_s: float, passes: list[int]
+) -> None:
+    guest = Guest(400, 60, 58, 0)
+    live_saver, line = saver(guest, block)
+    line.lag_s = lag_s
+    live_saver.converge()
+    assert line.sent == [PAGES, *passes]
