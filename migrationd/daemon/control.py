@@ -260,6 +260,8 @@ class GuestControl:
             raise QMPError(f"State blocked by non-migratable device '{blockers[-1]}'")
         check_mode(capabilities, parameters)
         self.options.check_built()
+        if not capabilities["x-ignore-shared"]:
+            _check_has_all(guest)
         settings = self._outgoing_settings()
         if settings.hands_memory_over and self._config.keep:
             raise QMPError("A template (-keep) cannot give its memory away by cpr-transfer")
@@ -574,3 +576,12 @@ async def _ready(channel: Channel) -> Channel:
 
 async def _fail(error: MigrationdError) -> Channel:
     raise error
+
+
+def _check_has_all(guest: HeldGuest) -> None:
+    for block in guest.ram:
+        if block.is_elsewhere:
+            raise QMPError(
+                f"The memory of RAM block '{block.idstr}' is in a file that was shared with its "
+                "source: turn x-ignore-shared on"
+            )

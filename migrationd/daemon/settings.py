@@ -2,6 +2,7 @@
 
 from uuid import UUID
 
+from migrationd.guest.ram_block import IGNORE_SHARED
 from migrationd.incoming.berth import IncomingSettings
 from migrationd.migration.bitmap_mapping import BitmapMapping
 from migrationd.migration.convergence import ThrottleSettings
@@ -59,6 +60,7 @@ def outgoing_settings(
         else None,
         switchover_ack=capabilities["switchover-ack"],
         mode=_text(parameters["mode"]),
+        ignores_shared=capabilities[IGNORE_SHARED],
         xbzrle_cache_bytes=number(parameters["xbzrle-cache-size"])
         if capabilities["xbzrle"]
         else None,
@@ -89,6 +91,7 @@ def incoming_settings(
         switchover_ack=capabilities["switchover-ack"],
         guest_uuid=uuid.bytes if uuid is not None else None,
         mapped_ram=capabilities["mapped-ram"],
+        ignores_shared=capabilities[IGNORE_SHARED],
         postcopy_ram=capabilities["postcopy-ram"],
         postcopy_preempt=capabilities["postcopy-preempt"],
         postcopy_blocktime=capabilities["postcopy-blocktime"],

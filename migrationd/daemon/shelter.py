@@ -22,7 +22,7 @@ from migrationd.guest.held import HeldGuest
 from migrationd.guest.memory import AnonymousMemory, FileMemory
 from migrationd.guest.owner_note import OwnerNote
 from migrationd.guest.parked import ParkedGuest
-from migrationd.guest.ram_block import RamBlockSpec
+from migrationd.guest.ram_block import IGNORE_SHARED, RamBlockSpec
 from migrationd.guest.ready_memory import ReadyMemory
 from migrationd.guest.run_state import LazyHandOver, Owner
 from migrationd.incoming.berth import Berth
@@ -96,6 +96,8 @@ class FileBerth:
             raise StoreError(
                 "a stream without a machine type cannot rest in a file; start without -ram-dir"
             )
+        if IGNORE_SHARED in (identity.capabilities or ()):
+            raise StoreError("memory that stays in a shared file cannot rest in -ram-dir")
         page_size = blocks[0].page_size if blocks else 4096
         new = self._directory.begin(
             Configuration(identity.machine, identity.target_page_bits, None, identity.uuid),

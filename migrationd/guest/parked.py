@@ -14,7 +14,7 @@ from migrationd.guest.device import DeviceState
 from migrationd.guest.guest_file import GuestFile
 from migrationd.guest.handed import HandedMemory
 from migrationd.guest.memory import AnonymousMemory, Memory, Pages, SharedMemory
-from migrationd.guest.ram_block import RamBlock, RamBlockSpec
+from migrationd.guest.ram_block import IGNORE_SHARED, RamBlock, RamBlockSpec
 from migrationd.guest.run_state import (
     RUNNING,
     LazyHandOver,
@@ -92,6 +92,11 @@ class ParkedGuest(Owned):
         self.devices = tuple(devices)
         self.vmdescription = vmdescription
         self.seen = seen
+        if IGNORE_SHARED in (self.identity.capabilities or ()):
+            for block in self.ram:
+                # Of any other block every page comes, zero pages too.
+                block.is_elsewhere = block.received is not None and not block.received.any()
+                block.received = None
 
     def rest_in(self, file: GuestFile) -> None:
         """Take over the file that all pages are in; it is closed with the guest."""

@@ -9,6 +9,9 @@ import numpy.typing as npt
 from migrationd.errors import GuestError
 from migrationd.guest.memory import Bytes, Memory, Pages
 
+IGNORE_SHARED = "x-ignore-shared"
+"""Capability of a stream without the pages of files that both ends share."""
+
 
 @dataclass(frozen=True, slots=True)
 class RamBlockSpec:
@@ -37,6 +40,7 @@ class RamBlock:
     complete.
 
     Attributes:
+        is_elsewhere: Its memory is in a file that both ends share: no page of it is here.
         received: One bool per target page: it came, zero pages too. None until
             :meth:`track_received`: nobody asks before a guest comes by postcopy.
     """
@@ -50,6 +54,7 @@ class RamBlock:
         self.memory = memory
         self._bitmap: npt.NDArray[np.uint8] | None = None
         self._present: npt.NDArray[np.bool_] = np.zeros(self.page_count, np.bool_)
+        self.is_elsewhere = False
         self.received: npt.NDArray[np.bool_] | None = None
 
     @property

@@ -6,14 +6,18 @@ from migrationd.errors import StreamCorrupt, StreamUnsupported
 from migrationd.guest.base import GuestIdentity, SeenOnArrival
 from migrationd.guest.device import DeviceState
 from migrationd.guest.held import HeldGuest
-from migrationd.guest.ram_block import RamBlockSpec
+from migrationd.guest.ram_block import IGNORE_SHARED, RamBlockSpec
 from migrationd.incoming.loader import Arrival
 from migrationd.migration.dialect import describes_devices
 from migrationd.migration.dirty_bitmaps import without_incomplete
 
 
 def check_configuration(
-    configuration: Configuration, own_uuid: bytes | None, position: int
+    configuration: Configuration,
+    own_uuid: bytes | None,
+    position: int,
+    *,
+    ignores_shared: bool = False,
 ) -> None:
     """Refuse a stream that does not fit.
 
@@ -21,13 +25,17 @@ def check_configuration(
         configuration: What the stream says.
         own_uuid: UUID that the guest must have, 16 bytes; None takes any.
         position: Stream position, for errors.
+        ignores_shared: Whether ``x-ignore-shared`` is on here.
 
     Raises:
-        StreamError: A capability is off here, or the UUID is another one.
+        StreamError: A capability is not the same at both ends, or the UUID is another one.
     """
-    for name in configuration.capabilities or ():
+    theirs = set(configuration.capabilities or ())
+    here = {IGNORE_SHARED} if ignores_shared else set()
+    for name in sorted(theirs ^ here):
+        own, received = ("on", "off") if name in here else ("off", "on")
         raise StreamUnsupported(
-            f"Capability {name} is off, but received capability is on",
+            f"Capability {name} is {own}, but received capability is {received}",
             position=position,
             section="configuration",
         )

@@ -65,6 +65,7 @@ class IncomingSettings:
     validate_uuid: bool = False
     guest_uuid: bytes | None = None
     mapped_ram: bool = False
+    ignores_shared: bool = False
     postcopy_ram: bool = False
     postcopy_preempt: bool = False
     postcopy_blocktime: bool = False

@@ -427,7 +427,12 @@ class IncomingMigration:
         """Handle a record in order; runs on the loading thread."""
         match record:
             case Configuration():
-                check_configuration(record, self._settings.guest_uuid, loader.position)
+                check_configuration(
+                    record,
+                    self._settings.guest_uuid,
+                    loader.position,
+                    ignores_shared=self._settings.ignores_shared,
+                )
                 loader.arrival.configuration = record
             case RamBlockList():
                 loader.use_blocks(self._allocate(loader, record))
@@ -447,6 +452,9 @@ class IncomingMigration:
             self._answer(SwitchoverAck())  # it has accepted the declarations, and has the memory
         assert self._postcopy is not None
         self._postcopy.prepare(self._guest.ram)
+        if self._settings.ignores_shared:
+            for block in self._guest.ram:
+                block.track_received()
         if self._postcopy.has_ram and isinstance(self._guest, AttachedGuest):
             self._expect_lazy(self._guest, self._postcopy, loader)
         if self._multifd is not None:

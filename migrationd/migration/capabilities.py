@@ -40,7 +40,6 @@ NOT_BUILT: frozenset[str] = frozenset(
         "rdma-pin-all",
         "x-colo",
         "release-ram",
-        "x-ignore-shared",
         "dirty-limit",
     )
 )

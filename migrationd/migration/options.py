@@ -9,6 +9,7 @@ Reference: QEMU 11.1's order of checks and texts.
 from collections.abc import Mapping, Sequence
 
 from migrationd.errors import QMPError
+from migrationd.guest.ram_block import IGNORE_SHARED
 from migrationd.migration.capabilities import (
     CAPABILITIES,
     NOT_BUILT,
@@ -102,6 +103,8 @@ class MigrationOptions:
         Raises:
             QMPError: A capability that is set has no engine part yet.
         """
+        if self._capabilities["mapped-ram"] and self._capabilities[IGNORE_SHARED]:
+            raise QMPError("Mapped-ram with x-ignore-shared is not supported in this version")
         for name in CAPABILITIES:
             if self._capabilities[name] and name in NOT_BUILT:
                 raise QMPError(

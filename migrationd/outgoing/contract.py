@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Protocol
 
+from migrationd.guest.ram_block import IGNORE_SHARED
 from migrationd.guest.run_state import LazyHandOver
 from migrationd.migration.bitmap_mapping import BitmapMapping
 from migrationd.migration.convergence import ThrottleSettings
@@ -43,6 +44,14 @@ class OutgoingSettings:
     """The guest stays: only its state at one instant is written."""
     mode: str = "normal"
     """Parameter ``mode``."""
+
+    ignores_shared: bool = False
+    """Capability ``x-ignore-shared``: what is in a file that both ends share is not sent."""
+
+    @property
+    def validated_capabilities(self) -> tuple[str, ...] | None:
+        """Capabilities that a stream tells, for both ends must have them on."""
+        return (IGNORE_SHARED,) if self.ignores_shared else None
 
     @property
     def hands_memory_over(self) -> bool:

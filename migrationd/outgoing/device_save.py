@@ -49,6 +49,7 @@ def stream_head(
     return_path: bool,
     uuid: bytes | None,
     advise: bytes = b"",
+    capabilities: tuple[str, ...] | None = None,
 ) -> bytes:
     """File header, configuration, first commands and early device sections.
 
@@ -58,10 +59,12 @@ def stream_head(
         return_path: Whether to open the return path.
         uuid: UUID to send for ``validate-uuid``, 16 bytes, or None.
         advise: Command that announces postcopy, if any.
+        capabilities: Those that both ends must have on; None sends none.
     """
     encode_record = StreamEncoder().encode
     parts = [encode_record(FileHeader(QEMU_VM_FILE_VERSION))]
-    if dialect.send_configuration and (configuration := _configuration(guest, uuid)) is not None:
+    configuration = _configuration(guest, uuid, capabilities)
+    if dialect.send_configuration and configuration is not None:
         parts.append(encode_record(configuration))
     if return_path:
         parts.append(encode_record(Command(MIG_CMD_OPEN_RETURN_PATH, b"")))
@@ -81,7 +84,12 @@ def ready_ping() -> bytes:
 
 
 def stream_tail(
-    guest: Guest, dialect: Dialect, ram_end: bytes, *, uuid: bytes | None = None
+    guest: Guest,
+    dialect: Dialect,
+    ram_end: bytes,
+    *,
+    uuid: bytes | None = None,
+    capabilities: tuple[str, ...] | None = None,
 ) -> bytes:
     """From the switchover to the last byte: END sections, devices, EOF, VMDESCRIPTION."""
     encode_record = StreamEncoder().encode
@@ -95,18 +103,20 @@ def stream_tail(
     parts.append(encode_record(EndOfStream()))
     if dialect.send_vmdescription:
         description = guest.vmdescription or EMPTY_VMDESCRIPTION
-        if (configuration := _configuration(guest, uuid)) is not None:
+        if (configuration := _configuration(guest, uuid, capabilities)) is not None:
             description = with_configuration(description, configuration)
         parts.append(encode_record(VmDescription(description)))
     return b"".join(parts)
 
 
-def _configuration(guest: Guest, uuid: bytes | None) -> Configuration | None:
+def _configuration(
+    guest: Guest, uuid: bytes | None, capabilities: tuple[str, ...] | None
+) -> Configuration | None:
     """What a stream of the guest begins with."""
     identity = guest.identity
     if identity.machine is None:
         return None
-    return Configuration(identity.machine, identity.target_page_bits, uuid=uuid)
+    return Configuration(identity.machine, identity.target_page_bits, capabilities, uuid)
 
 
 def encode_device(device: DeviceState, dialect: Dialect) -> bytes:

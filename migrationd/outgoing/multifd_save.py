@@ -77,6 +77,8 @@ class MultifdSaver:
         """
         self.begin_parts()
         for block in self._blocks:
+            if block.is_elsewhere:
+                continue
             for start in range(0, block.page_count, SCAN_PAGES):
                 present = block.present[start : start + SCAN_PAGES]
                 self.send(block, np.flatnonzero(~present) + start, is_zero=True)

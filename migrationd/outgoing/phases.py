@@ -92,7 +92,7 @@ class Phases:
         self._status = status
         self._stats = OutgoingStats(
             page_size=guest.page_size,
-            total_bytes=sum(block.used_length for block in guest.ram),
+            total_bytes=sum(b.used_length for b in guest.ram if not b.is_elsewhere),
         )
         self.progress = OutgoingProgress(self._stats, clock)
         self._limiter = RateLimiter(settings.max_bandwidth_bytes_per_s)
@@ -218,6 +218,7 @@ class Phases:
             names_page_sizes=self.postcopy is not None,
             part_bytes=PART_BYTES if self._settings.multifd is None else None,
             detects_zeros=self._settings.detects_zero_pages,
+            names_addresses=self._settings.ignores_shared,
         )
 
     def _xbzrle_saver(self, ram: RamSaver) -> XbzrleSaver:
@@ -245,6 +246,7 @@ class Phases:
             return_path=self.has_return_path,
             uuid=self._settings.uuid,
             advise=self._advise(),
+            capabilities=self._settings.validated_capabilities,
         )
         self._stats.dirty_sync_count = 1
         ram = self._ram_saver()
@@ -418,7 +420,14 @@ class Phases:
         if self._guest.live is not None:
             self._save_devices(self._guest.live)
         end = saver.end_bytes()
-        self._write_tail(stream_tail(self._guest, self._dialect, end, uuid=self._settings.uuid))
+        tail = stream_tail(
+            self._guest,
+            self._dialect,
+            end,
+            uuid=self._settings.uuid,
+            capabilities=self._settings.validated_capabilities,
+        )
+        self._write_tail(tail)
 
     async def _save_file(self, settings: FileSettings) -> None:
         """The same phases into a mapped-ram file."""

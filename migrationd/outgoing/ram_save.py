@@ -62,6 +62,7 @@ class RamSaver:
         wait: Called with seconds to wait for the limit; raises when the migration ends.
         should_stop: Asked before each batch: postcopy is to send the rest.
         names_page_sizes: Whether the block list tells huge pages: in postcopy.
+        names_addresses: Whether it tells addresses: with ``x-ignore-shared``.
         sent: By block name one bool per page, set for pages that went out; or None.
     """
 
@@ -83,6 +84,7 @@ class RamSaver:
         names_page_sizes: bool = False,
         part_bytes: int | None = PART_BYTES,
         detects_zeros: bool = True,
+        names_addresses: bool = False,
     ) -> None:
         self._channel = channel
         self._blocks = blocks
@@ -97,6 +99,7 @@ class RamSaver:
         self._should_stop = should_stop
         self._sent = sent
         self._names_page_sizes = names_page_sizes
+        self._names_addresses = names_addresses
         self._part_limit = part_bytes
         self._zeros: npt.NDArray[np.uint8] | None = None
         if not detects_zeros:
@@ -115,6 +118,7 @@ class RamSaver:
                         block.idstr,
                         block.used_length,
                         block.backing_page_size if self._names_page_sizes else None,
+                        (block.address or 0) if self._names_addresses else None,
                     )
                     for block in self._blocks
                 )
@@ -142,6 +146,8 @@ class RamSaver:
         for block in self._blocks:
             if self._should_stop():
                 break
+            if block.is_elsewhere:
+                continue
             self.send(block, np.flatnonzero(~block.present), is_zero=True)
             self.send(block, np.flatnonzero(block.present), is_zero=False)
         self.end_parts()
