@@ -18,6 +18,7 @@ Reference: error texts are those of QEMU's channels.
 import asyncio
 import contextlib
 import fcntl
+import functools
 import os
 import select
 import socket
@@ -134,18 +135,7 @@ class Channel:
                 # Before the first writer has opened it, a FIFO reads as ended.
                 self._wait(select.POLLIN, timeout_s)
                 self._must_wait_for_writer = False
-            while True:
-                try:
-                    count = self._try_recv(view)
-                    break
-                except BlockingIOError:
-                    self._wait(select.POLLIN, timeout_s)
-                except OSError as error:
-                    raise self._broken("read from", error) from error
-            if not count:
-                self._refuse_if_down()  # a shutdown reads as the end
-            self.bytes_received += count
-            return count
+            return self._receive(lambda: self._try_recv(view), timeout_s)
 
     def recv_vector(self, vector: Vector, timeout_s: float | None) -> int:
         """Receive what is there into a scatter vector; sockets only.
@@ -162,20 +152,7 @@ class Channel:
             ChannelClosed: The channel was shut down, or the peer broke it.
         """
         with self._in_use:
-            while True:
-                try:
-                    count = recv_vector(self._fd, vector)
-                    break
-                except BlockingIOError:
-                    self._wait(select.POLLIN, timeout_s)
-                except InterruptedError:
-                    continue
-                except OSError as error:
-                    raise self._broken("read from", error) from error
-            if not count:
-                self._refuse_if_down()
-            self.bytes_received += count
-            return count
+            return self._receive(lambda: recv_vector(self._fd, vector), timeout_s)
 
     def recv_exactly(self, vector: Vector, size: int) -> int:
         """Fill a scatter vector, for as long as it takes; sockets only.
@@ -194,24 +171,11 @@ class Channel:
         total = 0
         with self._in_use:
             while True:
-                try:
-                    count = recv_vector_all(self._fd, vector)
-                except BlockingIOError:
-                    self._wait(select.POLLIN, None)
-                    continue
-                except InterruptedError:
-                    continue
-                except OSError as error:
-                    raise self._broken("read from", error) from error
+                count = self._receive(functools.partial(recv_vector_all, self._fd, vector), None)
                 total += count
-                if total == size:
-                    break
-                if not count:
-                    self._refuse_if_down()
-                    break
+                if not count or total == size:
+                    return total
                 vector = rest_of(vector, count)
-            self.bytes_received += total
-        return total
 
     def recv_some(self, max_bytes: int) -> bytes:
         """Receive without waiting; for the event loop.
@@ -590,6 +554,23 @@ class Channel:
                 raise self._broken("write to", error) from error
             self.bytes_sent += done
             window = rest_of(window, done)
+
+    def _receive(self, call: Callable[[], int], timeout_s: float | None) -> int:
+        """Make a receiving call until it receives, or the input ends."""
+        while True:
+            try:
+                count = call()
+                break
+            except BlockingIOError:
+                self._wait(select.POLLIN, timeout_s)
+            except InterruptedError:
+                continue
+            except OSError as error:
+                raise self._broken("read from", error) from error
+        if not count:
+            self._refuse_if_down()  # a shutdown reads as the end
+        self.bytes_received += count
+        return count
 
     def _try_recv(self, view: memoryview) -> int:
         if self._socket is not None:
