@@ -58,6 +58,7 @@ bench: $(STAMP) qemu ## throughput, monitor latency and CPU seconds beside QEMU'
 	$(BIN)/python -m benchmarks.multifd
 	$(BIN)/python -m benchmarks.files
 	$(BIN)/python -m benchmarks.postcopy
+	$(BIN)/python -m benchmarks.workload_postcopy
 
 schemas: $(STAMP) ## write schemas/ anew from the models
 	$(BIN)/python -m migrationd.qmp.schema --write

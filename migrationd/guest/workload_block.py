@@ -37,15 +37,19 @@ class WorkloadBlock(RamBlock):
         super().__init__(spec, memory)
         self.address_there = address
         self._userfaultfd = -1
-        self._on_placed: Callable[[], None] = lambda: None
+        self._on_placed: Callable[[int | None], None] = lambda _: None
+        self._came = memoryview(b"")
 
-    def show_pages(self, userfaultfd: int, on_placed: Callable[[], None]) -> None:
+    def show_pages(self, userfaultfd: int, on_placed: Callable[[int | None], None]) -> None:
         """From now on show the workload each page as it comes; it waits for the others.
 
         Args:
             userfaultfd: Of the workload, registered for this block; not owned.
-            on_placed: Called after pages were placed, on the thread that did it.
+            on_placed: Called after pages were placed, on the thread that did it, with the page if
+                it was one.
         """
+        assert self.received is not None
+        self._came = self.received.data.cast("B")
         self._on_placed = on_placed
         self._userfaultfd = userfaultfd
 
@@ -64,15 +68,45 @@ class WorkloadBlock(RamBlock):
             return
         if not len(pages):
             return
-        self._check(int(pages.min()), int(pages.max()))
-        self._refuse_second(pages)
+        if is_run:
+            self._check(int(pages[0]), int(pages[-1]))
+            self._refuse_second_run(int(pages[0]), len(pages))
+        else:
+            self._check(int(pages.min()), int(pages.max()))
+            self._refuse_second(pages)
         if len(pages) == 1:
             self._place_one(int(pages[0]), address_of(data[0]))
         elif is_run:
             self._place_run(int(pages[0]), data)
         else:
             self._place_runs(pages, data)
-        self._on_placed()
+        self._on_placed(None)
+
+    def place_page(self, page: int, source: int) -> None:
+        """Place and show one page, the fastest way; only after :meth:`show_pages`.
+
+        Args:
+            page: Its number, in the block.
+            source: Address of its content here; -1 for a zero page.
+
+        Raises:
+            GuestError: As :meth:`place_batch`, or too early.
+        """
+        if self._userfaultfd < 0:
+            raise GuestError(
+                f"page {page} of RAM block '{self.idstr}' came before it was asked for"
+            )
+        if self._came[page]:
+            raise self._second(page)
+        if source < 0:
+            self._zero_run(page, 1)
+        else:
+            self._place_one(page, source)
+        self._on_placed(page)
+
+    def has_come(self, page: int) -> bool:
+        """Whether a page was received; only after :meth:`show_pages`."""
+        return self._came[page] != 0
 
     def place_mixed(
         self, pages: Sequence[int], content_at: Sequence[int], buffer: bytearray
@@ -89,7 +123,7 @@ class WorkloadBlock(RamBlock):
                 self._place_one(page, begin + at)
             else:
                 self._zero_run(page, 1)
-        self._on_placed()
+        self._on_placed(None)
 
     def zero_batch(self, pages: Pages) -> None:
         """See :class:`RamBlock`; raises as :meth:`place_batch`."""
@@ -102,7 +136,7 @@ class WorkloadBlock(RamBlock):
         self._refuse_second(pages)
         for first, count in page_runs(np.sort(pages)).tolist():
             self._zero_run(first, count)
-        self._on_placed()
+        self._on_placed(None)
 
     def discard(self, first: int, count: int) -> None:
         """See :class:`RamBlock`; the memory is given back, so that its pages are missing."""
@@ -139,19 +173,26 @@ class WorkloadBlock(RamBlock):
         assert self.received is not None
         came = self.received[pages]
         if came.any():
-            page = pages[int(np.flatnonzero(came)[0])]
-            raise GuestError(f"page {page} of RAM block '{self.idstr}' came twice")
+            raise self._second(int(pages[int(np.flatnonzero(came)[0])]))
         if len(pages) > 1 and len(set(pages if isinstance(pages, list) else pages.tolist())) != len(
             pages
         ):
-            raise GuestError(f"a page of RAM block '{self.idstr}' came twice")
+            raise self._second(int(pages[0]))
+
+    def _refuse_second_run(self, first: int, count: int) -> None:
+        if self._came[first : first + count].tobytes().count(1):
+            raise self._second(first)
+
+    def _second(self, page: int) -> GuestError:
+        return GuestError(f"page {page} of RAM block '{self.idstr}' or one beside it came twice")
 
     def _place_one(self, page: int, source: int) -> None:
         there = self.address_there + page * self.page_size
         is_new = copy_page(self._userfaultfd, there, source, self.page_size)
         if not is_new:
             self.memory.copy_in(page, source)
-        self.mark_placed([page])
+        self.present[page] = True
+        self._came[page] = 1
         if not is_new:
             self._map(page, 1)
 

@@ -470,8 +470,12 @@ class IncomingMigration:
 
     def _send_back(self, data: bytes) -> None:
         """Send whole messages on the return path, from any thread."""
+        channel = self._main()
         with self._answering:
-            self._main().send(data)
+            if channel.is_socket:
+                channel.send_parts((data,))
+            else:
+                channel.send(data)
 
     def _report(self, cause: Cause) -> None:
         if cause is Cause.RECOVERED and self._lazy is not None:

@@ -11,6 +11,7 @@ import threading
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from migrationd.errors import GuestError, MigrationdError
 from migrationd.guest.workload_block import WorkloadBlock
@@ -81,7 +82,7 @@ class MissingPages:
         """
         for block in self._blocks:
             _watch(self._fd, block, MODE_MISSING | MODE_MINOR)
-            block.show_pages(self._fd, self._settle)
+            block.show_pages(self._fd, partial(self._settle, self._blocks.index(block)))
         self._thread.start()
 
     def connect(self, ask: Ask) -> None:
@@ -141,8 +142,7 @@ class MissingPages:
             poll.register(self._wake, select.POLLIN)
             while not self._is_stopping:
                 poll.poll()
-                faults = read_faults(self._fd)
-                if faults:
+                while faults := read_faults(self._fd):
                     self._take(faults)
         except MigrationdError as error:
             if not self._is_stopping:
@@ -156,8 +156,7 @@ class MissingPages:
             start, index = self._places[at]
             block = self._blocks[index]
             page = (address - start) // block.page_size
-            assert block.received is not None
-            if block.received[page]:
+            if block.has_come(page):
                 block.show_again(page, AROUND_PAGES)
                 continue
             key = (index, page)
@@ -168,24 +167,23 @@ class MissingPages:
                     wanted.append(key)
                 waits.append((thread, now_ns))
                 self.blocktime.begin(thread, now_ns)
-            if block.received[page]:
+            if block.has_come(page):
                 # It came meanwhile, and may have been settled before it was waited for.
-                self._settle()
+                self._settle(index, page)
         ask = self._ask
         if wanted and ask is not None:
             ask(wanted)
 
-    def _settle(self) -> None:
-        """Pages were placed; on the thread that did it."""
+    def _settle(self, index: int, page: int | None) -> None:
+        """Pages were placed, or one page; on the thread that did it."""
         if not self._waits:
             return
         now_ns = time.perf_counter_ns()
         with self._lock:
-            for key in list(self._waits):
-                received = self._blocks[key[0]].received
-                assert received is not None
-                if received[key[1]]:
-                    for thread, began_ns in self._waits.pop(key):
+            keys = list(self._waits) if page is None else [(index, page)]
+            for key in keys:
+                if self._blocks[key[0]].has_come(key[1]):
+                    for thread, began_ns in self._waits.pop(key, ()):
                         self.blocktime.end(thread, began_ns, now_ns)
 
 

@@ -8,15 +8,18 @@ Reference: stream format 6.5.
 """
 
 import asyncio
+import ctypes
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from migrationd.codec.preempt import PreemptDecoder
 from migrationd.codec.ram import RamDecoder
 from migrationd.codec.records import RamEos
+from migrationd.codec.urgent import UrgentDecoder
 from migrationd.errors import ConnectFailed, MigrationdError, MigrationError, StreamCorrupt
 from migrationd.guest.ram_block import RamBlock
+from migrationd.guest.workload_block import WorkloadBlock
 from migrationd.incoming.pages import place_record
 from migrationd.transport.channel import Channel
 
@@ -116,6 +119,10 @@ class PreemptReceiver:
         ram, blocks = self._blocks()
         if ram is None:
             raise StreamCorrupt("a page before the RAM block list", section="preempt channel")
+        if all(isinstance(block, WorkloadBlock) for block in blocks):
+            workload_blocks = [block for block in blocks if isinstance(block, WorkloadBlock)]
+            self._read_one_by_one(channel, ram, workload_blocks, memoryview(scratch)[:count])
+            return
         decoder = PreemptDecoder(ram)
         decoder.feed(memoryview(scratch)[:count])
         while True:
@@ -128,3 +135,25 @@ class PreemptReceiver:
                 decoder.feed_eof()
                 return
             decoder.received(count)
+
+    def _read_one_by_one(
+        self,
+        channel: Channel,
+        ram: RamDecoder,
+        blocks: Sequence[WorkloadBlock],
+        first: memoryview,
+    ) -> None:
+        """For a guest that waits for each of these pages."""
+        decoder = UrgentDecoder(ram.blocks, ram.page_size)
+        begin = ctypes.addressof(ctypes.c_char.from_buffer(decoder.buffer))
+        decoder.free_view()[: len(first)] = first
+        count = len(first)
+        while count:
+            for page in decoder.received(count):
+                source = begin + page.at if page.at >= 0 else -1
+                blocks[page.block].place_page(page.page, source)
+            decoder.done()
+            if decoder.is_ended:
+                return
+            count = channel.recv_into(decoder.free_view(), None)
+        decoder.ended()

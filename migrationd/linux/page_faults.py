@@ -39,6 +39,10 @@ for _call in (_long, _short):
     _call.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p)
     _call.restype = ctypes.c_int
 
+_read = ctypes.PyDLL(None, use_errno=True).read
+_read.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t)
+_read.restype = ctypes.c_ssize_t
+
 _SHORT_BYTES = 16 * mmap.PAGESIZE
 
 
@@ -74,15 +78,16 @@ def read_faults(fd: int) -> list[tuple[int, int]]:
     Raises:
         GuestError: The process is gone.
     """
-    try:
-        data = os.read(fd, FAULTS_MAX * _FAULT_BYTES)
-    except BlockingIOError:
-        return []
-    except OSError as error:
-        raise _error("reading faults", error.errno or 0) from error
+    data = ctypes.create_string_buffer(FAULTS_MAX * _FAULT_BYTES)
+    count = _read(fd, data, len(data))
+    if count < 0:
+        number = ctypes.get_errno()
+        if number in (errno.EAGAIN, errno.EINTR):
+            return []
+        raise _error("reading faults", number)
     return [
         (address & -mmap.PAGESIZE, thread)
-        for event, _, address, thread in _FAULT.iter_unpack(data)
+        for event, _, address, thread in _FAULT.iter_unpack(data.raw[:count])
         if event == _EVENT_PAGEFAULT
     ]
 

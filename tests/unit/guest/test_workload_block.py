@@ -81,7 +81,7 @@ class Here:
         wait_until(look, "a fault")
         return found
 
-    def _count(self) -> None:
+    def _count(self, page: int | None) -> None:
         self.placed += 1
 
 
@@ -180,3 +180,18 @@ def test_a_page_that_is_there_although_it_did_not_come_is_replaced(here: Here) -
     here.watch()
     here.block.place_batch(np.array([5]), content(9), True)
     assert here.read(5)() == bytes([9]) * PAGE
+
+
+def test_urgent_pages_one_by_one(here: Here) -> None:
+    with pytest.raises(GuestError, match="before it was asked for"):
+        here.block.place_page(3, -1)
+    here.watch()
+    content_of_3 = ctypes.create_string_buffer(b"3" * PAGE, PAGE)
+    results = [here.read(page) for page in (3, 4)]
+    here.block.place_page(3, ctypes.addressof(content_of_3))
+    here.block.place_page(4, -1)
+    assert [result() for result in results] == [b"3" * PAGE, bytes(PAGE)]
+    for page in (3, 4):
+        assert here.block.has_come(page)
+        with pytest.raises(GuestError, match="came twice"):
+            here.block.place_page(page, -1)
