@@ -71,7 +71,7 @@ from migrationd.incoming.multifd_receive import MultifdReceiver
 from migrationd.incoming.postcopy import PostcopyArrival
 from migrationd.incoming.preempt import PreemptReceiver
 from migrationd.incoming.recovery import RecoveryDoor
-from migrationd.migration.blocktime import with_blocktime
+from migrationd.migration.blocktime import Blocktime, with_blocktime
 from migrationd.migration.dialect import dialect_of
 from migrationd.migration.info import MigrationInfo
 from migrationd.migration.status import Cause, Role, StatusMachine
@@ -179,6 +179,8 @@ class IncomingMigration:
         if not self._settings.postcopy_blocktime or self.status != "completed":
             return info
         blocktime = self._lazy.blocktime if self._lazy is not None else None
+        if blocktime is None and self.owns_guest:
+            blocktime = Blocktime()  # a parked guest never waits
         return info if blocktime is None else with_blocktime(info, blocktime)
 
     def _error_text(self) -> str | None:

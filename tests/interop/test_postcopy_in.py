@@ -71,8 +71,11 @@ async def test_a_guest_arrives_by_postcopy(
     if version == "11.1":
         # Under TCG its source loses dirty pages with postcopy-ram on, between two QEMUs too.
         await source.execute("stop")
+    await daemon.set_capabilities({"postcopy-blocktime": True})
     await postcopy_in.begin(source, daemon, f"unix:{tmp_path}/in.sock", preempt=preempt)
-    await daemon.wait_migration("completed")
+    info = await daemon.wait_migration("completed")
+    # A parked guest has no processors that wait.
+    assert (info["postcopy-blocktime"], info["postcopy-vcpu-blocktime"]) == (0, [])
     await source.wait_migration("completed")
     seen = statuses(daemon)
     assert seen == DESTINATION_STATUSES

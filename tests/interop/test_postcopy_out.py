@@ -8,7 +8,7 @@ from migrationd.ctl.boot_guest import BootGuest
 from migrationd.ctl.daemon_process import DaemonProcess
 from migrationd.ctl.qemu_process import find_qemu, installed_versions
 from tests.support.moves import Host, check_runs_on, incoming_uri, memory_digest, park, source_uri
-from tests.support.postcopy import send_lazily, start_target, statuses
+from tests.support.postcopy import capabilities, send_lazily, start_target, statuses
 from tests.support.results import TABLES, add_row
 
 pytestmark = pytest.mark.interop
@@ -107,8 +107,6 @@ async def test_postcopy_in_the_middle_of_precopy(
 
     target = await start_target(host, f"unix:{tmp_path}/out", preempt=preempt, paused=True)
     closing.append(target)
-    from tests.support.postcopy import capabilities
-
     await daemon.set_capabilities(capabilities(preempt=preempt))
     await daemon.set_parameters({"max-bandwidth": 40 << 20})
     await daemon.execute("migrate", {"uri": f"unix:{tmp_path}/out"})
@@ -128,3 +126,52 @@ async def test_postcopy_in_the_middle_of_precopy(
     assert await memory_digest(target, host) == digest
     await target.execute("cont")
     await check_runs_on(before, target, host)
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("preempt", [False, True], ids=["plain", "preempt"])
+async def test_multifd_until_the_switch(
+    preempt: bool, tmp_path: Path, closing: list[object], request: pytest.FixtureRequest
+) -> None:
+    """Only QEMU 11.1 takes both; older machine types are refused before a byte is sent."""
+    binary = find_qemu("11.1")
+    if binary is None:
+        pytest.skip("QEMU 11.1 is not installed (tests/support/install-qemus brings it)")
+    host = Host(binary, "pc", GUEST, memory_mib=128)
+    source = await host.start("QEMU A")
+    closing.append(source)
+    daemon = await DaemonProcess.start(incoming=f"unix:{tmp_path}/in")
+    closing.append(daemon)
+    await source.wait_serial(3)
+    await park(source, daemon, f"unix:{tmp_path}/in", return_path=True)
+    before = source.serial
+    digest = await memory_digest(source, host)
+    target = await host.start("QEMU B", incoming="defer", paused=True)
+    closing.append(target)
+    switched = {**capabilities(preempt=preempt), "multifd": True}
+    await target.set_capabilities(switched)
+    await target.execute("migrate-incoming", {"uri": f"unix:{tmp_path}/out"})
+    await daemon.set_capabilities(switched)
+    await daemon.set_parameters({"max-bandwidth": 40 << 20})
+    await daemon.execute("migrate", {"uri": f"unix:{tmp_path}/out"})
+    while True:
+        info = await daemon.query_migrate()
+        ram = info.get("ram")
+        if isinstance(ram, dict) and ram["multifd-bytes"] > 8 << 20:
+            break
+    await daemon.execute("migrate-start-postcopy")
+    info = await daemon.wait_migration("completed")
+    await target.wait_migration("completed")
+    ram = info["ram"]
+    assert isinstance(ram, dict)
+    assert ram["multifd-bytes"] > 8 << 20
+    assert ram["postcopy-bytes"] > 1 << 20
+    assert await memory_digest(target, host) == digest
+    await target.execute("cont")
+    passes = await check_runs_on(before, target, host)
+    config = request.config
+    if TABLE not in config.stash.get(TABLES, {}):
+        add_row(config, TABLE, HEAD)
+    channels = "multifd, preempt" if preempt else "multifd, plain"
+    row = (f"yes, {passes} passes", str(ram["postcopy-requests"]), str(ram["normal"]))
+    add_row(config, TABLE, ("11.1", "pc", channels, "unix", "memory", *row))
