@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 from qemu.qmp import ExecuteError
 
+from migrationd.codec.postcopy import PING_PACKAGE_LOADED
+from migrationd.codec.return_path import Pong, encode_return_path
+from migrationd.ctl.boot_guest import count_passes
 from migrationd.ctl.daemon_process import DaemonProcess
 from migrationd.ctl.qemu_process import QemuProcess, find_qemu, installed_versions
 from tests.support import postcopy_in
@@ -396,3 +399,39 @@ async def ctl(*arguments: str) -> tuple[int, str]:
     out, _ = await asyncio.wait_for(process.communicate(), 30)
     assert process.returncode is not None
     return process.returncode, out.decode()
+
+
+@pytest.mark.parametrize("rests", ["memory", "a file"])
+async def test_a_source_that_never_hears_that_its_guest_was_loaded_keeps_it(
+    rests: str, tmp_path: Path, closing: list[object], request: pytest.FixtureRequest
+) -> None:
+    """The answer to PING 0x42 is lost: QEMU goes on with the guest, and nobody else may."""
+    binary = find_qemu("11.1")
+    if binary is None:
+        pytest.skip("QEMU 11.1 is not installed (tests/support/install-qemus brings it)")
+    arguments = ("-ram-dir", str(tmp_path / "ram"), "-name", "g") if rests == "a file" else ()
+    source = await Host(binary).start("QEMU A")
+    closing.append(source)
+    daemon = await DaemonProcess.start(incoming="defer", arguments=arguments)
+    closing.append(daemon)
+    relay = await Relay(tmp_path / "relay", tmp_path / "in").start()
+    closing.append(relay)
+    relay.cut_at_answer(encode_return_path(Pong(PING_PACKAGE_LOADED)))
+    await source.wait_serial(3)
+    await postcopy_in.begin(source, daemon, relay.uri, preempt=False, listens=f"unix:{tmp_path}/in")
+    await daemon.wait_migration("postcopy-paused")
+    await source.wait_migration("failed")
+    assert relay.is_cut
+    seen = len(source.serial)
+    await source.wait_serial(seen + 3)
+    assert await source.run_state() == "running"
+    count_passes(source.serial)
+    # What arrived is never offered, not by the next daemon either.
+    with pytest.raises(ExecuteError):
+        await daemon.execute("migrate", {"uri": f"unix:{tmp_path}/elsewhere"})
+    assert await daemon.quit() == 0
+    if rests == "a file":
+        daemon = await DaemonProcess.start(arguments=list(arguments))
+        closing.append(daemon)
+        assert await daemon.run_state() == "prelaunch"
+    report(request, ("11.1", "no", "answer to PING 0x42 lost", "runs at its source", "there"))

@@ -26,6 +26,7 @@ class Relay:
         self._listen_path = listen_path
         self._connect_path = connect_path
         self._cut_at_bytes: int | None = None
+        self._cut_at_answer: bytes | None = None
         self._server: asyncio.Server | None = None
         self._writers: list[asyncio.StreamWriter] = []
         self._tasks: set[asyncio.Task[None]] = set()
@@ -59,6 +60,10 @@ class Relay:
     def cut_after(self, more_bytes: int) -> None:
         """Cut once so many more stream bytes have passed, to the byte."""
         self._cut_at_bytes = self.passed_bytes + more_bytes
+
+    def cut_at_answer(self, mark: bytes) -> None:
+        """Cut where these bytes begin to come back: they, and what follows them, are lost."""
+        self._cut_at_answer = mark
 
     def cut(self) -> None:
         """Break every connection, both ways, and take no more."""
@@ -119,6 +124,11 @@ class Relay:
                 data = data[: max(0, self._cut_at_bytes - self.passed_bytes)]
             if counts:
                 self.passed_bytes += len(data)
+            elif self._cut_at_answer is not None and self._cut_at_answer in data:
+                writer.write(data[: data.index(self._cut_at_answer)])
+                await asyncio.sleep(0)
+                self.cut()
+                return
             writer.write(data)
             await writer.drain()
             if counts and self.passed_bytes == self._cut_at_bytes:
