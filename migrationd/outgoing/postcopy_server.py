@@ -27,6 +27,7 @@ from migrationd.codec.return_path import (
 )
 from migrationd.errors import ChannelClosed, PeerFailed, StreamCorrupt
 from migrationd.guest.ram_block import RamBlock
+from migrationd.linux.priority import urgent_thread
 from migrationd.migration.latency import LatencyStats
 from migrationd.migration.stats import OutgoingStats
 from migrationd.outgoing.postcopy_pacer import GivesWay, Pacer, Shares
@@ -36,7 +37,7 @@ from migrationd.transport.channel import Channel
 
 RECEIVE_BYTES = 16 << 10
 
-BATCH_PAGES = 512
+BATCH_PAGES = 256
 """Pages whose gather vector is made at once."""
 
 RESTART_PAGES = 64
@@ -125,6 +126,10 @@ class RequestServer:
             ChannelClosed: The destination went away without a SHUT, or a channel broke.
             StreamError: Bytes that are no message, or a request that nobody may make.
         """
+        with urgent_thread():
+            self._run()
+
+    def _run(self) -> None:
         while True:
             data = self._channel.recv_blocking(RECEIVE_BYTES)
             arrived_ns = time.perf_counter_ns()

@@ -1,0 +1,28 @@
+import os
+import threading
+
+import pytest
+
+from migrationd.linux.priority import urgent_thread
+
+
+def nice() -> int:
+    return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+
+def test_a_thread_is_urgent_inside_the_block_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(os, "setpriority", lambda _which, _who, value: asked.append(value))
+    before = nice()
+    with urgent_thread():
+        assert asked == [min(before, -10)]
+    assert asked == [min(before, -10), before]
+
+
+def test_without_the_privilege_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: int) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "setpriority", refuse)
+    with urgent_thread():
+        assert nice() == os.getpriority(os.PRIO_PROCESS, 0)
