@@ -7,7 +7,7 @@ BIN     := $(VENV)/bin
 STAMP   := $(VENV)/.stamp-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format bench dev interop postcopy unit conformance fault fuzz coverage schemas qemu qemu-arm clean
+.PHONY: help demo test check format bench dev interop postcopy unit conformance fault faults features fuzz coverage schemas qemu qemu-arm clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -44,6 +44,13 @@ postcopy: $(STAMP) qemu ## postcopy and its recovery over every QEMU: matrices, 
 
 fault: $(STAMP) qemu ## cancel, kill, stall, corrupt
 	$(BIN)/pytest tests/fault
+
+faults: $(STAMP) qemu ## bad channels, files, disks and certificates: what is said, and what comes after
+	$(BIN)/pytest tests/fault/test_multifd.py tests/fault/test_files.py tests/fault/test_failing_disk.py \
+		tests/interop/test_tls.py -k 'not move and not keys' -m 'matrix or not matrix'
+
+features: $(STAMP) qemu ## RAM by feature, QEMU release and direction, as a table
+	$(BIN)/pytest tests/interop/test_feature_matrix.py -m matrix
 
 fuzz: $(STAMP) ## random and mutated input for the decoder and the JSON reader
 	$(BIN)/pytest tests/fuzz

@@ -275,7 +275,8 @@ class _Reader:
         ):
             raise StoreError(
                 f"'{self._path}': block '{idstr}' lies outside the file of {self._size} bytes or "
-                f"over something else: {block}"
+                f"over something else: bitmap at {block.bitmap_position:#x}, "
+                f"{block.used_length:#x} bytes of pages at {block.pages_position:#x}"
             )
         return block, header_end
 

@@ -20,6 +20,7 @@ from migrationd.store.mapped_ram import MAP_HEADER_BYTES
 from migrationd.store.mapped_ram_reader import read_contents
 from migrationd.transport.rate_limit import WINDOW_S
 from tests.support.moves import Host, move_on
+from tests.support.results import add_fault
 
 pytestmark = pytest.mark.fault
 
@@ -69,20 +70,24 @@ def same_guest(one: Path, other: Path) -> bool:
 
 @pytest.mark.parametrize("mapped_ram", [True, False], ids=["mapped-ram", "plain"])
 async def test_a_disk_that_fills_leaves_the_guest_held(
-    mapped_ram: bool, mapped: Path, daemon: DaemonProcess, tmp_path: Path
-) -> None:
+    mapped_ram: bool, mapped: Path, daemon: DaemonProcess, tmp_path: Path,
+    request: pytest.FixtureRequest,
+) -> None:  # fmt: skip
     await load(daemon, mapped)
     await daemon.set_capabilities({"mapped-ram": mapped_ram})
     with small_disk(tmp_path / "small", "3m") as disk:
         await daemon.execute("migrate", {"uri": f"file:{disk}/guest"})
         await daemon.wait_migration("failed")
-        assert "No space left on device" in await error_of(daemon)
+        said = await error_of(daemon)
+        assert "No space left on device" in said
         assert await daemon.run_state() == "paused"
         with pytest.raises(MigrationdError):
             FileGuest(disk / "guest")
     await daemon.execute("migrate", {"uri": f"file:{tmp_path}/again"})
     await daemon.wait_migration("completed")
     assert same_guest(mapped, tmp_path / "again")
+    form = "mapped-ram" if mapped_ram else "plain"
+    add_fault(request.config, f"ENOSPC, {form}", said, "held, next save whole")
 
 
 async def test_a_file_size_limit_ends_as_a_failed_migration(
@@ -101,7 +106,7 @@ async def test_a_file_size_limit_ends_as_a_failed_migration(
 
 
 async def test_a_full_ram_dir_refuses_and_keeps_no_half_guest(
-    mapped: Path, tmp_path: Path, closing: list[object]
+    mapped: Path, tmp_path: Path, closing: list[object], request: pytest.FixtureRequest
 ) -> None:
     with small_disk(tmp_path / "small", "3m") as disk:
         daemon = await DaemonProcess.start(
@@ -110,8 +115,10 @@ async def test_a_full_ram_dir_refuses_and_keeps_no_half_guest(
         closing.append(daemon)
         await daemon.set_capabilities({"mapped-ram": True})
         await load(daemon, mapped)
-        assert "No space left on device" in await error_of(daemon)
+        said = await error_of(daemon)
+        assert "No space left on device" in said
         assert await daemon.run_state() == "inmigrate"
+        add_fault(request.config, "ENOSPC, ram-dir", said, "waits, no half guest")
         assert sorted(path.name for path in disk.iterdir()) == ["vm1.lock"]
         await daemon.close()
 
@@ -188,7 +195,7 @@ def hostile_files(mapped: Path) -> Iterator[tuple[str, bytes]]:
 
 
 async def test_hostile_headers_harm_only_themselves(
-    mapped: Path, daemon: DaemonProcess, tmp_path: Path
+    mapped: Path, daemon: DaemonProcess, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     refused = 0
     for text, data in hostile_files(mapped):
@@ -198,6 +205,8 @@ async def test_hostile_headers_harm_only_themselves(
         error = await error_of(daemon)
         assert any(word in error for word in text.split("|")), (text, error)
         assert await daemon.run_state() == "inmigrate"
+        trouble = f"mapped-ram file: {text.split('|')[0]}"
+        add_fault(request.config, trouble, error, "waits, then takes a good file")
         refused += 1
     assert refused == 14
     await load(daemon, mapped)

@@ -23,11 +23,10 @@ from migrationd.ctl.qemu_process import qemu_version
 from tests.support.channel_cutter import ChannelCutter
 from tests.support.deadline import until
 from tests.support.moves import Host, check_runs_on, memory_digest, move_on, send
-from tests.support.results import TABLES, add_row
+from tests.support.results import TABLES, add_fault, add_row
 
 pytestmark = pytest.mark.fault
 
-TABLE = "bad channels: what query-migrate says"
 CUT_TABLE = "one of several connections cut at a byte"
 PAGE = 4096
 PAGES = 1024
@@ -186,14 +185,13 @@ async def test_bad_channels_one_after_the_other_and_then_good_ones(
     daemon = await DaemonProcess.start(incoming="defer", arguments=["-ram-limit", "1G"])
     closing.append(daemon)
     await daemon.set_capabilities(MULTIFD)
-    head = ("channels", "error-desc")
     peak_before, idle = 0, (0, 0)
     for name, case in CASES.items():
         info = await offer(daemon, tmp_path, case)
         text = str(info.get("error-desc"))
         assert info["status"] == "failed", name
         assert re.search(case.expected, text), f"{name}: {text}"
-        report(request.config, TABLE, head, name, text.removeprefix("load of migration failed: "))
+        add_fault(request.config, name, text, "waits; a good source is taken")
         assert await daemon.run_state() == "inmigrate"
         if not peak_before:
             await asyncio.sleep(0.5)
@@ -205,7 +203,9 @@ async def test_bad_channels_one_after_the_other_and_then_good_ones(
     assert await daemon.run_state() == "paused"
 
 
-async def test_two_main_connections(tmp_path: Path, closing: list[object]) -> None:
+async def test_two_main_connections(
+    tmp_path: Path, closing: list[object], request: pytest.FixtureRequest
+) -> None:
     daemon = await DaemonProcess.start(incoming="defer")
     closing.append(daemon)
     await daemon.set_capabilities(MULTIFD)
@@ -216,12 +216,15 @@ async def test_two_main_connections(tmp_path: Path, closing: list[object]) -> No
         writer.write(MAIN)
     info = await daemon.wait_migration("failed")
     assert "a second main connection" in str(info["error-desc"])
+    add_fault(request.config, "two main connections", str(info["error-desc"]), "waits")
     for writer in writers:
         writer.close()
 
 
 @pytest.mark.matrix
-async def test_a_channel_that_never_speaks(tmp_path: Path, closing: list[object]) -> None:
+async def test_a_channel_that_never_speaks(
+    tmp_path: Path, closing: list[object], request: pytest.FixtureRequest
+) -> None:
     """Takes the half minute that the whole set may take to come."""
     daemon = await DaemonProcess.start(incoming="defer")
     closing.append(daemon)
@@ -233,12 +236,13 @@ async def test_a_channel_that_never_speaks(tmp_path: Path, closing: list[object]
     writers[1].write(encode_hello(Hello(0, bytes(16))))
     info = await daemon.wait_migration("failed", timeout_s=40)
     assert "only 1 of 2 multifd channels came in 30 s" in str(info["error-desc"])
+    add_fault(request.config, "a channel that never speaks", str(info["error-desc"]), "waits")
     for writer in writers:
         writer.close()
 
 
 async def test_a_source_with_fewer_channels_gives_up(
-    qemu_host: Host, tmp_path: Path, closing: list[object]
+    qemu_host: Host, tmp_path: Path, closing: list[object], request: pytest.FixtureRequest
 ) -> None:
     """Both wait for what never comes, until the source's user cancels."""
     source = await qemu_host.start("QEMU A")
@@ -260,6 +264,8 @@ async def test_a_source_with_fewer_channels_gives_up(
     info = await daemon.wait_migration("failed")
     assert "channels were awaited" in str(info["error-desc"])
     await source.wait_serial(len(source.serial) + 2)
+    name = "QEMU with fewer channels, cancelled"
+    add_fault(request.config, name, str(info["error-desc"]), "guest runs on at its source")
 
 
 @pytest.mark.timeout(180)
@@ -304,6 +310,7 @@ async def test_a_channel_lost_on_the_way_out(
     counted = f"{outcomes.count('failed')} failed, {outcomes.count('completed')} completed"
     report(request.config, CUT_TABLE, head, "migrationd -> QEMU", "12", counted, "moved on")
     assert outcomes.count("failed") >= 8
+    add_fault(request.config, "one channel of three lost, out", counted, "held, then moved whole")
 
 
 @pytest.mark.timeout(180)

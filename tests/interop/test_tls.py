@@ -17,7 +17,7 @@ from tests.support.certificates import (
     write_directory,
 )
 from tests.support.moves import Host, memory_digest, source_uri
-from tests.support.results import add_row
+from tests.support.results import add_fault, add_row
 
 pytestmark = pytest.mark.interop
 
@@ -151,8 +151,9 @@ async def test_pre_shared_keys(
     ],
 )
 async def test_a_bad_server_is_refused_and_the_guest_kept(
-    trouble: str, expected: str, tmp_path: Path, closing: list[object], qemu_host: Host
-) -> None:
+    trouble: str, expected: str, tmp_path: Path, closing: list[object], qemu_host: Host,
+    request: pytest.FixtureRequest,
+) -> None:  # fmt: skip
     authority = make_authority()
     good = make_pki(tmp_path / "good", authority)
     bad = make_pki(tmp_path / "bad", authority, server=bad_leaf(authority, trouble, "server"))
@@ -173,6 +174,7 @@ async def test_a_bad_server_is_refused_and_the_guest_kept(
     closing.append(fine)
     uri = await listen(fine, "tcp", tmp_path / "x", {"events": True})
     await connect(daemon, uri, {"events": True})
+    add_fault(request.config, f"TLS, server's {trouble}", text, "held, then moved to the next")
 
 
 @pytest.mark.parametrize(
@@ -185,8 +187,9 @@ async def test_a_bad_server_is_refused_and_the_guest_kept(
     ],
 )
 async def test_a_bad_client_is_refused_and_the_next_one_let_in(
-    trouble: str, tmp_path: Path, closing: list[object], qemu_host: Host
-) -> None:
+    trouble: str, tmp_path: Path, closing: list[object], qemu_host: Host,
+    request: pytest.FixtureRequest,
+) -> None:  # fmt: skip
     authority = make_authority()
     good = make_pki(tmp_path / "good", authority)
     bad = write_directory(
@@ -219,6 +222,8 @@ async def test_a_bad_client_is_refused_and_the_next_one_let_in(
     await source.execute("migrate", {"uri": uri})
     await source.wait_migration("completed")
     await daemon.wait_run_state("paused")
+    name = f"TLS, client's {trouble}"
+    add_fault(request.config, name, reasons[trouble], "guest runs at its source, then comes")
 
 
 @pytest.mark.parametrize("is_allowed", [True, False])

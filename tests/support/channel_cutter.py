@@ -35,6 +35,7 @@ class ChannelCutter(UnixServer):
         self.was_cut = False
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._writers.append(writer)
         number = len(self.passed_bytes)
         self.passed_bytes.append(0)
         self._tasks.add(asyncio.create_task(self._serve(number, reader, writer)))

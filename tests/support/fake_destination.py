@@ -47,6 +47,7 @@ class FakeDestination(UnixServer):
         self.taken_bytes = 0
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._writers.append(writer)
         if self._left is not None:
             self._left -= 1
             if not self._left and self._server is not None:

@@ -47,6 +47,7 @@ class CuttingProxy(UnixServer):
         self.answers = bytearray()
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._writers.append(writer)
         task = asyncio.create_task(self._serve(reader, writer))
         self._tasks.add(task)
 

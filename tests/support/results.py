@@ -1,5 +1,7 @@
 """Rows that tests put into the tables at the end of a run."""
 
+from pathlib import Path
+
 import pytest
 
 TABLES = pytest.StashKey[dict[str, list[tuple[str, ...]]]]()
@@ -15,3 +17,14 @@ def render(rows: list[tuple[str, ...]]) -> list[str]:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
             for row in rows]  # fmt: skip
+
+
+FAULTS = "bad input: typed error, guest intact, next migration works"
+
+
+def add_fault(config: pytest.Config, trouble: str, said: str, then: str) -> None:
+    """Add a row to the table of all that went wrong on purpose."""
+    if FAULTS not in config.stash.get(TABLES, {}):
+        add_row(config, FAULTS, ("trouble", "error-desc", "afterwards"))
+    said = said.removeprefix("load of migration failed: ").replace(str(Path.home()), "~")
+    add_row(config, FAULTS, (trouble, said, then))

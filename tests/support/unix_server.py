@@ -18,6 +18,7 @@ class UnixServer(ABC):
         self._path = path
         self._server: asyncio.Server | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self._writers: list[asyncio.StreamWriter] = []
 
     async def __aenter__(self) -> Self:
         self._server = await asyncio.start_unix_server(self._accept, self._path)
@@ -34,7 +35,10 @@ class UnixServer(ABC):
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        # A task that was cancelled before it began has closed nothing.
+        for writer in self._writers:
+            writer.transport.abort()
 
     @abstractmethod
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """A connection came: begin a task and keep it in ``_tasks``."""
+        """A connection came: begin a task, keep it and the writer."""
