@@ -38,6 +38,7 @@ WAYS: dict[str, dict[str, bool]] = {
     "auto-converge": {"auto-converge": True},
     "xbzrle": {"xbzrle": True},
     "multifd": {"multifd": True},
+    "postcopy": {"postcopy-ram": True},
 }
 XBZRLE_CACHE_BYTES = 512 << 20
 
@@ -77,9 +78,14 @@ def stamp_ms(event: Mapping[str, object]) -> float:
 
 
 async def measured(
-    source: PeerProcess, destination: PeerProcess, uri: str, report: Path | None
+    source: PeerProcess,
+    destination: PeerProcess,
+    uri: str,
+    report: Path | None,
+    *,
+    starts_postcopy: bool = False,
 ) -> Result:
-    """Migrate until it is complete, or too long."""
+    """Migrate until it is complete, or too long; to postcopy after the first pass, if told."""
     why, why_after_s, throttle = None, None, 0
     begin, cpu_begin = time.monotonic(), cpu_s(source.pid)
     await source.execute("migrate", {"uri": uri})
@@ -88,6 +94,10 @@ async def measured(
         elapsed_s = time.monotonic() - begin
         if why is None and info["status"] == "active" and "error-desc" in info:
             why, why_after_s = str(info["error-desc"]), elapsed_s
+        ram_now = info.get("ram")
+        if starts_postcopy and isinstance(ram_now, dict) and ram_now["dirty-sync-count"] > 1:
+            starts_postcopy = False
+            await source.execute("migrate-start-postcopy")
         if isinstance(percentage := info.get("cpu-throttle-percentage"), int):
             throttle = percentage
         if info["status"] in ("completed", "failed"):
@@ -175,7 +185,9 @@ async def workload_run(
         await stack.enter_async_context(writer(idle, there, report))
         await source.wait_run_state("running", timeout_s=60)
         await asyncio.sleep(settle_s)
-        return await measured(source, destination, await destination.listening_uri(), report)
+        uri = await destination.listening_uri()
+        return await measured(source, destination, uri, report,
+                              starts_postcopy="postcopy-ram" in capabilities)  # fmt: skip
 
 
 async def qemu_run(
@@ -205,7 +217,9 @@ async def qemu_run(
             )
         await destination.execute("migrate-incoming", {"uri": "tcp:127.0.0.1:0"})
         await source.wait_serial(2, timeout_s=120)
-        return await measured(source, destination, await destination.listening_uri(), None)
+        uri = await destination.listening_uri()
+        return await measured(source, destination, uri, None,
+                              starts_postcopy="postcopy-ram" in capabilities)  # fmt: skip
 
 
 def spread(values: list[float]) -> str:

@@ -36,7 +36,7 @@ async def assemble(
     """
     control = GuestControl(
         config,
-        MigrationOptions(),
+        MigrationOptions(limits_writes=config.attach_path is not None),
         bus,
         SystemClock(),
         Shelter(config),

@@ -9,6 +9,7 @@ from typing import Protocol
 
 from migrationd.clock import Clock
 from migrationd.daemon.device_file import DeviceFiles
+from migrationd.daemon.dirty_limit import DirtyLimiter
 from migrationd.daemon.dirty_rate import DirtyRateMeter
 from migrationd.daemon.jobs import Jobs
 from migrationd.daemon.shelter import Shelter
@@ -63,6 +64,7 @@ class Machine:
         self._guest = guest
         self._migrations = migrations
         self.dirty_rate = DirtyRateMeter(clock, guest, spawn)
+        self.dirty_limit = DirtyLimiter(clock, guest, spawn)
         self.jobs = Jobs(bus, spawn)
         self._device_files = DeviceFiles(bus, guest, lambda: self.is_migrating)
         self.snapshots = GuestSnapshots(shelter, guest, lambda: self.is_migration_yankable, adopt)

@@ -40,7 +40,6 @@ NOT_BUILT: frozenset[str] = frozenset(
         "rdma-pin-all",
         "x-colo",
         "release-ram",
-        "dirty-limit",
     )
 )
 """Capabilities whose engine part is not there: nothing starts while one is on."""
@@ -68,22 +67,27 @@ ZERO_COPY_NEEDS_PLAIN_MULTIFD = (
 )
 
 
-def check_capabilities(new: Mapping[str, bool], parameters: Mapping[str, Value]) -> None:
+def check_capabilities(
+    new: Mapping[str, bool], parameters: Mapping[str, Value], *, limits_writes: bool = False
+) -> None:
     """Check a complete set against itself and against the parameters.
 
     Args:
         new: Every capability.
         parameters: Every parameter as it is now.
+        limits_writes: Whether the guest can be kept from writing too fast, as workloads can.
 
     Raises:
         QMPError: The first conflict, in QEMU's words.
     """
-    text = _conflict(new, parameters)
+    text = _conflict(new, parameters, limits_writes)
     if text is not None:
         raise QMPError(text)
 
 
-def _conflict(new: Mapping[str, bool], parameters: Mapping[str, Value]) -> str | None:
+def _conflict(
+    new: Mapping[str, bool], parameters: Mapping[str, Value], limits_writes: bool
+) -> str | None:
     if new["postcopy-ram"] and new["x-ignore-shared"]:
         return "Postcopy is not compatible with ignore-shared"
     if new["background-snapshot"]:
@@ -100,7 +104,8 @@ def _conflict(new: Mapping[str, bool], parameters: Mapping[str, Value]) -> str |
     if new["dirty-limit"]:
         if new["auto-converge"]:
             return "dirty-limit conflicts with auto-converge either of then available currently"
-        return _DIRTY_LIMIT_NEEDS_KVM
+        if not limits_writes:
+            return _DIRTY_LIMIT_NEEDS_KVM
     if new["multifd"] and new["xbzrle"]:
         return "Multifd is not compatible with xbzrle"
     if new["mapped-ram"] and new["xbzrle"]:

@@ -130,6 +130,11 @@ class Convergence:
         self.throttle_percentage = 0
         self.stall: str | None = None
 
+    @property
+    def is_dirty_limited(self) -> bool:
+        """Whether ``dirty-limit`` is in service."""
+        return self._dirty_limit is not None and self._dirty_limit.is_in_service
+
     def after(
         self, done: Pass, downtime_limit_s: float, available_bytes_per_s: int = 0
     ) -> Decision:
@@ -192,7 +197,11 @@ class Convergence:
         self._hopeless_s = self._hopeless_s + elapsed_s - before_s if is_hopeless else 0.0
         if self._hopeless_s >= STALL_S:
             self.stall = _stall_text(
-                self._write_rate, line, written_bytes / max(line, 1.0), downtime_limit_s
+                self._write_rate,
+                line,
+                written_bytes / max(line, 1.0),
+                downtime_limit_s,
+                self._others,
             )
 
     def fits(self, rest_bytes: int, downtime_limit_s: float) -> bool:
@@ -287,13 +296,19 @@ class Convergence:
             return
         dirty = done.rest_bytes / max(done.duration_s, 1e-6)
         expected_s = self.expected_downtime_s(done.rest_bytes)
-        self.stall = _stall_text(dirty, self.bytes_per_s, expected_s, limit_s)
+        self.stall = _stall_text(dirty, self.bytes_per_s, expected_s, limit_s, self._others)
+
+    @property
+    def _others(self) -> str:
+        """What else may help and is off."""
+        names = ["auto-converge"] * (self._throttle is None) + ["xbzrle"] * (not self._has_edits)
+        return " or ".join((", ".join(names), "postcopy-ram") if names else ("postcopy-ram",))
 
 
-def _stall_text(written: float, sent: float, expected_s: float, limit_s: float) -> str:
+def _stall_text(written: float, sent: float, expected_s: float, limit_s: float, others: str) -> str:
     return (
         f"the guest writes {written / 1e6:.0f} MB/s and {sent / 1e6:.0f} MB/s are "
         f"sent: {expected_s * 1000:.0f} ms of downtime would be "
         f"needed, {limit_s * 1000:.0f} ms are allowed; raise downtime-limit or max-bandwidth, "
-        "or turn auto-converge, xbzrle or postcopy-ram on"
+        f"or turn {others} on"
     )

@@ -11,6 +11,14 @@ STEP = 0.7
 """Share of the way to the computed percentage that one look goes: rates are noisy."""
 
 
+@dataclass(frozen=True, slots=True)
+class DirtyLimitState:
+    """What ``query-vcpu-dirty-limit`` tells, in MiB per second."""
+
+    limit_mib_per_s: int
+    current_mib_per_s: int
+
+
 @dataclass(slots=True)
 class DirtyLimit:
     """Follows one guest.

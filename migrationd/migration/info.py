@@ -57,6 +57,7 @@ class MigrationInfo:
     cpu_throttle_percentage: int | None = None
     ram: RamStats | None = None
     xbzrle: XbzrleStats | None = None
+    dirty_limit_throttle_us: int | None = None
     postcopy_blocktime_ms: int | None = None
     postcopy_vcpu_blocktime_ms: tuple[int, ...] | None = None
     postcopy_vcpu_latency_ns: tuple[int, ...] | None = None

@@ -36,13 +36,17 @@ _BEFORE_INCOMING = (
 class MigrationOptions:
     """The settings of one process; both directions read them.
 
+    Args:
+        limits_writes: Whether the guest can be kept from writing too fast (``dirty-limit``).
+
     Attributes:
         is_listening: Whether a listener is open: what decides about its connections can then
             not be switched on any more.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, limits_writes: bool = False) -> None:
         self.is_listening = False
+        self.limits_writes = limits_writes
         self._capabilities = dict.fromkeys(CAPABILITIES, False)
         self._parameters: dict[str, Value] = {item.name: item.default for item in PARAMETERS}
 
@@ -66,7 +70,7 @@ class MigrationOptions:
             QMPError: With QEMU's text; nothing changes.
         """
         new = self._capabilities | dict(changes)
-        check_capabilities(new, self._parameters)
+        check_capabilities(new, self._parameters, limits_writes=self.limits_writes)
         if self.is_listening:
             for name, text in _BEFORE_INCOMING:
                 if new[name] and not self._capabilities[name]:

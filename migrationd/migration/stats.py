@@ -41,6 +41,7 @@ class OutgoingStats:
         xbzrle: Counters of XBZRLE; None where nothing is sent twice.
         expected_downtime_s: Time that the rest of a guest that runs would take; None before it
             is known, and of one that does not run.
+        limit_throttle_us: Time that the guest gave up in the last pass for ``dirty-limit``.
         mbps: Rate of the last complete window, megabits per second.
         pages_per_s: Pages of the last complete window, per second.
     """
@@ -60,6 +61,7 @@ class OutgoingStats:
     throttle_percentage: int | None = None
     xbzrle: XbzrleStats | None = None
     expected_downtime_s: float | None = None
+    limit_throttle_us: int | None = None
     mbps: float = 0.0
     pages_per_s: int = 0
     bytes_per_s: float = 0.0

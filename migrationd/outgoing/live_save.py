@@ -89,6 +89,7 @@ class LiveSaver:
         self._may_switch_over = may_switch_over
         self._wait_for_peer = wait_for_peer
         self._asked_s: float | None = None
+        self._throttled = 0
         self._on_pass = on_pass
         self._wait = wait
         self._sent = sent
@@ -201,7 +202,7 @@ class LiveSaver:
             GuestError: It is gone.
         """
         self._live.tracker.stop()
-        if self._convergence.throttle_percentage:
+        if self._throttled:
             self._live.throttle(0)
 
     def _pass(self, send: Callable[[], None], covered_bytes: int | None) -> Pass:
@@ -223,7 +224,10 @@ class LiveSaver:
         self._rest = self._collect()
         stats.dirty_sync_count += 1
         self._on_pass()
-        rest_bytes = self._count(self._rest, self._clock.monotonic_s() - begin_s)
+        elapsed_s = self._clock.monotonic_s() - begin_s
+        rest_bytes = self._count(self._rest, elapsed_s)
+        if self._convergence.is_dirty_limited:
+            stats.limit_throttle_us = int(elapsed_s * self._throttled * 1e4)
         return Pass(rest_bytes, stats.transferred_bytes - before, sending_s, covered_bytes)
 
     def _collect_rest(self) -> None:
@@ -275,11 +279,12 @@ class LiveSaver:
         return stats.dirty_bytes
 
     def _slow_down(self) -> None:
-        stats = self._stats
         wanted = self._convergence.throttle_percentage
-        if wanted and wanted != stats.throttle_percentage:
+        if wanted != self._throttled:
             self._live.throttle(wanted)
-            stats.throttle_percentage = wanted
+            self._throttled = wanted
+            if not self._convergence.is_dirty_limited:
+                self._stats.throttle_percentage = wanted
 
     def _send_all(self) -> None:
         """Every page: those that were never touched are zero without a look."""

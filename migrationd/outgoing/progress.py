@@ -120,6 +120,7 @@ class OutgoingProgress:
             remaining_bytes=None if completed else ram.remaining,
             ram=ram,
             xbzrle=self.stats.xbzrle,
+            dirty_limit_throttle_us=self.stats.limit_throttle_us,
             postcopy_latency_ns=latency.mean_ns if latency is not None else None,
             postcopy_latency_dist=latency.distribution() if latency is not None else None,
         )

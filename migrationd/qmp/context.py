@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol
 from uuid import UUID
 
+from migrationd.migration.dirty_limit import DirtyLimitState
 from migrationd.migration.dirty_rate import DirtyRateRequest, DirtyRateState
 from migrationd.migration.info import MigrationInfo
 from migrationd.migration.options import MigrationOptions
@@ -174,8 +175,26 @@ class GuestSnapshots(Protocol):
         """All saved states, oldest first."""
 
 
+class DirtyLimiter(Protocol):
+    """Limits how fast the guest writes."""
+
+    @property
+    def state(self) -> DirtyLimitState | None:
+        """Limit and rate; None without a limit."""
+
+    def set(self, cpu_index: int | None, mib_per_s: int) -> None:
+        """Limit it, or raise an error of ours."""
+
+    def lift(self) -> None:
+        """Let it write as it likes."""
+
+
 class Machine(Protocol):
     """What is around the guest; called on the event loop."""
+
+    @property
+    def dirty_limit(self) -> DirtyLimiter:
+        """Limits how fast the guest writes."""
 
     @property
     def dirty_rate(self) -> DirtyRate:

@@ -284,6 +284,33 @@ async def test_a_workload_that_writes_too_much_is_slowed_down(tmp_path: Path) ->
         await two.there.wait_passes(1)
 
 
+async def test_a_workload_is_kept_below_a_dirty_limit(tmp_path: Path) -> None:
+    """By command, and by capability while it migrates over a line that is too thin for it."""
+    async with pair(tmp_path, rate_mb_s=200.0) as two:
+        await two.here.wait_passes(1)
+        assert await two.source.execute("query-vcpu-dirty-limit") == []
+        await two.source.execute("set-vcpu-dirty-limit", {"dirty-rate": 40})
+
+        async def limit() -> dict[str, int]:
+            [entry] = await two.source.qmp.execute("query-vcpu-dirty-limit")  # type: ignore[misc]
+            assert isinstance(entry, dict)
+            return entry
+
+        async def is_slow() -> bool:
+            return 0 < (await limit())["current-rate"] < 80
+
+        assert (await limit())["limit-rate"] == 40
+        await until(is_slow, "less is written")
+        with pytest.raises(QMPError, match="incorrect cpu index"):
+            await two.source.execute("set-vcpu-dirty-limit", {"dirty-rate": 1, "cpu-index": 3})
+        await two.source.execute("cancel-vcpu-dirty-limit")
+        assert await two.source.execute("query-vcpu-dirty-limit") == []
+        await two.source.set_parameters({"downtime-limit": 200, "vcpu-dirty-limit": 10})
+        await two.begin(max_bandwidth=30 << 20, dirty_limit=True)
+        await two.source.wait_migration("completed", timeout_s=40)
+        await two.there.wait_passes(1)
+
+
 async def test_a_daemon_that_ends_leaves_the_workload_running_for_the_next(
     tmp_path: Path,
 ) -> None:

@@ -6,6 +6,7 @@ from uuid import UUID
 
 from migrationd.clock import SystemClock
 from migrationd.config import DaemonConfig
+from migrationd.daemon.dirty_limit import DirtyLimiter
 from migrationd.daemon.jobs import Jobs
 from migrationd.daemon.shelter import Shelter
 from migrationd.daemon.snapshots import GuestSnapshots
@@ -54,6 +55,9 @@ class FakeMachine:
     is_migrating: bool = False
     is_migration_yankable: bool = False
     dirty_rate: DirtyRate = field(default_factory=FakeDirtyRate)
+    dirty_limit: DirtyLimiter = field(
+        default_factory=lambda: DirtyLimiter(SystemClock(), lambda: None, lambda _: None)
+    )
     devices: dict[str, FakeChardev] = field(default_factory=dict)
     jobs: Jobs = field(default_factory=lambda: Jobs(EventBus(SystemClock()), lambda _: None))
     snapshots: GuestSnapshots = field(

@@ -3,7 +3,6 @@
 from migrationd.errors import QMPError
 from migrationd.migration.dirty_rate import check_request
 from migrationd.qmp.command import CommandSpec, Invocation, command
-from migrationd.qmp.handlers.machine import accepted, nothing_of_the_kind
 from migrationd.qmp.models import dirty_rate as models
 
 
@@ -39,16 +38,29 @@ def query_dirty_rate(call: Invocation, arguments: models.QueryDirtyRate) -> mode
 
 
 def set_vcpu_dirty_limit(call: Invocation, arguments: models.SetVcpuDirtyLimit) -> None:
-    """``set-vcpu-dirty-limit``."""
-    raise QMPError(
-        "dirty page limit feature requires KVM with accelerator property 'dirty-ring-size' set'"
-    )
+    """``set-vcpu-dirty-limit``: of a workload, which is one CPU."""
+    index = arguments.cpu_index if "cpu_index" in arguments.model_fields_set else None
+    call.control.machine.dirty_limit.set(index, arguments.dirty_rate)
+
+
+def cancel_vcpu_dirty_limit(call: Invocation, _: models.CancelVcpuDirtyLimit) -> None:
+    """``cancel-vcpu-dirty-limit``."""
+    call.control.machine.dirty_limit.lift()
+
+
+def query_vcpu_dirty_limit(call: Invocation, _: object) -> list[models.DirtyLimitInfo]:
+    """``query-vcpu-dirty-limit``."""
+    state = call.control.machine.dirty_limit.state
+    if state is None:
+        return []
+    limit, current = state.limit_mib_per_s, state.current_mib_per_s
+    return [models.DirtyLimitInfo.make(cpu_index=0, limit_rate=limit, current_rate=current)]
 
 
 COMMANDS: tuple[CommandSpec, ...] = (
     command("calc-dirty-rate", calc_dirty_rate, models.CalcDirtyRate),
     command("query-dirty-rate", query_dirty_rate, models.QueryDirtyRate, models.DirtyRateInfo),
     command("set-vcpu-dirty-limit", set_vcpu_dirty_limit, models.SetVcpuDirtyLimit),
-    command("cancel-vcpu-dirty-limit", accepted, models.CancelVcpuDirtyLimit),
-    command("query-vcpu-dirty-limit", nothing_of_the_kind, returns=list[models.DirtyLimitInfo]),
+    command("cancel-vcpu-dirty-limit", cancel_vcpu_dirty_limit, models.CancelVcpuDirtyLimit),
+    command("query-vcpu-dirty-limit", query_vcpu_dirty_limit, returns=list[models.DirtyLimitInfo]),
 )

@@ -113,6 +113,7 @@ def _info_members(info: MigrationInfo) -> dict[str, object]:
         or None,
         "ram": _ram(info.ram),
         "xbzrle_cache": _xbzrle(info.xbzrle),
+        "dirty_limit_throttle_time_per_round": info.dirty_limit_throttle_us,
         "postcopy_blocktime": info.postcopy_blocktime_ms,
         "postcopy_vcpu_blocktime": info.postcopy_vcpu_blocktime_ms,
         "postcopy_vcpu_latency": info.postcopy_vcpu_latency_ns,
