@@ -64,6 +64,7 @@ bench: $(STAMP) qemu ## throughput, monitor latency and CPU seconds beside QEMU'
 	$(BIN)/python -m benchmarks.monitor
 	$(BIN)/python -m benchmarks.multifd
 	$(BIN)/python -m benchmarks.files
+	$(BIN)/python -m benchmarks.snapshot
 	$(BIN)/python -m benchmarks.postcopy
 	$(BIN)/python -m benchmarks.workload_postcopy
 

@@ -1,11 +1,12 @@
 """The memory of a running guest as it was at one instant.
 
-    arm      all pages are protected while the guest runs; a write is let through and noted
-    freeze   the guest stands still: what was written since is protected again. It may run on
+    arm      all pages are protected while the guest runs; a write is let through and noted,
+             and its page protected again, until few are left that were written
+    freeze   the guest stands still: those few are protected again. It may run on
     pieces   every page once: what the guest is about to write is copied first and let through
 
 So the guest stands still for no longer than its devices take, whatever its size; a write
-waits for a copy of ``PIECE_BYTES``, not for the pages to be sent.
+waits for a copy of its page, not for the page to be sent.
 
 Reference: QEMU's ``background-snapshot``, which protects a stopped guest and sends a page
 before it lets the write through.
@@ -21,37 +22,63 @@ import numpy as np
 import numpy.typing as npt
 
 from migrationd.errors import GuestError
-from migrationd.guest.memory import Bytes, SharedMemory
+from migrationd.guest.memory import Bytes, Pages, SharedMemory, page_runs
 from migrationd.guest.ram_block import RamBlock
 from migrationd.guest.write_faults import WriteFaults
-
-PIECE_BYTES = 256 << 10
-"""Copied and let through at a write: neighbours are likely to be written next."""
 
 TAKE_BYTES = 1 << 20
 """Copied and let through at once, in order, while the guest writes nothing."""
 
-COPIES_BYTES = 64 << 20
-"""More copies than this do not wait to be sent: the guest does."""
+AHEAD_PAGES = 64
+"""Most pages that are copied at one write, of a guest that goes through them in order."""
+
+WAITING_SLABS = 64
+"""More copies than these, of ``TAKE_BYTES`` each, do not wait to be sent: the guest does."""
+
+FEW_PAGES = 2048
+"""So many pages are protected again in a fraction of a millisecond."""
+
+_ROUNDS = 8
+"""A guest that writes faster than its pages are protected is stopped nevertheless."""
+
+_FEW_FAULTS = 32
+_MANY_PAGES = 512
+"""Let through at a fault after so many of them, before the instant: a guest that has to be
+stopped must not wait for each page until it is."""
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Consecutive pages of a block as they were.
+    """Pages of a block as they were.
 
     Attributes:
         block: Index of the block.
-        first: First page.
-        count: Pages.
-        content: Shape ``(count, page size)``, or None if all of them are zero.
-        is_copy: Whether the content has memory of its own.
+        pages: Page numbers, ascending, shape ``(n,)``.
+        rows: Which row of the content each of them has, shape ``(n,)``; consecutive pages have
+            consecutive rows.
+        content: Shape ``(m, page size)``, or None if all pages are zero.
     """
 
     block: int
-    first: int
-    count: int
+    pages: Pages
+    rows: Pages
     content: Bytes | None
-    is_copy: bool = False
+
+
+class _Slab:
+    """Copies of pages of one block, in the order in which they were written to."""
+
+    def __init__(self, block: int, content: Bytes) -> None:
+        self.block = block
+        self.content = content
+        self.pages = np.empty(len(content), np.int64)
+        self.used = 0
+
+    def piece(self) -> Piece:
+        pages = self.pages[: self.used]
+        order = np.argsort(pages)
+        ascending = pages[order]
+        return Piece(self.block, ascending, np.arange(self.used), self.content[order])
 
 
 class MemoryAtInstant:
@@ -70,26 +97,21 @@ class MemoryAtInstant:
         self._is_closed = False
         self._is_gone = False
         self._memories: list[SharedMemory] = []
-        self._piece_pages: list[int] = []
+        self._grains: list[int] = []
         for block in blocks:
             assert isinstance(block.memory, SharedMemory)
             self._memories.append(block.memory)
-            self._piece_pages.append(max(PIECE_BYTES, block.memory.grain_bytes) // block.page_size)
-        self._taken: list[npt.NDArray[np.bool_]] = [
-            np.zeros(-(-block.page_count // pages), np.bool_)
-            for block, pages in zip(self._blocks, self._piece_pages, strict=True)
-        ]
-        self._written: set[tuple[int, int]] = set()
-        self._copies: deque[Piece] = deque()
-        self._copied_bytes = 0
-        self._spare: list[Bytes] = []
+            self._grains.append(block.memory.grain_bytes // block.page_size)
+        self._written = self._bools()
+        self._held = self._bools()
+        self._taken = self._bools()
+        self._slabs: deque[_Slab] = deque()
         self._next = (0, 0)
-        self._bounce = _aligned(
-            max(
-                (pages * block.page_size for block, pages in self._sizes()),
-                default=0,
-            )
-        )
+        self._expected = (-1, -1)
+        self._ahead = 1
+        self._early_faults = 0
+        most = max(map(self._take_pages, range(len(blocks))), default=1)
+        self._bounce = _aligned(most * max((block.page_size for block in blocks), default=1))
 
     def arm(self) -> None:
         """Protect all pages of the guest, which may run.
@@ -100,6 +122,16 @@ class MemoryAtInstant:
         self._faults.claim(self._on_fault)
         for index, block in enumerate(self._blocks):
             self._faults.protect(index, 0, block.page_count)
+        # A page that gets memory from now on is written to, or is zero.
+        for memory, held in zip(self._memories, self._held, strict=True):
+            for first, count in memory.data_runs().tolist():
+                held[first : first + count] = True
+        last = -1
+        for _ in range(_ROUNDS):
+            found = self._protect_written()
+            if found <= FEW_PAGES or 0 <= last <= found:
+                return
+            last = found
 
     def freeze(self) -> None:
         """Make now the instant: the guest stands still until this returns.
@@ -107,18 +139,14 @@ class MemoryAtInstant:
         Raises:
             GuestError: It is gone.
         """
+        self._protect_written()
         with self._changed:
-            for index, piece in self._written:
-                self._faults.protect(index, *self._extent(index, piece))
             self._is_frozen = True
 
     def pieces(self) -> Iterator[Piece]:
         """Every page once; a content is valid until the next one is asked for."""
         while (piece := self._next_piece()) is not None:
             yield piece
-            if piece.is_copy and piece.content is not None:
-                with self._changed:
-                    self._spare.append(piece.content)
 
     def close(self) -> None:
         """Let the guest write what it likes."""
@@ -127,72 +155,120 @@ class MemoryAtInstant:
             self._changed.notify_all()
         self._faults.release()
 
-    def _sizes(self) -> Iterator[tuple[RamBlock, int]]:
-        for block, pages in zip(self._blocks, self._piece_pages, strict=True):
-            yield block, max(pages, TAKE_BYTES // block.page_size // pages * pages)
+    def _bools(self) -> list[npt.NDArray[np.bool_]]:
+        return [np.zeros(block.page_count, np.bool_) for block in self._blocks]
 
-    def _extent(self, index: int, piece: int, pieces: int = 1) -> tuple[int, int]:
-        """First page and count of consecutive pieces."""
-        pages = self._piece_pages[index]
-        first = piece * pages
-        return first, min(pages * pieces, self._blocks[index].page_count - first)
+    def _take_pages(self, index: int) -> int:
+        grain = self._grains[index]
+        return max(grain, TAKE_BYTES // self._blocks[index].page_size // grain * grain)
+
+    def _protect_written(self) -> int:
+        """Protect again what was written; how many pages those were."""
+        found = 0
+        with self._changed:
+            for index, written in enumerate(self._written):
+                pages = np.flatnonzero(written)
+                found += len(pages)
+                self._held[index][pages] = True
+                written[pages] = False
+                for first, count in page_runs(pages).tolist():
+                    self._faults.protect(index, first, count)
+        return found
 
     def _on_fault(self, index: int, page: int) -> None:
-        piece = page // self._piece_pages[index]
-        first, count = self._extent(index, piece)
+        grain = self._grains[index]
         with self._changed:
             if not self._is_frozen:
-                self._written.add((index, piece))
-                self._faults.allow(index, first, count)
+                self._let_through_early(index, page)
                 return
-            while (
-                self._copied_bytes >= COPIES_BYTES
-                and not self._taken[index][piece]
-                and not self._is_closed
-            ):
-                self._changed.wait()
-            if not (self._taken[index][piece] or self._is_closed):
-                size = self._blocks[index].page_size
-                into = self._buffer(count, size)
-                content = self._copy(index, first, into)
-                if content is None:
-                    self._spare.append(into)
-                self._copies.append(Piece(index, first, count, content, is_copy=True))
-                self._copied_bytes += count * size
-                self._taken[index][piece] = True
-            self._faults.allow(index, first, count)
+            is_next = (index, page) == self._expected
+            self._ahead = min(2 * self._ahead, AHEAD_PAGES) if is_next else 1
+            first = page // grain * grain
+            end = first + max(grain, self._ahead // grain * grain)
+            end = min(end, self._blocks[index].page_count)
+            self._expected = index, end
+            for at in range(first, end, grain):
+                self._keep(index, at, min(at + grain, end))
+            self._faults.allow(index, first, end - first)
+
+    def _let_through_early(self, index: int, page: int) -> None:
+        """Note a write before the instant, and that its neighbours may be written too."""
+        self._early_faults += 1
+        count = max(
+            self._grains[index], AHEAD_PAGES if self._early_faults <= _FEW_FAULTS else _MANY_PAGES
+        )
+        first = page // count * count
+        end = min(first + count, self._blocks[index].page_count)
+        self._written[index][first:end] = True
+        self._faults.allow(index, first, end - first)
+
+    def _keep(self, index: int, first: int, end: int) -> None:
+        """Copy pages that are about to be written, unless that was done."""
+        while (
+            not self._taken[index][first]
+            and len(self._slabs) >= WAITING_SLABS
+            and self._room(index) < end - first
+            and not self._is_closed
+        ):
+            self._changed.wait()
+        if self._taken[index][first] or self._is_closed:
+            return
+        if self._room(index) < end - first:
+            size = self._blocks[index].page_size
+            rows = np.empty((self._take_pages(index), size), np.uint8)
+            self._slabs.append(_Slab(index, rows))
+        slab = self._slabs[-1]
+        rows = slab.content[slab.used : slab.used + end - first]
+        rows[:] = self._pages(index, first, end) if self._held[index][first:end].any() else 0
+        slab.pages[slab.used : slab.used + end - first] = np.arange(first, end)
+        slab.used += end - first
+        self._taken[index][first:end] = True
+
+    def _room(self, index: int) -> int:
+        """Pages that the last slab can still take of a block."""
+        slab = self._slabs[-1] if self._slabs else None
+        return len(slab.content) - slab.used if slab is not None and slab.block == index else 0
 
     def _next_piece(self) -> Piece | None:
-        """A copy that waits, or the next pages in order that nobody took; None at the end."""
+        """Copies that wait, or the next pages in order that nobody took; None at the end."""
         with self._changed:
-            if self._copies:
-                piece = self._copies.popleft()
-                self._copied_bytes -= piece.count * self._blocks[piece.block].page_size
+            if self._slabs:
+                slab = self._slabs.popleft()
                 self._changed.notify_all()
-                return piece
-            return self._take()
+            else:
+                return self._take()
+        return slab.piece()
 
     def _take(self) -> Piece | None:
-        index, piece = self._next
+        index, first = self._next
         while index < len(self._blocks):
             taken = self._taken[index]
-            free = np.flatnonzero(~taken[piece:])
+            end = min(first + self._take_pages(index), len(taken))
+            free = np.flatnonzero(~taken[first:end])
             if len(free):
                 break
-            index, piece = index + 1, 0
+            index, first = (index, end) if end < len(taken) else (index + 1, 0)
         else:
             return None
-        piece += int(free[0])
-        most = self._bounce.size // (self._piece_pages[index] * self._blocks[index].page_size)
-        others = np.flatnonzero(taken[piece : piece + most])
-        pieces = int(others[0]) if len(others) else min(most, len(taken) - piece)
-        first, count = self._extent(index, piece, pieces)
         size = self._blocks[index].page_size
-        content = self._copy(index, first, self._bounce[: count * size].reshape(-1, size))
-        taken[piece : piece + pieces] = True
-        self._next = index, piece + pieces
-        self._let_through(index, first, count)
-        return Piece(index, first, count, content)
+        content = None
+        if self._held[index][first:end].any():
+            # A look at what was never touched would give it memory.
+            content = self._bounce[: (end - first) * size].reshape(-1, size)
+            held = self._held[index][first:end]
+            if held.all():
+                content[:] = self._pages(index, first, end)
+            else:
+                content[held] = self._pages(index, first, end)[held]
+                content[~held] = 0
+        taken[first:end] = True
+        self._next = index, end
+        self._let_through(index, first, end - first)
+        return Piece(index, free + first, free, content)
+
+    def _pages(self, index: int, first: int, end: int) -> Bytes:
+        size = self._blocks[index].page_size
+        return self._memories[index].view[first * size : end * size].reshape(-1, size)
 
     def _let_through(self, index: int, first: int, count: int) -> None:
         """Allow writes; a workload that has died since the instant needs no leave."""
@@ -202,24 +278,6 @@ class MemoryAtInstant:
             self._faults.allow(index, first, count)
         except GuestError:
             self._is_gone = True
-
-    def _copy(self, index: int, first: int, into: Bytes) -> Bytes | None:
-        """Copy pages; a look at what was never touched would give it memory."""
-        runs = self._memories[index].data_runs(first, len(into))
-        if not len(runs):
-            return None
-        pages = self._memories[index].view.reshape(-1, into.shape[1])
-        if int(runs[:, 1].sum()) < len(into):
-            into[:] = 0
-        for start, count in runs.tolist():
-            into[start - first : start - first + count] = pages[start : start + count]
-        return into
-
-    def _buffer(self, count: int, page_size: int) -> Bytes:
-        for at, spare in enumerate(self._spare):
-            if spare.shape == (count, page_size):
-                return self._spare.pop(at)
-        return _aligned(count * page_size).reshape(count, page_size)
 
 
 def _aligned(size: int) -> Bytes:

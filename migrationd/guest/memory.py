@@ -247,19 +247,13 @@ class SharedMemory(MappedMemory):
         rows = np.frombuffer(view_of(source, self._page_size), np.uint8).reshape(1, -1)
         self.write_run(page, rows)
 
-    def data_runs(self, first_page: int = 0, page_count: int | None = None) -> Pages:
+    def data_runs(self) -> Pages:
         """Runs of pages that may hold something, shape ``(n, 2)``: first page, count.
 
         What was never touched is left out without touching it.
-
-        Args:
-            first_page: Where to begin to look.
-            page_count: How many pages to look at; None for all that follow.
         """
         runs: list[tuple[int, int]] = []
-        size, at = len(self.view), first_page * self._page_size
-        if page_count is not None:
-            size = min(size, at + page_count * self._page_size)
+        size, at = len(self.view), 0
         while at < size:
             try:
                 begin = os.lseek(self._fd, at, os.SEEK_DATA)
@@ -267,8 +261,6 @@ class SharedMemory(MappedMemory):
                 if error.errno == errno.ENXIO:
                     break
                 raise GuestError(f"a memfd's holes: {error.strerror}") from error
-            if begin >= size:
-                break
             at = min(size, os.lseek(self._fd, begin, os.SEEK_HOLE))
             if begin < at:
                 first = begin // self._page_size

@@ -130,14 +130,12 @@ def send_pieces(saver: RamSaver, blocks: Sequence[RamBlock], pieces: Iterator[Pi
     saver.begin_parts()
     for piece in pieces:
         block = blocks[piece.block]
-        numbers = np.arange(piece.first, piece.first + piece.count)
         if piece.content is None:
-            saver.send(block, numbers, is_zero=True)
+            saver.send(block, piece.pages, is_zero=True)
             continue
         words = piece.content.view(np.uint64)
-        is_full = np.bitwise_or.reduce(words, axis=1).astype(np.bool_)
-        saver.send(block, numbers[~is_full], is_zero=True)
-        places = np.flatnonzero(is_full)
-        copied = piece.content.reshape(-1), places
-        saver.send(block, places + piece.first, is_zero=False, copied=copied)
+        is_full = np.bitwise_or.reduce(words, axis=1)[piece.rows].astype(np.bool_)
+        saver.send(block, piece.pages[~is_full], is_zero=True)
+        copied = piece.content.reshape(-1), piece.rows[is_full]
+        saver.send(block, piece.pages[is_full], is_zero=False, copied=copied)
     saver.end_parts()

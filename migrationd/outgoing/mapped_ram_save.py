@@ -15,7 +15,7 @@ from migrationd.guest.base import Guest, Live
 from migrationd.guest.device import DeviceState
 from migrationd.guest.guest_file import GuestFile
 from migrationd.guest.instant import Piece
-from migrationd.guest.memory import FileMemory
+from migrationd.guest.memory import FileMemory, page_runs
 from migrationd.guest.ram_block import RamBlock
 from migrationd.migration.dialect import Dialect
 from migrationd.outgoing.device_save import EMPTY_VMDESCRIPTION
@@ -149,11 +149,14 @@ class MappedRamSaver:
             for piece in pieces:
                 if piece.content is None:
                     continue
-                is_full = np.bitwise_or.reduce(piece.content.view(np.uint64), axis=1) != 0
-                self._present[piece.block][piece.first : piece.first + piece.count] = is_full
+                words = piece.content.view(np.uint64)
+                is_full = np.bitwise_or.reduce(words, axis=1)[piece.rows] != 0
+                pages = piece.pages[is_full]
+                self._present[piece.block][pages] = True
                 place = self._layout.blocks[piece.block]
-                source = PageSource(piece.content.reshape(-1), is_full, ram[piece.block].page_size)
-                writer.write_part(source, place, piece.first)
+                runs = page_runs(pages)
+                rows = piece.rows[np.searchsorted(piece.pages, runs[:, 0])]
+                writer.write_runs(place, runs, rows, piece.content)
         finally:
             writer.close()
         return self._zero_count()

@@ -11,7 +11,7 @@ import errno
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -127,21 +127,28 @@ class PageWriter:
         if failures:
             raise failures[0]
 
-    def write_part(self, source: PageSource, place: PlacedBlock, first: int) -> None:
-        """Write the pages of a part of a block that are not zero.
+    def write_runs(self, place: PlacedBlock, runs: Pages, rows: Pages, content: Bytes) -> None:
+        """Write runs of pages, whose contents are elsewhere than in their block.
 
         Args:
-            source: The part.
             place: Where the block's pages go.
-            first: Number of the part's first page in its block.
+            runs: First page and count of each, shape ``(n, 2)``.
+            rows: Row of the content that each run begins with, shape ``(n,)``.
+            content: Shape ``(m, page size)``.
 
         Raises:
             OSError: As :meth:`write`.
             Exception: What ``chunk_bytes`` raised.
         """
-        shifted = replace(place, pages_position=place.pages_position + first * source.page_size)
-        for chunk in self._chunks_of(source, shifted):
-            self._write_chunk(*chunk)
+        size = content.shape[1]
+        for (first, count), row in zip(runs.tolist(), rows.tolist(), strict=True):
+            done = 0
+            while done < count:
+                step = max(1, min(count - done, self._chunk_bytes() // size))
+                data = content[row + done : row + done + step].reshape(-1)
+                self._write_content(data, place.pages_position + (first + done) * size)
+                self._on_written(len(data), step)
+                done += step
 
     def close(self) -> None:
         """Release what was opened here."""
@@ -163,16 +170,14 @@ class PageWriter:
     def _chunks(self) -> Iterator[Chunk]:
         """What is to be written, in the order of the file."""
         for source, place in self._blocks:
-            if not self._share(source, place):
-                yield from self._chunks_of(source, place)
-
-    def _chunks_of(self, source: PageSource, place: PlacedBlock) -> Iterator[Chunk]:
-        for first, count in runs_to_write(source.present, source.page_size).tolist():
-            done = 0
-            while done < count:
-                step = max(1, min(count - done, self._chunk_bytes() // source.page_size))
-                yield source, place, first + done, step
-                done += step
+            if self._share(source, place):
+                continue
+            for first, count in runs_to_write(source.present, source.page_size).tolist():
+                done = 0
+                while done < count:
+                    step = max(1, min(count - done, self._chunk_bytes() // source.page_size))
+                    yield source, place, first + done, step
+                    done += step
 
     def _share(self, source: PageSource, place: PlacedBlock) -> bool:
         """Let the new file share the pages of the block's file, if both allow it."""
@@ -199,11 +204,14 @@ class PageWriter:
         content = source.view[start:end]
         position = place.pages_position + start
         pages = int(np.count_nonzero(source.present[first : first + count]))
+        self._write_content(content, position)
+        self._on_written(len(content), pages)
+
+    def _write_content(self, content: Bytes, position: int) -> None:
         if self._may_bypass(content, position):
             self._write_direct(content, position)
         else:
             write_at(self._fd, content.data, position)
-        self._on_written(len(content), pages)
 
     def _may_bypass(self, content: Bytes, position: int) -> bool:
         if self._direct_fd is None or (len(content) < DIRECT_BYTES and not self._needs_direct):

@@ -96,10 +96,11 @@ def collect(guest: AttachedGuest, memory: MemoryAtInstant) -> Contents:
     found = [np.zeros(block.used_length, np.uint8) for block in guest.ram]
     seen = [np.zeros(block.page_count, np.int64) for block in guest.ram]
     for piece in memory.pieces():
-        seen[piece.block][piece.first : piece.first + piece.count] += 1
+        assert (np.diff(piece.pages) > 0).all()
+        seen[piece.block][piece.pages] += 1
         if piece.content is not None:
-            begin = piece.first * PAGE
-            found[piece.block][begin : begin + piece.content.size] = piece.content.reshape(-1)
+            rows = found[piece.block].reshape(-1, PAGE)
+            rows[piece.pages] = piece.content[piece.rows]
     assert all((counts == 1).all() for counts in seen)
     return found
 
@@ -123,7 +124,6 @@ def test_what_is_written_since_is_not_in_it(
 def test_what_is_written_while_it_is_read_is_not_in_it(
     attached: "tuple[AttachedGuest, subprocess.Popen[bytes]]", monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(instant, "PIECE_BYTES", 8192)
     monkeypatch.setattr(instant, "TAKE_BYTES", 16384)
     guest, _ = attached
     for _ in range(3):
@@ -137,8 +137,8 @@ def test_what_is_written_while_it_is_read_is_not_in_it(
 def test_a_guest_that_writes_more_than_may_wait_goes_on_when_something_was_sent(
     attached: "tuple[AttachedGuest, subprocess.Popen[bytes]]", monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(instant, "PIECE_BYTES", PAGE)
-    monkeypatch.setattr(instant, "COPIES_BYTES", 16 * PAGE)
+    monkeypatch.setattr(instant, "TAKE_BYTES", 4 * PAGE)
+    monkeypatch.setattr(instant, "WAITING_SLABS", 4)
     guest, _ = attached
     memory = guest.memory_at_instant()
     before = freeze(guest, memory)
@@ -153,8 +153,8 @@ def test_a_guest_that_writes_more_than_may_wait_goes_on_when_something_was_sent(
 def test_one_that_is_given_up_lets_it_go_on(
     attached: "tuple[AttachedGuest, subprocess.Popen[bytes]]", monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(instant, "PIECE_BYTES", PAGE)
-    monkeypatch.setattr(instant, "COPIES_BYTES", PAGE)
+    monkeypatch.setattr(instant, "TAKE_BYTES", PAGE)
+    monkeypatch.setattr(instant, "WAITING_SLABS", 1)
     guest, _ = attached
     memory = guest.memory_at_instant()
     before = freeze(guest, memory)
