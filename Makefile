@@ -67,6 +67,7 @@ bench: $(STAMP) qemu ## throughput, monitor latency and CPU seconds beside QEMU'
 	$(BIN)/python -m benchmarks.snapshot
 	$(BIN)/python -m benchmarks.postcopy
 	$(BIN)/python -m benchmarks.workload_postcopy
+	$(BIN)/python -m benchmarks.cpr
 
 schemas: $(STAMP) ## write schemas/ anew from the models
 	$(BIN)/python -m migrationd.qmp.schema --write

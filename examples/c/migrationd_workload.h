@@ -30,9 +30,11 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/file.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/un.h>
 #include <time.h>
@@ -65,6 +67,8 @@ struct mw_block {
     size_t size;
     int fd;
     void *memory;
+    int lock_fd;  /* -1 while the workload stands still */
+    bool is_lent; /* another process's memory, whose state has not come yet */
 };
 
 struct mw_workload {
@@ -101,6 +105,29 @@ static inline struct mw_workload *mw_create(const char *name)
     return w;
 }
 
+/* Memory goes from process to process by its memfd: who runs on it holds a lock on it. */
+static inline void mw_unlock(struct mw_block *block)
+{
+    if (block->lock_fd >= 0) {
+        flock(block->lock_fd, LOCK_UN);
+        close(block->lock_fd);
+    }
+    block->lock_fd = -1;
+}
+
+static inline bool mw_lock(struct mw_block *block)
+{
+    char path[64];
+    if (block->lock_fd >= 0)
+        return true;
+    snprintf(path, sizeof(path), "/proc/self/fd/%d", block->fd);
+    block->lock_fd = open(path, O_RDWR | O_CLOEXEC);
+    if (block->lock_fd < 0 || flock(block->lock_fd, LOCK_EX | LOCK_NB) == 0)
+        return true;
+    mw_unlock(block);
+    return false;
+}
+
 /* Memory that is shared with the daemon, zero at first; NULL and errno on failure. */
 static inline void *mw_add_block(struct mw_workload *w, const char *name, size_t size)
 {
@@ -123,7 +150,8 @@ static inline void *mw_add_block(struct mw_workload *w, const char *name, size_t
         close(fd);
         return NULL;
     }
-    w->blocks[w->block_count++] = (struct mw_block){name, size, fd, memory};
+    w->blocks[w->block_count] = (struct mw_block){name, size, fd, memory, -1, false};
+    mw_lock(&w->blocks[w->block_count++]);
     return memory;
 }
 
@@ -390,6 +418,49 @@ static inline bool mw_same_devices(struct mw_workload *w, const char *text)
     return true;
 }
 
+/* Put another memfd in a block's place, at the same address. */
+static inline bool mw_remap(struct mw_workload *w, const char *text, int fd)
+{
+    for (int i = 0; i < w->block_count; i++) {
+        struct mw_block *block = &w->blocks[i];
+        struct stat status;
+        char wanted[320];
+        snprintf(wanted, sizeof(wanted), "\"block\": \"%s\"", block->name);
+        if (!strstr(text, wanted))
+            continue;
+        if (w->is_open || fstat(fd, &status) < 0 || status.st_size < (off_t)block->size)
+            return false;
+        int own = fcntl(fd, F_DUPFD_CLOEXEC, 3);
+        if (own < 0 || mmap(block->memory, block->size, PROT_READ | PROT_WRITE,
+                            MAP_SHARED | MAP_FIXED, own, 0) == MAP_FAILED) {
+            close(own);
+            return false;
+        }
+        mw_unlock(block);
+        close(block->fd);
+        block->fd = own;
+        block->is_lent = strstr(text, "\"is_lent\": true") != NULL;
+        struct uffdio_register range = {
+            .range = {(uintptr_t)block->memory, block->size},
+            .mode = UFFDIO_REGISTER_MODE_WP,
+        };
+        return w->userfaultfd < 0 || ioctl(w->userfaultfd, UFFDIO_REGISTER, &range) == 0;
+    }
+    return false;
+}
+
+static inline bool mw_run(struct mw_workload *w, bool is_open)
+{
+    bool has_all = true;
+    for (int i = 0; is_open && i < w->block_count; i++)
+        has_all = has_all && mw_lock(&w->blocks[i]);
+    if (has_all)
+        mw_set_open(w, is_open);
+    for (int i = 0; (!is_open || !has_all) && i < w->block_count; i++)
+        mw_unlock(&w->blocks[i]);
+    return has_all;
+}
+
 static inline void mw_tell(struct mw_workload *w, bool *flag)
 {
     pthread_mutex_lock(&w->lock);
@@ -424,13 +495,14 @@ static inline void *mw_serve(void *argument)
             continue;
         }
         if (mw_names(text, "stop"))
-            mw_set_open(w, false);
+            mw_run(w, false);
         else if (mw_names(text, "begin") && strstr(text, "destination")) {
-            mw_set_open(w, false);
+            mw_run(w, false);
             w->is_lazy = w->ran_lazily = false;
         } else if (mw_names(text, "start")) {
             w->ran_lazily = w->is_lazy;
-            mw_set_open(w, true);
+            if (!mw_run(w, true))
+                error = "another process runs on this memory";
         } else if (mw_names(text, "lazy"))
             w->is_lazy = true;
         else if (mw_names(text, "whole"))
@@ -441,6 +513,10 @@ static inline void *mw_serve(void *argument)
             error = "the source's devices are not those of this program";
         else if (mw_names(text, "load") && !mw_load_devices(w, fd))
             error = "the state of the devices is cut short";
+        else if (mw_names(text, "remap") && !mw_remap(w, text, fd))
+            error = "the memory cannot be put in the block's place";
+        for (int i = 0; !error && mw_names(text, "load") && i < w->block_count; i++)
+            w->blocks[i].is_lent = false;
         if (fd >= 0)
             close(fd);
         char reply[256];
@@ -455,6 +531,10 @@ static inline void *mw_serve(void *argument)
     free(text);
     if (w->ran_lazily)
         _exit(75); /* what is missing would read as zero: better no guest than a wrong one */
+    for (int i = 0; i < w->block_count; i++)
+        if (w->blocks[i].is_lent) /* let go of it: it is the source's */
+            mmap(w->blocks[i].memory, w->blocks[i].size, PROT_READ | PROT_WRITE,
+                 MAP_SHARED | MAP_FIXED | MAP_ANONYMOUS, -1, 0);
     mw_tell(w, &w->is_gone);
     return NULL;
 }

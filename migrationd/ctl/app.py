@@ -21,6 +21,12 @@ from migrationd.ctl.progress import Progress
 from migrationd.ctl.status import read_status, show_status
 from migrationd.ctl.watch import follow, make_display
 from migrationd.errors import MigrationdError
+from migrationd.transport.address import (
+    InetAddress,
+    UnixAddress,
+    parse_uri,
+    socket_address_to_qapi,
+)
 
 app = typer.Typer(
     name="migrationctl",
@@ -126,10 +132,18 @@ def migrate(
     max_bandwidth: Annotated[
         str | None, typer.Option(metavar="SIZE", help="per second, 64M for example; 0: no limit")
     ] = None,
+    cpr: Annotated[
+        str | None,
+        typer.Option(metavar="PATH", help="hand its memory over by descriptors: cpr-transfer"),
+    ] = None,
     detach: Annotated[bool, typer.Option("--detach", "-d", help="do not follow it")] = False,
 ) -> None:
     """Send the guest and follow it until it has arrived."""
-    parameters = {}
+    parameters: dict[str, object] = {}
+    target: dict[str, object] = {"uri": uri}
+    if cpr is not None:
+        parameters["mode"] = "cpr-transfer"
+        target = {"channels": _cpr_channels(uri, cpr)}
     if max_bandwidth is not None:
         parameters["max-bandwidth"] = parse_size(max_bandwidth)
     states = [_capability_state(text) for text in capability or ()]
@@ -139,7 +153,7 @@ def migrate(
             await monitor.execute("migrate-set-capabilities", {"capabilities": states})
         if parameters:
             await monitor.execute("migrate-set-parameters", parameters)
-        await monitor.execute("migrate", {"uri": uri})
+        await monitor.execute("migrate", target)
         if detach:
             return None
         with make_display(console) as display:
@@ -148,6 +162,17 @@ def migrate(
     progress = _with_monitor(context, action)
     if progress is not None:
         _exit_as(progress)
+
+
+def _cpr_channels(uri: str, path: str) -> list[dict[str, object]]:
+    address = parse_uri(uri)
+    if not isinstance(address, InetAddress | UnixAddress):
+        raise typer.BadParameter("--cpr needs a main channel over tcp: or unix:")
+    cpr = UnixAddress(path)
+    return [
+        {"channel-type": kind, "addr": {"transport": "socket", **socket_address_to_qapi(at)}}
+        for kind, at in (("main", address), ("cpr", cpr))
+    ]
 
 
 def _capability_state(text: str) -> dict[str, object]:

@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from migrationd.clock import SystemClock
 from migrationd.config import DaemonConfig
@@ -135,8 +136,8 @@ def incoming_channels(texts: Sequence[str]) -> list[MigrationChannel]:
             channels.pop("main", None)
             continue
         try:
-            if text.startswith("{"):
-                tree = json.loads(text)
+            if text.startswith(("{", "main,", "cpr,")):
+                tree = json.loads(text) if text.startswith("{") else _channel_tree(text)
                 kind = tree.get("channel-type", "main")
                 assert kind in ("main", "cpr")
                 channels[kind] = MigrationChannel(kind, address_from_qapi(tree["addr"]))
@@ -147,6 +148,14 @@ def incoming_channels(texts: Sequence[str]) -> list[MigrationChannel]:
         except (ValueError, KeyError, TypeError, AssertionError):
             raise ConfigError(f"-incoming {text}: not a MigrationChannel") from None
     return list(channels.values())
+
+
+def _channel_tree(text: str) -> dict[str, Any]:
+    """``cpr,addr.transport=socket,addr.type=unix,addr.path=P`` as the tree of its JSON form."""
+    kind, *settings = text.split(",")
+    pairs = (setting.partition("=") for setting in settings)
+    address = {key.removeprefix("addr."): value for key, _, value in pairs}
+    return {"channel-type": kind, "addr": address}
 
 
 def _number_fd(name: str) -> int:

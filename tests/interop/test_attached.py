@@ -82,6 +82,13 @@ async def pair(
         yield Pair(source, destination, here, there)
 
 
+def compile_counter(binary: Path) -> None:
+    """Make the example in C."""
+    source = PROGRAM.parent / "c" / "counter.c"
+    command = ["cc", "-Wall", "-Wextra", "-Werror", "-O2", "-o", binary, source, "-lpthread"]
+    subprocess.run(command, check=True)
+
+
 @pytest.mark.parametrize("return_path", [True, False])
 async def test_it_goes_on_where_it_was_and_has_lost_nothing(
     tmp_path: Path, return_path: bool
@@ -110,9 +117,7 @@ async def test_it_goes_on_where_it_was_and_has_lost_nothing(
 @pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler: apt-get install gcc")
 async def test_a_program_in_c_moves_as_well(tmp_path: Path) -> None:
     binary = tmp_path / "counter"
-    source = PROGRAM.parent / "c" / "counter.c"
-    command = ["cc", "-Wall", "-Wextra", "-Werror", "-O2", "-o", binary, source, "-lpthread"]
-    subprocess.run(command, check=True)
+    compile_counter(binary)
     async with pair(tmp_path, binary=binary) as two:
         await two.here.wait_passes(1)
         await two.begin()

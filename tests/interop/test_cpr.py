@@ -1,6 +1,9 @@
 """cpr-transfer: a guest goes to another process on this host, its memory by descriptors."""
 
+import asyncio
 import contextlib
+import shutil
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -8,7 +11,7 @@ import pytest
 from qemu.qmp import QMPError
 
 from migrationd.ctl.daemon_process import DaemonProcess
-from tests.interop.test_attached import Pair
+from tests.interop.test_attached import Pair, compile_counter
 from tests.support.cpr import channel, incoming_arguments
 from tests.support.dirtier import PROGRAM, DirtierProcess
 
@@ -17,11 +20,18 @@ pytestmark = pytest.mark.interop
 
 @contextlib.asynccontextmanager
 async def pair(
-    directory: Path, *, mib: int = 16, there_program: Path = PROGRAM, there_mib: int | None = None
+    directory: Path,
+    *,
+    mib: int = 16,
+    there_program: Path = PROGRAM,
+    there_mib: int | None = None,
+    binary: Path | None = None,
 ) -> AsyncIterator[Pair]:
     """Two workloads and their daemons, ready for cpr-transfer."""
-    here = DirtierProcess(directory, "here", mib=mib)
-    there = DirtierProcess(directory, "there", mib=there_mib or mib, program=there_program)
+    here = DirtierProcess(directory, "here", mib=mib, binary=binary)
+    there = DirtierProcess(
+        directory, "there", mib=there_mib or mib, program=there_program, binary=binary
+    )
     async with contextlib.AsyncExitStack() as stack:
         source = await stack.enter_async_context(
             await DaemonProcess.start(arguments=here.daemon_arguments)
@@ -99,3 +109,63 @@ async def test_the_source_cannot_take_it_back(tmp_path: Path) -> None:
         with pytest.raises(QMPError, match="Can't migrate the vm"):
             await migrate(two, tmp_path)
         await two.there.wait_passes(1)
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler: apt-get install gcc")
+async def test_a_program_in_c_goes_on_as_well(tmp_path: Path) -> None:
+    binary = tmp_path / "counter"
+    compile_counter(binary)
+    async with pair(tmp_path, binary=binary) as two:
+        await two.here.wait_passes(1)
+        await listen(two, tmp_path)
+        await migrate(two, tmp_path)
+        await two.source.wait_migration("completed")
+        last = two.here.progress()
+        after = await two.there.wait_passes(2)
+        assert last is not None
+        assert after.place > last.place
+        assert two.here.progress() == last
+
+
+async def test_what_came_by_descriptors_leaves_by_precopy(tmp_path: Path) -> None:
+    """Its writes are tracked in the memory that it has now."""
+    third = DirtierProcess(tmp_path, "third")
+    async with pair(tmp_path) as two:
+        await listen(two, tmp_path)
+        await migrate(two, tmp_path)
+        await two.source.wait_migration("completed")
+        await two.there.wait_passes(1)
+        async with (
+            await DaemonProcess.start(
+                incoming="tcp:127.0.0.1:0", arguments=third.daemon_arguments
+            ) as last,
+            third,
+        ):
+            await two.destination.set_capabilities({"return-path": True})
+            await two.destination.execute("migrate", {"uri": await last.listening_uri()})
+            await two.destination.wait_migration("completed")
+            await third.wait_passes(2)
+
+
+async def test_as_a_person_does_it(tmp_path: Path) -> None:
+    here, there = DirtierProcess(tmp_path, "here"), DirtierProcess(tmp_path, "there")
+    monitor = tmp_path / "qmp"
+    cpr = f"cpr,addr.transport=socket,addr.type=unix,addr.path={tmp_path}/cpr"
+    async with (
+        await DaemonProcess.start(
+            arguments=[*here.daemon_arguments, "-qmp", f"unix:{monitor},server=on,wait=off"]
+        ) as source,
+        await DaemonProcess.start(
+            incoming=f"unix:{tmp_path}/main",
+            arguments=[*there.daemon_arguments, "-incoming", cpr],
+        ),
+        here,
+        there,
+    ):
+        await here.wait_passes(1)
+        await source.set_capabilities({"return-path": True})
+        command = [sys.executable, "-c", "from migrationd.ctl.app import main; main()"]
+        command += ["-s", str(monitor), "migrate", f"unix:{tmp_path}/main"]
+        process = await asyncio.create_subprocess_exec(*command, "--cpr", str(tmp_path / "cpr"))
+        assert await process.wait() == 0
+        await there.wait_passes(1)

@@ -45,7 +45,13 @@ async def load(peer: PeerProcess, uri: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("version", "is_shared"), [("7.2", True), ("10.0", True), ("11.1", True), ("11.1", False)]
+    ("version", "is_shared"),
+    [
+        pytest.param("7.2", True, marks=pytest.mark.matrix),
+        pytest.param("10.0", True, marks=pytest.mark.matrix),
+        ("11.1", True),
+        pytest.param("11.1", False, marks=pytest.mark.matrix),
+    ],
 )
 async def test_from_file_to_file(
     version: str, is_shared: bool, tmp_path: Path, closing: list[object]
@@ -92,6 +98,7 @@ async def test_from_file_to_file(
     await check_runs_on(before, destination, where)
 
 
+@pytest.mark.matrix
 async def test_both_ends_have_to_ignore_what_is_shared(
     tmp_path: Path, closing: list[object]
 ) -> None:
