@@ -61,6 +61,9 @@ class Cell:
 
 
 CELLS = tuple(
+    Cell("1 thread, pushed at 100 MB/s, preempt", 1, 2000, 100, 100_000_000, True, transport)
+    for transport in ("unix", "tcp")
+) + tuple(
     Cell(f"1 thread, pushed at full rate{', preempt' if preempt else ''}",
          1, 1000, 100, 0, preempt, transport)
     for transport in ("unix", "tcp")

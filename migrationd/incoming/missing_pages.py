@@ -16,6 +16,7 @@ from functools import partial
 from migrationd.errors import GuestError, MigrationdError
 from migrationd.guest.workload_block import WorkloadBlock
 from migrationd.linux.page_faults import MODE_MINOR, MODE_MISSING, read_faults, unregister
+from migrationd.linux.priority import urgent_thread
 from migrationd.linux.userfaultfd import MODE_WP, register
 from migrationd.migration.blocktime import Blocktime
 
@@ -136,6 +137,10 @@ class MissingPages:
         return len(self._waits)
 
     def _run(self) -> None:
+        with urgent_thread():
+            self._watch_faults()
+
+    def _watch_faults(self) -> None:
         try:
             poll = select.poll()
             poll.register(self._fd, select.POLLIN)

@@ -21,6 +21,7 @@ from migrationd.errors import ConnectFailed, MigrationdError, MigrationError, St
 from migrationd.guest.ram_block import RamBlock
 from migrationd.guest.workload_block import WorkloadBlock
 from migrationd.incoming.pages import place_record
+from migrationd.linux.priority import urgent_thread
 from migrationd.transport.channel import Channel
 
 log = logging.getLogger(__name__)
@@ -121,7 +122,8 @@ class PreemptReceiver:
             raise StreamCorrupt("a page before the RAM block list", section="preempt channel")
         if all(isinstance(block, WorkloadBlock) for block in blocks):
             workload_blocks = [block for block in blocks if isinstance(block, WorkloadBlock)]
-            self._read_one_by_one(channel, ram, workload_blocks, memoryview(scratch)[:count])
+            with urgent_thread():
+                self._read_one_by_one(channel, ram, workload_blocks, bytes(scratch[:count]))
             return
         decoder = PreemptDecoder(ram)
         decoder.feed(memoryview(scratch)[:count])
@@ -141,19 +143,18 @@ class PreemptReceiver:
         channel: Channel,
         ram: RamDecoder,
         blocks: Sequence[WorkloadBlock],
-        first: memoryview,
+        data: bytes,
     ) -> None:
         """For a guest that waits for each of these pages."""
         decoder = UrgentDecoder(ram.blocks, ram.page_size)
         begin = ctypes.addressof(ctypes.c_char.from_buffer(decoder.buffer))
-        decoder.free_view()[: len(first)] = first
-        count = len(first)
-        while count:
-            for page in decoder.received(count):
+        while data:
+            decoder.free_view()[: len(data)] = data
+            for page in decoder.received(len(data)):
                 source = begin + page.at if page.at >= 0 else -1
                 blocks[page.block].place_page(page.page, source)
             decoder.done()
             if decoder.is_ended:
                 return
-            count = channel.recv_into(decoder.free_view(), None)
+            data = channel.recv_blocking(len(decoder.free_view()))
         decoder.ended()

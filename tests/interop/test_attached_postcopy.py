@@ -148,3 +148,42 @@ async def test_it_goes_on_to_the_next_host_by_precopy(tmp_path: Path) -> None:
         after = await third.wait_passes(2)
         assert last is not None
         assert after.place > last.place
+
+
+async def test_multifd_until_the_switch(tmp_path: Path) -> None:
+    async with pair(tmp_path, multifd="none", incoming=POSTCOPY) as two:
+        await two.here.wait_passes(1)
+        await begin(two, preempt=False, rest=8 << 20)
+        await two.source.wait_migration("completed")
+        last = two.here.progress()
+        await two.there.wait_passes(2)
+        assert two.here.progress() == last
+        ram = (await two.source.query_migrate())["ram"]
+        assert ram["multifd-bytes"] > 0
+        assert ram["postcopy-bytes"] > 0
+
+
+async def test_a_precopy_that_ends_by_itself_is_one(tmp_path: Path) -> None:
+    """With the capability on, and nobody asking for postcopy."""
+    async with pair(tmp_path, incoming=PREEMPT) as two:
+        await two.here.wait_passes(1)
+        await two.source.set_capabilities({"postcopy-ram": True, "postcopy-preempt": True})
+        await two.source.execute("migrate", {"uri": await two.destination.listening_uri()})
+        await two.source.wait_migration("completed")
+        last = two.here.progress()
+        await two.there.wait_passes(2)
+        assert two.here.progress() == last
+
+
+async def test_at_once(tmp_path: Path) -> None:
+    """Before any of its memory was sent, and with a block that was hardly touched."""
+    async with pair(tmp_path, mib=64, incoming=POSTCOPY) as two:
+        await two.here.wait_running()
+        await two.source.set_capabilities({"postcopy-ram": True})
+        await two.source.set_parameters({"max-bandwidth": 1 << 20})
+        await two.source.execute("migrate", {"uri": await two.destination.listening_uri()})
+        await two.source.execute("migrate-start-postcopy")
+        await two.source.wait_migration("completed")
+        last = two.here.progress()
+        await two.there.wait_passes(2)
+        assert two.here.progress() == last
