@@ -16,6 +16,7 @@ from migrationd.units import parse_size
 
 TRACKING = ("auto", "pagemap", "userfaultfd")
 LOG_LEVELS = ("debug", "info", "warning", "error")
+COMPRESS_LEVELS = tuple("123456789")
 LOG_FORMATS = ("text", "json")
 
 
@@ -54,6 +55,7 @@ class DaemonConfig:
         ram_prealloc_bytes: Memory made ready for an incoming guest; 0 is none.
         learn_order: Remember in which order a guest asks for its pages, and follow it.
         start_postcopy: With ``postcopy-ram`` on, migrate without sending RAM first.
+        compress_level: How a parked guest's pages are deflated for QEMU up to 9.0; None: not.
         only_migratable: Refuse devices that cannot migrate.
         metrics: Host and port to serve Prometheus metrics on, or None.
         log_level: One of ``LOG_LEVELS``.
@@ -75,6 +77,7 @@ class DaemonConfig:
     ram_prealloc_bytes: int = 0
     learn_order: bool = True
     start_postcopy: bool = False
+    compress_level: int | None = None
     only_migratable: bool = False
     metrics: tuple[str, int] | None = None
     log_level: str = "info"
@@ -114,6 +117,8 @@ OPTIONS: tuple[_Option, ...] = (
             "send them in that order next time (on)"),
     _Option("start-postcopy", "", "with postcopy-ram on, let the guest run at its destination "
             "at once and send memory afterwards", is_flag=True),
+    _Option("compress", "LEVEL", "a parked guest leaves with pages deflated one by one (1 to 9), "
+            "as QEMU 2.4 to 9.0 takes them with its capability compress"),
     _Option("only-migratable", "", "refuse devices that cannot migrate", is_flag=True),
     _Option("metrics", "HOST:PORT", "serve Prometheus metrics over HTTP"),
     _Option("config", "FILE", "read options from a TOML file; the command line wins"),
@@ -292,6 +297,8 @@ def _apply(config: DaemonConfig, name: str, texts: list[str]) -> DaemonConfig:
             return replace(config, learn_order=_flag(name, text))
         case "start-postcopy":
             return replace(config, start_postcopy=_flag(name, text))
+        case "compress":
+            return replace(config, compress_level=int(_choice(name, text, COMPRESS_LEVELS)))
         case "only-migratable":
             return replace(config, only_migratable=_flag(name, text))
         case "guest":

@@ -3,11 +3,14 @@
 Reference: stream format 2.1 and 2.2; the decoder is ``codec/ram.py``.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
 from migrationd.codec.constants import (
     ENCODING_FLAG_XBZRLE,
+    RAM_SAVE_FLAG_COMPRESS_PAGE,
     RAM_SAVE_FLAG_CONTINUE,
     RAM_SAVE_FLAG_EOS,
     RAM_SAVE_FLAG_MEM_SIZE,
@@ -79,6 +82,23 @@ def xbzrle_records(
     records[is_head] = head.reshape(-1)
     records[~is_head] = edits
     return records
+
+
+def deflated_records(
+    pages: npt.NDArray[np.int64], page_size: int, deflated: Sequence[bytes]
+) -> bytes:
+    """COMPRESS_PAGE|CONTINUE records.
+
+    Args:
+        pages: Target page numbers, shape ``(n,)``.
+        page_size: Target page size in bytes.
+        deflated: A zlib stream of each page.
+    """
+    flags = RAM_SAVE_FLAG_COMPRESS_PAGE | RAM_SAVE_FLAG_CONTINUE
+    return b"".join(
+        (page * page_size | flags).to_bytes(8, "big") + len(data).to_bytes(4, "big") + data
+        for page, data in zip(pages.tolist(), deflated, strict=True)
+    )
 
 
 def encode_named_header(page: int, page_size: int, idstr: str, *, is_zero: bool) -> bytes:

@@ -551,6 +551,7 @@ class GuestControl:
             self.guest_uuid,
             starts_postcopy_at_once=self._config.start_postcopy,
             is_clone=self._config.keep,
+            compress_level=self._config.compress_level,
             learned=self._run.learned_order(),
         )
 

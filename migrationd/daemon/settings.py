@@ -2,6 +2,7 @@
 
 from uuid import UUID
 
+from migrationd.errors import QMPError
 from migrationd.guest.ram_block import IGNORE_SHARED
 from migrationd.incoming.berth import IncomingSettings
 from migrationd.migration.bitmap_mapping import BitmapMapping
@@ -13,6 +14,9 @@ from migrationd.outgoing.multifd_send import MultifdSettings
 from migrationd.outgoing.postcopy import PostcopySettings
 from migrationd.outgoing.postcopy_learned import Order
 
+_WITHOUT_COMPRESS = ("multifd", "postcopy-ram", "mapped-ram", "background-snapshot")
+"""Pages that are deflated one by one go on the main connection, in precopy."""
+
 
 def outgoing_settings(
     options: MigrationOptions,
@@ -20,6 +24,7 @@ def outgoing_settings(
     *,
     starts_postcopy_at_once: bool,
     is_clone: bool = False,
+    compress_level: int | None = None,
     learned: Order | None,
 ) -> OutgoingSettings:
     """What ``migrate`` goes by from now on.
@@ -29,10 +34,17 @@ def outgoing_settings(
         uuid: Of the guest.
         starts_postcopy_at_once: ``-start-postcopy``.
         is_clone: ``-keep``.
+        compress_level: ``-compress``.
         learned: Order in which the guest asked for its pages before.
+
+    Raises:
+        QMPError: ``-compress`` does not go with a capability that is on.
     """
     capabilities = options.capabilities
     parameters = options.parameters
+    for name in _WITHOUT_COMPRESS if compress_level is not None else ():
+        if capabilities[name]:
+            raise QMPError(f"Capability '{name}' cannot be combined with -compress")
     return OutgoingSettings(
         return_path=capabilities["return-path"],
         pause_before_switchover=capabilities["pause-before-switchover"],
@@ -64,6 +76,7 @@ def outgoing_settings(
         xbzrle_cache_bytes=number(parameters["xbzrle-cache-size"])
         if capabilities["xbzrle"]
         else None,
+        compress_level=compress_level,
         dirty_bitmaps=capabilities["dirty-bitmaps"],
         bitmap_mapping=_mapping(options),
         background_snapshot=capabilities["background-snapshot"],

@@ -37,6 +37,8 @@ class OutgoingSettings:
     """How a mapped-ram file is written; None without the capability."""
     multifd: MultifdSettings | None = None
     detects_zero_pages: bool = True
+    compress_level: int | None = None
+    """How pages are deflated one by one, of a guest that does not execute."""
     dirty_bitmaps: bool = False
     """Whether the destination is told of dirty bitmaps; those that the guest has go anyway."""
     bitmap_mapping: BitmapMapping | None = None

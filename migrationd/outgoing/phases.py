@@ -28,6 +28,7 @@ from migrationd.migration.dialect import Dialect
 from migrationd.migration.dirty_limit import DirtyLimit
 from migrationd.migration.stats import OutgoingStats
 from migrationd.migration.status import Cause, StatusMachine
+from migrationd.outgoing.compress_save import CompressSaver
 from migrationd.outgoing.connection import OutgoingConnection
 from migrationd.outgoing.contract import Observer, OutgoingSettings
 from migrationd.outgoing.departing import advise_bitmaps, departing
@@ -50,7 +51,7 @@ from migrationd.transport.rate_limit import RateLimiter
 
 log = logging.getLogger(__name__)
 
-Saver = RamSaver | MultifdSaver | XbzrleSaver
+Saver = RamSaver | MultifdSaver | XbzrleSaver | CompressSaver
 Sent = dict[str, npt.NDArray[np.bool_]]
 """By block name one bool per page, set for pages that went out."""
 
@@ -259,6 +260,13 @@ class Phases:
             saver = await self._connection.multifd.connect(ram, self._guest, self._dialect)
         elif self._settings.xbzrle_cache_bytes is not None and self._guest.live is not None:
             saver = self._xbzrle_saver(ram)
+        elif self._settings.compress_level is not None and self._guest.live is None:
+            saver = CompressSaver(
+                ram,
+                list(self._guest.ram),
+                page_size=self._guest.page_size,
+                level=self._settings.compress_level,
+            )
         start = await self._connection.on_thread(saver.setup_bytes)
         if self._asks_first:
             start += ready_ping()
@@ -357,6 +365,7 @@ class Phases:
             self._tell_stopped()
 
     def _make_live_saver(self, live: Live, saver: Saver) -> LiveSaver:
+        assert not isinstance(saver, CompressSaver)
         loop = asyncio.get_running_loop()
 
         def on_pass() -> None:

@@ -7,7 +7,7 @@ Reference: RAM records, stream format 2.1-2.3. A held guest knows which of its
 pages are zero, so nothing is scanned on the way out.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,7 @@ from migrationd.codec.constants import (
     QEMU_VM_SECTION_START,
 )
 from migrationd.codec.ram_encode import (
+    deflated_records,
     encode_block_list,
     encode_eos,
     encode_named_header,
@@ -216,6 +217,30 @@ class RamSaver:
         for start in range(0, len(data), window_bytes):
             self._throttle()
             self._send(data[start : start + window_bytes])
+
+    def send_deflated(self, block: RamBlock, pages: Pages, deflated: Sequence[bytes]) -> None:
+        """Send pages of the block that was named last, deflated one by one.
+
+        Args:
+            block: Block.
+            pages: Page numbers, shape ``(n,)``.
+            deflated: A zlib stream of each.
+
+        Raises:
+            ChannelClosed: As :meth:`save_all`.
+        """
+        assert block is self._named_block
+        self.note_sent(block, pages)
+        for start in range(0, len(pages), self._batch_pages):
+            batch = slice(start, start + self._batch_pages)
+            records = deflated_records(pages[batch], self._page_size, deflated[batch])
+            data = self._take_prefix() + records
+            window_bytes = self._limiter.window_bytes or len(data)
+            for at in range(0, len(data), window_bytes):
+                self._throttle()
+                piece = data[at : at + window_bytes]
+                self._channel.send(piece)
+                self._account(len(piece), normal=0 if at else len(pages[batch]))
 
     def note_sent(self, block: RamBlock, pages: Pages) -> None:
         """The destination has these pages as they are now, or will."""

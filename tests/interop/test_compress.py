@@ -9,6 +9,7 @@ import asyncio
 from pathlib import Path
 
 import pytest
+from qemu.qmp import ExecuteError
 
 from migrationd.ctl.daemon_process import DaemonProcess
 from migrationd.ctl.qemu_process import QemuProcess, find_qemu
@@ -17,7 +18,7 @@ from tests.support.results import TABLES, add_row
 
 pytestmark = pytest.mark.interop
 
-TABLE = "compress: out of QEMU 7.2"
+TABLE = "compress, with QEMU 7.2"
 
 
 @pytest.fixture
@@ -113,3 +114,27 @@ def report(config: pytest.Config, *row: str) -> None:
     if TABLE not in config.stash.get(TABLES, {}):
         add_row(config, TABLE, ("guest", "result", "source"))
     add_row(config, TABLE, row)
+
+
+async def test_out_to_a_qemu_that_takes_it(
+    host: Host, parked_file: tuple[Path, str, str], tmp_path: Path, closing: list[object],
+    request: pytest.FixtureRequest,
+) -> None:  # fmt: skip
+    path, digest, serial = parked_file
+    daemon = await DaemonProcess.start(incoming=f"file:{path}", arguments=["-compress", "6"])
+    closing.append(daemon)
+    await daemon.wait_run_state("paused")
+    target = await host.start("QEMU B", incoming="defer", paused=True)
+    closing.append(target)
+    await target.set_capabilities({"compress": True})
+    uri = f"unix:{tmp_path}/out.sock"
+    await target.execute("migrate-incoming", {"uri": uri})
+    await daemon.set_capabilities({"multifd": True})
+    with pytest.raises(ExecuteError, match="'multifd' cannot be combined with -compress"):
+        await daemon.execute("migrate", {"uri": uri})
+    await daemon.set_capabilities({"multifd": False})
+    await send(daemon, target, uri, return_path=True)
+    assert await memory_digest(target, host) == digest
+    await target.execute("cont")
+    passes = await check_runs_on(serial, target, host)
+    report(request.config, "out of migrationd", "RAM equal", f"goes on, {passes} passes")
