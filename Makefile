@@ -63,6 +63,8 @@ bench: $(STAMP) qemu ## throughput, monitor latency and CPU seconds beside QEMU'
 	$(BIN)/python -m benchmarks
 	$(BIN)/python -m benchmarks.monitor
 	$(BIN)/python -m benchmarks.multifd
+	$(BIN)/python -m benchmarks.xbzrle
+	$(BIN)/python -m benchmarks.convergence
 	$(BIN)/python -m benchmarks.files
 	$(BIN)/python -m benchmarks.snapshot
 	$(BIN)/python -m benchmarks.postcopy

@@ -296,8 +296,8 @@ async def idle(reps: int) -> None:
 
 async def run(options: argparse.Namespace) -> None:
     """Measure and print."""
-    binary = options.qemu or find_qemu()
-    beside = f"QEMU {qemu_version(binary)} (TCG)" if binary else "no QEMU installed"
+    binary = None if options.alone else options.qemu or find_qemu()
+    beside = f"QEMU {qemu_version(binary)} (TCG)" if binary else "no QEMU"
     print(f"live workloads, beside {beside}")
     parts = options.parts or ["downtime", "table", "idle"]
     if "downtime" in parts:
@@ -317,6 +317,7 @@ def main() -> None:
     parser.add_argument("--rates", default=",".join(map(str, TABLE_RATES)), help="MB/s")
     parser.add_argument("--ways", default=",".join(WAYS))
     parser.add_argument("--qemu", default=None)
+    parser.add_argument("--alone", action="store_true", help="without QEMU beside")
     asyncio.run(run(parser.parse_args()))
 
 

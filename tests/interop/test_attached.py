@@ -3,6 +3,7 @@
 import contextlib
 import resource
 import shutil
+import signal
 import subprocess
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -221,6 +222,31 @@ async def test_a_destination_that_dies_leaves_it_running(tmp_path: Path) -> None
         await two.source.wait_migration("failed")
         assert await two.source.run_state() == "running"
         await two.here.wait_passes(1)
+
+
+async def test_a_destination_that_hangs_is_told_of_and_can_be_given_up(tmp_path: Path) -> None:
+    async with pair(tmp_path) as two:
+        await two.source.set_parameters({"downtime-limit": 0})
+        await two.begin(max_bandwidth=60 << 20)
+
+        async def is_explained() -> bool:
+            info = await two.source.query_migrate()
+            return "does not keep up" in str(info.get("error-desc"))
+
+        async def is_passing() -> bool:
+            ram = (await two.source.query_migrate()).get("ram")
+            return isinstance(ram, dict) and ram["dirty-sync-count"] > 2
+
+        await until(is_passing, "passes")
+        two.destination.send_signal(signal.SIGSTOP)
+        try:
+            await until(is_explained, "a plain reason")
+            await two.source.execute("migrate_cancel")
+            await two.source.wait_migration("cancelled")
+            assert await two.source.run_state() == "running"
+            await two.here.wait_passes(1)
+        finally:
+            two.destination.send_signal(signal.SIGCONT)
 
 
 async def test_a_failure_while_it_is_stopped_lets_it_go_on(tmp_path: Path) -> None:
