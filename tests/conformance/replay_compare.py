@@ -8,7 +8,7 @@ connection with their status.
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from difflib import SequenceMatcher
 from pathlib import Path
@@ -70,8 +70,13 @@ def masked(text: str) -> str:
     return re.sub(r"(?<=[:\"])\d{4,5}(?=[\"',: ]|$)", "PORT", text)
 
 
-def read(path: Path) -> dict[Connection, Dialogue]:
-    """The connections of a recorded scenario."""
+def read(path: Path, *, by_shape: bool = False) -> dict[Connection, Dialogue]:
+    """The connections of a recorded scenario.
+
+    Args:
+        path: The recording.
+        by_shape: Keep of a reply no more than the class of its error or its members and types.
+    """
     found: dict[Connection, Dialogue] = {}
     asked: dict[tuple[Connection, str], int] = {}
     for line in path.read_text("utf-8").splitlines():
@@ -95,9 +100,9 @@ def read(path: Path) -> dict[Connection, Dialogue]:
             identity = json.dumps(message.get("id")) if isinstance(message, dict) else "null"
             at = asked.get((key, identity), -1)
             if identity == "null" or at < 0:
-                dialogue.loose.append(_reply("", message))
+                dialogue.loose.append(_reply("", message, by_shape))
             else:
-                dialogue.replies[at].append(_reply(dialogue.requests[at], message))
+                dialogue.replies[at].append(_reply(dialogue.requests[at], message, by_shape))
     return found
 
 
@@ -110,9 +115,13 @@ def _add_event(dialogue: Dialogue, message: dict[str, Any]) -> None:
         dialogue.events.append(text)
 
 
-def _reply(request: str, message: object) -> str:
+def _reply(request: str, message: object, by_shape: bool) -> str:
     if not isinstance(message, dict):
         return masked(str(message))
+    if by_shape and "error" in message:
+        return str(message["error"]["class"])
+    if by_shape:
+        return json.dumps(shape(message.get("return")), sort_keys=True)
     if "error" in message:
         return masked(json.dumps({"error": message["error"]}))
     if "return" not in message:
@@ -169,13 +178,32 @@ def differences(golden: Path, new: Path, *others: Path) -> list[Difference]:
         new: What was played.
         others: Further recordings of the same script: what one of them says is right too.
     """
-    found = list(_differences(golden, new))
+    found = list(_differences(read(golden), read(new)))
     if not found:
         return []
     said = {sentence for other in others for sentence in _said(other)}
     return [
         item for item in found if (item.where, item.what, item.occurrence, item.ours) not in said
     ]
+
+
+def shape_differences(
+    golden: Path, new: Path, newer: Sequence[Path]
+) -> tuple[list[Difference], list[Difference]]:
+    """What differs in shape from an older release.
+
+    Args:
+        golden: Recording of the older release.
+        new: What was played.
+        newer: Recordings of the release that is mirrored.
+
+    Returns:
+        What differs, and what of it does not differ in the same way in the newer release.
+    """
+    played, older = read(new, by_shape=True), read(golden, by_shape=True)
+    known = {item for path in newer for item in _differences(older, read(path, by_shape=True))}
+    found = list(_differences(older, played))
+    return found, [item for item in found if item not in known]
 
 
 def _said(path: Path) -> Iterator[tuple[str, str, int, tuple[str, ...]]]:
@@ -189,8 +217,9 @@ def _said(path: Path) -> Iterator[tuple[str, str, int, tuple[str, ...]]]:
         yield where, "without id", 0, tuple(dialogue.loose)
 
 
-def _differences(golden: Path, new: Path) -> Iterator[Difference]:
-    ours, theirs = read(new), read(golden)
+def _differences(
+    theirs: dict[Connection, Dialogue], ours: dict[Connection, Dialogue]
+) -> Iterator[Difference]:
     for key in sorted(ours.keys() | theirs.keys()):
         where = f"{key[0]}/{key[1]}"
         a = _polls_once(theirs.get(key, Dialogue()))

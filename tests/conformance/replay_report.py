@@ -10,12 +10,12 @@ import shlex
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.conformance.replay_compare import Difference, differences
+from tests.conformance.replay_compare import Difference, differences, shape_differences
 from tests.conformance.replay_differences import (
     DIFFERENCES,
     NOT_APPLICABLE,
@@ -27,7 +27,8 @@ ROOT = Path(__file__).resolve().parents[2]
 RECORDER = ROOT / "tests" / "conformance" / "recorder" / "record.py"
 RECORDINGS = ROOT / "tests" / "conformance" / "recordings"
 LIMIT_S = 150.0
-VERDICTS = ("identical", "as decided", "differs", "not applicable")
+MIRRORED = "11.1"
+VERDICTS = ("identical", "as 11.1", "as decided", "differs", "not applicable")
 _DECIDED = {Why.OLD_TOOLS, Why.NO_MACHINE, Why.BAD_PEER}
 
 
@@ -40,6 +41,9 @@ class Outcome:
         version: The release.
         found: What differs from the recording.
         machineless: What of that is a QEMU's answer that has no machine (``-machine none``).
+        is_played: Whether the script came to its end.
+        is_newer: Whether something differs from an older release as 11.1 does.
+        known: What differs from 11.1 as well, and why.
     """
 
     scenario: str
@@ -47,6 +51,8 @@ class Outcome:
     found: tuple[Difference, ...]
     machineless: tuple[Difference, ...] = ()
     is_played: bool = True
+    is_newer: bool = False
+    known: Mapping[tuple[str, str], tuple[Why | None, str]] = field(default_factory=dict)
 
     @property
     def kinds(self) -> set[Why | None]:
@@ -57,6 +63,8 @@ class Outcome:
         """Kind of a difference, and why it is there."""
         if item in self.machineless:
             return Why.NO_MACHINE, "what QEMU 11.1 says with -machine none"
+        if (item.where, item.what) in self.known:
+            return self.known[item.where, item.what]
         for allowed in DIFFERENCES.get(self.scenario, ()):
             if allowed.request in item.what:
                 return allowed.why, allowed.reason
@@ -68,7 +76,7 @@ class Outcome:
         if not self.is_played:
             return "differs"
         if not self.found:
-            return "identical"
+            return "as 11.1" if self.is_newer else "identical"
         if self.scenario in NOT_APPLICABLE:
             return "not applicable"
         return "as decided" if self.kinds <= _DECIDED else "differs"
@@ -142,6 +150,18 @@ def judge(version: str, scenario: str, played: Path) -> Outcome:
     if not played.exists():
         return Outcome(scenario, version, (), is_played=False)
     golden = RECORDINGS / version / f"{scenario}.jsonl"
+    if version != MIRRORED:
+        mirrored = [RECORDINGS / MIRRORED / f"{scenario}.jsonl"]
+        mirrored += _further(MIRRORED, "again", scenario)
+        found, ours_alone = shape_differences(golden, played, mirrored)
+        newest = judge(MIRRORED, scenario, played)
+        return Outcome(
+            scenario,
+            version,
+            tuple(ours_alone),
+            is_newer=bool(found),
+            known={(item.where, item.what): newest.explain(item) for item in newest.found},
+        )
     again = _further(version, "again", scenario)
     found = differences(golden, played, *again)
     real = differences(golden, played, *again, *_further(version, "none", scenario))

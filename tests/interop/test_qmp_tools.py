@@ -10,6 +10,7 @@ from qemu.qmp import ExecuteError, QMPClient
 
 from migrationd.ctl.daemon_process import DaemonProcess
 from tests.support.qmp_shell import Shell
+from tests.support.qmp_tui import tui
 from tests.support.results import add_row
 
 pytestmark = pytest.mark.interop
@@ -127,3 +128,23 @@ async def test_standard_input_and_output(tmp_path: Path) -> None:
         printed, _ = await process.communicate(commands)
     assert process.returncode == 0
     assert b'    "return": {\r\n        "name": "vm4"\r\n    }\r\n' in printed
+
+
+async def test_the_terminal_interface(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    pytest.importorskip("urwid", reason="qmp-tui needs urwid")
+    monitor = tmp_path / "tui.sock"
+    arguments = ["-name", "vm4", "-qmp", f"unix:{monitor},server=on,wait=off"]
+    async with await DaemonProcess.start(incoming="defer", arguments=arguments):
+        async with tui(monitor, tmp_path) as screen:
+            await screen.wait_for('"capabilities": ["oob"]')
+            screen.type('{"execute": "query-name"}')
+            await screen.wait_for('"name": "vm4"')
+            screen.type('{"execute": "query-status"}')
+            await screen.wait_for('"status": "inmigrate"')
+            screen.type('{"execute": "no-such"}')
+            await screen.wait_for("The command no-such has not been found")
+            screen.type('{"execute": "migrate-incoming", "arguments": {"uri": "bogus:"}}')
+            await screen.wait_for("unknown migration protocol: bogus:")
+            screen.press("\x1b")
+        text = screen.shown
+    show(request, "a qmp-tui session", text)
