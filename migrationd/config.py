@@ -41,6 +41,8 @@ class DaemonConfig:
 
     Attributes:
         monitors: Texts of ``-qmp``, in order.
+        chardevs: Texts of ``-chardev``.
+        mons: Texts of ``-mon``, which put monitors on them.
         added_fds: Of ``-add-fd``.
         incoming: Texts of ``-incoming``: ``defer``, a URI or a JSON MigrationChannel.
         objects: Texts of ``-object``, in order.
@@ -63,6 +65,8 @@ class DaemonConfig:
     """
 
     monitors: tuple[str, ...] = ()
+    chardevs: tuple[str, ...] = ()
+    mons: tuple[str, ...] = ()
     added_fds: tuple[AddedFd, ...] = ()
     incoming: tuple[str, ...] = ()
     objects: tuple[str, ...] = ()
@@ -97,6 +101,10 @@ OPTIONS: tuple[_Option, ...] = (
     _Option("qmp", "SPEC", "QMP monitor: unix:PATH, tcp:HOST:PORT[,server=on][,wait=off] or stdio",
             is_repeatable=True),
     _Option("qmp-pretty", "SPEC", "the same, with output over indented lines", is_repeatable=True),
+    _Option("chardev", "SPEC", "a place for -mon: socket,id=ID,path=PATH,server=on,wait=off "
+            "(or fd=N; or host=HOST,port=PORT), or stdio,id=ID", is_repeatable=True),
+    _Option("mon", "chardev=ID,mode=control", "QMP monitor on a character device; [,pretty=on]",
+            is_repeatable=True),
     _Option("add-fd", "fd=N,set=M", "an inherited descriptor for /dev/fdset/M; [,opaque=TEXT]",
             is_repeatable=True),
     _Option("incoming", "ADDR", "take a guest: defer, a migration URI or a JSON MigrationChannel",
@@ -191,7 +199,7 @@ def build_config(values: Values) -> DaemonConfig:
     config = DaemonConfig()
     for name, texts in values.items():
         config = _apply(config, name, texts)
-    if not config.monitors:
+    if not config.monitors and not config.mons:
         raise ConfigError(
             "no monitor: give at least one -qmp, for example -qmp unix:/run/guest.qmp"
         )
@@ -276,6 +284,10 @@ def _apply(config: DaemonConfig, name: str, texts: list[str]) -> DaemonConfig:
         case "qmp-pretty":
             pretty = tuple(f"{text},pretty=on" for text in texts)
             return replace(config, monitors=config.monitors + pretty)
+        case "chardev":
+            return replace(config, chardevs=tuple(texts))
+        case "mon":
+            return replace(config, mons=tuple(texts))
         case "add-fd":
             return replace(config, added_fds=tuple(_added_fd(text) for text in texts))
         case "incoming":

@@ -19,6 +19,7 @@ from migrationd.daemon.passed_sockets import pair_monitors
 from migrationd.errors import ConfigError, MigrationdError
 from migrationd.linux.malloc import trim
 from migrationd.linux.sd_notify import listen_fds, notify
+from migrationd.qmp.chardev_spec import monitors_of
 from migrationd.qmp.event_bus import EventBus
 from migrationd.qmp.monitor_spec import parse_monitor_spec
 from migrationd.qmp.server import Dispatch, MonitorServer
@@ -42,6 +43,7 @@ class Daemon:
     def __init__(self, config: DaemonConfig) -> None:
         self._config = config
         self._monitor_specs = [parse_monitor_spec(text) for text in config.monitors]
+        self._monitor_specs += monitors_of(config.chardevs, config.mons)
         self._ended: asyncio.Event
         self._fatal: MigrationdError | None = None
 
@@ -116,7 +118,9 @@ class Daemon:
             bus,
             on_quit=self._ended.set,
             on_fatal=self._die,
-            chardevs={f"compat_monitor{n}": server for n, server in enumerate(servers)},
+            chardevs={
+                server.label or f"compat_monitor{n}": server for n, server in enumerate(servers)
+            },
         )
         dispatch.set_result(functools.partial(answer, control))
         gc.collect()

@@ -1,7 +1,9 @@
 """Monitors on sockets that the service manager opened (systemd socket activation)."""
 
+import os
 import socket
 from collections.abc import Sequence
+from dataclasses import replace
 
 from migrationd.errors import ConfigError
 from migrationd.linux.sd_notify import PassedSocket
@@ -26,6 +28,14 @@ def pair_monitors(
     sockets = [(_listening_spec(entry), entry) for entry in passed]
     pairs: list[tuple[MonitorSpec, socket.socket | None]] = []
     for spec in specs:
+        if spec.fd is not None:
+            place = _listening_spec(PassedSocket(spec.fd, f"-chardev id={spec.label}"))
+            os.set_inheritable(spec.fd, False)
+            there = replace(
+                spec, kind=place.kind, path=place.path, host=place.host, port=place.port
+            )
+            pairs.append((there, socket.socket(fileno=spec.fd)))
+            continue
         match = next((pair for pair in sockets if _is_at(spec, pair[0])), None)
         if match is None:
             pairs.append((spec, None))

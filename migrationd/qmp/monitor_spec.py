@@ -19,6 +19,8 @@ class MonitorSpec:
         is_server: Listen; otherwise connect out (``qmp-shell-wrap``).
         waits: Do not go on before the first client has connected.
         is_pretty: Spread output over indented lines.
+        label: Id of its ``-chardev``; empty for ``-qmp``.
+        fd: Listening socket that was inherited, or None.
     """
 
     kind: str
@@ -28,6 +30,8 @@ class MonitorSpec:
     is_server: bool = False
     waits: bool = False
     is_pretty: bool = False
+    label: str = ""
+    fd: int | None = None
 
 
 def parse_monitor_spec(text: str) -> MonitorSpec:

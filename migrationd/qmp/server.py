@@ -52,6 +52,11 @@ class MonitorServer:
         self._first_client = asyncio.Event()
 
     @property
+    def label(self) -> str:
+        """Id of its character device, if it was given one."""
+        return self._spec.label
+
+    @property
     def filename(self) -> str:
         """What ``query-chardev`` calls the place."""
         spec = self._spec

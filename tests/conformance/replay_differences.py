@@ -89,7 +89,6 @@ DIFFERENCES: dict[str, tuple[Allowed, ...]] = {
     ),
     "query_command_line": _no(
         "options of a machine are not taken",
-        '"option": "mon"',
         '"option": "memory"',
         '"query-command-line-options"}',
     ),

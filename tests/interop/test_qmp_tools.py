@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import socket
 import sys
 from pathlib import Path
 
@@ -128,6 +129,34 @@ async def test_standard_input_and_output(tmp_path: Path) -> None:
         printed, _ = await process.communicate(commands)
     assert process.returncode == 0
     assert b'    "return": {\r\n        "name": "vm4"\r\n    }\r\n' in printed
+
+
+async def test_a_monitor_as_libvirt_starts_it(tmp_path: Path) -> None:
+    """``-chardev`` with the descriptor of a listening socket, and ``-mon``."""
+    path = tmp_path / "monitor.sock"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen(1)
+        process = await asyncio.create_subprocess_exec(
+            *DAEMON, "-name", "guest=vm5", "-incoming", "defer",
+            "-chardev", f"socket,id=charmonitor,fd={listener.fileno()},server=on,wait=off",
+            "-mon", "chardev=charmonitor,id=monitor,mode=control",
+            pass_fds=(listener.fileno(),),
+        )  # fmt: skip
+        # There is no need to wait for it: who connects waits in the listener's queue.
+        client = QMPClient("libvirt")
+        await client.connect(str(path))
+        assert await client.execute("query-chardev") == [
+            {
+                "label": "charmonitor",
+                "filename": f"unix:{path},server=on",
+                "frontend-open": True,
+            }
+        ]
+        assert await client.execute("query-yank") == [{"type": "chardev", "id": "charmonitor"}]
+        await client.execute("quit")
+        await client.disconnect()
+        assert await asyncio.wait_for(process.wait(), 10) == 0
 
 
 async def test_the_terminal_interface(tmp_path: Path, request: pytest.FixtureRequest) -> None:

@@ -20,7 +20,17 @@ _NAME_PARAMETERS = (
     ("debug-threads", "boolean", "accepted, has no effect"),
 )
 
-OPTION_PARAMETERS: dict[str, tuple[tuple[str, str, str], ...]] = {"name": _NAME_PARAMETERS}
+_CHARDEV_PARAMETERS = tuple(
+    (name, "boolean" if name in ("server", "wait", "nodelay") else "string", "")
+    for name in ("nodelay", "wait", "server", "fd", "port", "host", "path", "backend")
+)
+_MON_PARAMETERS = (("pretty", "boolean", ""), ("chardev", "string", ""), ("mode", "string", ""))
+
+OPTION_PARAMETERS: dict[str, tuple[tuple[str, str, str], ...]] = {
+    "chardev": _CHARDEV_PARAMETERS,
+    "mon": _MON_PARAMETERS,
+    "name": _NAME_PARAMETERS,
+}
 """Options whose value is ``key=value`` pairs: name, type and help of each key.
 
 As in QEMU, an option whose value is one text is not listed.
@@ -59,7 +69,7 @@ def query_command_line_options(
         CommandLineOptionInfo.make(
             option=option,
             parameters=[
-                CommandLineParameterInfo.make(name=name, type=kind, help=text)
+                CommandLineParameterInfo.make(name=name, type=kind, help=text or None)
                 for name, kind, text in parameters
             ],
         )

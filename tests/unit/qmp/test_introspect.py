@@ -159,8 +159,10 @@ async def test_the_monitor_returns_all_of_it(monitor: Monitor) -> None:
 
 async def test_command_line_options(monitor: Monitor) -> None:
     (reply,) = await monitor.feed(b'{"execute": "query-command-line-options"}')
-    (option,) = reply["return"]
-    assert option["option"] == "name"
+    options = {item["option"]: item for item in reply["return"]}
+    assert set(options) == {"chardev", "mon", "name"}
+    assert {item["name"] for item in options["mon"]["parameters"]} == {"chardev", "mode", "pretty"}
+    option = options["name"]
     assert {item["name"]: item["type"] for item in option["parameters"]} == {
         "guest": "string",
         "process": "string",
