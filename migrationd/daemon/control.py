@@ -457,10 +457,13 @@ class GuestControl:
             QMPError: The migration is in another state.
         """
         status = self._outgoing.status if self._outgoing is not None else "none"
+        if self._outgoing is not None and status == "pre-switchover" == state:
+            if not self._outgoing.is_continued:
+                self._outgoing.continue_switchover()
+                return
+            status = "device"
         if status != state:
             raise QMPError(f"Migration not in expected state: {status}")
-        if self._outgoing is not None and status == "pre-switchover":
-            self._outgoing.continue_switchover()
 
     def check_capabilities_may_change(self) -> None:
         """Capabilities stay as they are while an outgoing migration runs.

@@ -222,6 +222,11 @@ class OutgoingMigration:
         self._status.advance(Cause.FAIL)
         self._resumed.set_exception(MigrationError("the guest was taken back"))
 
+    @property
+    def is_continued(self) -> bool:
+        """Whether ``pre-switchover`` is at its end, though the status says so a moment later."""
+        return self._phases.is_continued
+
     def continue_switchover(self) -> None:
         """Go on from ``pre-switchover``."""
         self._phases.continue_switchover()

@@ -126,6 +126,11 @@ class Phases:
         """Why it does not converge, if it does not."""
         return self._live_saver.stall if self._live_saver is not None else None
 
+    @property
+    def is_continued(self) -> bool:
+        """Whether a pause before the switchover is at its end."""
+        return self._continue.is_set()
+
     def continue_switchover(self) -> None:
         """Go on from ``pre-switchover``."""
         self._continue.set()

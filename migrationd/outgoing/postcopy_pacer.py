@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 
 _CATCH_UP_S = 0.002
+_LONGEST_WAIT_S = 0.1
+"""The rate may change while somebody waits."""
 
 
 class Pacer:
@@ -19,8 +21,9 @@ class Pacer:
         self._due_s = 0.0
 
     def set_rate(self, bytes_per_s: int) -> None:
-        """Change the limit at once; 0 is unlimited."""
-        self._rate = bytes_per_s
+        """Change the limit at once; what was sent under the old one is forgotten."""
+        if bytes_per_s != self._rate:
+            self._rate, self._due_s = bytes_per_s, 0.0
 
     def charge(self, byte_count: int, now_s: float) -> None:
         """Account for bytes that were sent."""
@@ -28,11 +31,11 @@ class Pacer:
             self._due_s = max(self._due_s, now_s - _CATCH_UP_S) + byte_count / self._rate
 
     def delay_s(self, now_s: float) -> float:
-        """Seconds until bytes may be sent again; 0 when they may now."""
+        """Seconds after which to ask again; 0 when bytes may be sent now."""
         if not self._rate:
             self._due_s = 0.0
             return 0.0
-        return max(0.0, self._due_s - now_s)
+        return min(max(0.0, self._due_s - now_s), _LONGEST_WAIT_S)
 
 
 _BUSY_S = 0.01
