@@ -66,6 +66,7 @@ bench: $(STAMP) qemu ## throughput, monitor latency and CPU seconds beside QEMU'
 	$(BIN)/python -m benchmarks.xbzrle
 	$(BIN)/python -m benchmarks.convergence
 	$(BIN)/python -m benchmarks.files
+	$(BIN)/python -m benchmarks.dirty
 	$(BIN)/python -m benchmarks.snapshot
 	$(BIN)/python -m benchmarks.postcopy
 	$(BIN)/python -m benchmarks.workload_postcopy
