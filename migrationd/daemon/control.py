@@ -276,6 +276,9 @@ class GuestControl:
                 guest,
                 describe(address),
                 gives_memory=settings.hands_memory_over,
+                releases_memory=capabilities["release-ram"]
+                and guest.file is None
+                and not self._config.keep,
             ),
         )
         self._outgoing = migration

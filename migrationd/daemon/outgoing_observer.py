@@ -46,6 +46,8 @@ class OutgoingObserver:
         destination: Where to, in words.
         lazy: How, if it is a postcopy that an earlier daemon began.
         gives_memory: Whether the memory itself goes (``cpr-transfer``).
+        releases_memory: Whether it is given back when a postcopy is complete (``release-ram``).
+            Differs from QEMU, which does so page by page on the way and cannot recover then.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class OutgoingObserver:
         lazy: LazyHandOver | None = None,
         *,
         gives_memory: bool = False,
+        releases_memory: bool = False,
     ) -> None:
         self._run = run
         self._events = events
@@ -65,6 +68,7 @@ class OutgoingObserver:
         self._was_stopped = lazy is not None
         self._lazy = lazy
         self._gives_memory = gives_memory
+        self._releases_memory = releases_memory
 
     def on_status(self, status: str) -> None:
         """Pass it on; a pause before the switchover is one already."""
@@ -106,7 +110,8 @@ class OutgoingObserver:
 
     async def handed_over(self) -> None:
         """Put on record that the guest is elsewhere."""
-        if self._gives_memory:
+        was_postcopy = self._lazy is not None
+        if self._gives_memory or (self._releases_memory and was_postcopy):
             self._run.give_up_memory(self._guest)
         await self._run.record_owner(self._guest, Owner.HANDED_OVER, self._destination)
         self._run.in_switchover = False

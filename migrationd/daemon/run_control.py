@@ -116,7 +116,7 @@ class RunControl:
         """
         guest = self.guest
         if guest is not None and not guest.has_memory:
-            raise QMPError("The guest's memory itself went to the destination")
+            raise QMPError("The guest's memory itself went to the destination, none is left here")
         if guest is not None and guest.owner is not Owner.HELD:
             log.warning("the guest is taken back: it must not run at the destination any more")
             guest.owner = Owner.HELD
@@ -212,7 +212,7 @@ class RunControl:
         await self._shelter.record_owner(guest, destination, lazy)
 
     def give_up_memory(self, guest: HeldGuest) -> None:
-        """Let the guest's memory go, which is the destination's now: nothing can be taken back."""
+        """Let the guest's memory go, which the destination has: nothing can be taken back."""
         guest.has_memory = False
         self._spawn(self._drop_memory(guest))
 

@@ -127,10 +127,12 @@ class ParkedGuest(Owned):
         return self._handed.copy()
 
     def give_up_memory(self) -> None:
-        """Let go of its memory, which is another process's now."""
+        """Let go of its memory, which another process has."""
         self.has_memory = False
         for block in self.ram:
             old, block.memory = block.memory, AnonymousMemory(block.used_length, block.page_size)
+            # At once, whoever still has a look at it.
+            old.give_back(np.array([[0, block.page_count]], np.int64))
             old.close()
             block.present = np.zeros(block.page_count, np.bool_)
         if self._handed is not None:

@@ -39,7 +39,6 @@ NOT_BUILT: frozenset[str] = frozenset(
     (
         "rdma-pin-all",
         "x-colo",
-        "release-ram",
     )
 )
 """Capabilities whose engine part is not there: nothing starts while one is on."""

@@ -40,10 +40,10 @@ def test_turning_off_a_needed_capability_is_refused() -> None:
 def test_what_is_not_built_says_so() -> None:
     options = MigrationOptions()
     options.check_built()
-    options.set_capabilities([("release-ram", True)])
-    with pytest.raises(QMPError, match="'release-ram' is not supported in this version"):
+    options.set_capabilities([("rdma-pin-all", True)])
+    with pytest.raises(QMPError, match="'rdma-pin-all' is not supported in this version"):
         options.check_built()
-    options.set_capabilities([("release-ram", False)])
+    options.set_capabilities([("rdma-pin-all", False)])
     options.check_built()
 
 
