@@ -1,6 +1,6 @@
 """multifd between QEMU and migrationd, interleaved in one run.
 
-    python -m benchmarks.multifd [--reps N] [--memory MIB] [--qemu BINARY]
+    python -m benchmarks.multifd [--reps N] [--memory MIB,...] [--qemu BINARY]
                                  [--cells CHANNELS:METHOD:CONTENT,...]
 
 Prints medians, and ratios to QEMU -> QEMU of the same repetition; figures of a busy
@@ -8,7 +8,8 @@ machine are worth nothing. Contents: ``random``, ``half zero``, ``zero``, ``comp
 QEMU's destination has its memory before the migration begins (``prealloc=on``); a daemon
 learns then how much it needs, so its figures hold the kernel's work of giving it, a tenth of a
 CPU second per GiB where pages are at hand and many times that where they are not. QEMU 7.2
-counts compressed packets as if they were not.
+counts compressed packets as if they were not. With several sizes of memory (``--memory
+1024,2048,4096,8192``) a last table shows how the cost grows: it is to be linear.
 """
 
 import argparse
@@ -68,21 +69,34 @@ CELLS = (
 )
 
 
-async def run(binary: str, memory_mib: int, reps: int, cells: tuple[Cell, ...]) -> None:
-    """Measure and print."""
-    print(f"QEMU {qemu_version(binary)}, {memory_mib} MiB, tcp, {reps} interleaved repetitions")
-    for cell in cells:
-        samples: dict[Pair, list[Sample]] = {pair: [] for pair in PAIRS}
-        async with Bench(binary, memory_mib, cell.content, cell.channels, cell.method) as bench:
-            for rep in range(reps):
-                for pair in PAIRS if rep % 2 == 0 else PAIRS[::-1]:
-                    samples[pair].append(await bench.sample(*pair))
-            beyond = bench.beyond_guest_bytes
-        print_table(cell, memory_mib, samples)
-        if beyond:
-            peak_mib = max(beyond) / 2**20
-            print(f"peak resident memory beyond the guest's RAM {peak_mib:.0f} MiB"
-                  f"{verdict(peak_mib < BEYOND_GOAL_MIB)}")  # fmt: skip
+async def run_sizes(
+    binary: str, sizes_mib: tuple[int, ...], reps: int, cells: tuple[Cell, ...]
+) -> None:
+    """Measure guests of each size and print; how the cost grows, if there are several."""
+    grown: dict[Cell, dict[int, dict[Pair, list[Sample]]]] = {cell: {} for cell in cells}
+    for memory_mib in sizes_mib:
+        print(f"QEMU {qemu_version(binary)}, {memory_mib} MiB, tcp, {reps} interleaved repetitions")
+        for cell in cells:
+            grown[cell][memory_mib] = await measure(binary, memory_mib, reps, cell)
+    if len(sizes_mib) > 1:
+        for cell in cells:
+            print_growth(cell, grown[cell])
+
+
+async def measure(binary: str, memory_mib: int, reps: int, cell: Cell) -> dict[Pair, list[Sample]]:
+    """Measure one cell and print its table."""
+    samples: dict[Pair, list[Sample]] = {pair: [] for pair in PAIRS}
+    async with Bench(binary, memory_mib, cell.content, cell.channels, cell.method) as bench:
+        for rep in range(reps):
+            for pair in PAIRS if rep % 2 == 0 else PAIRS[::-1]:
+                samples[pair].append(await bench.sample(*pair))
+        beyond = bench.beyond_guest_bytes
+    print_table(cell, memory_mib, samples)
+    if beyond:
+        peak_mib = max(beyond) / 2**20
+        print(f"peak resident memory beyond the guest's RAM {peak_mib:.0f} MiB"
+              f"{verdict(peak_mib < BEYOND_GOAL_MIB)}")  # fmt: skip
+    return samples
 
 
 def print_table(cell: Cell, memory_mib: int, samples: dict[Pair, list[Sample]]) -> None:
@@ -127,6 +141,30 @@ def verdict(is_met: bool) -> str:
     return " ok" if is_met else " --"
 
 
+def print_growth(cell: Cell, grown: dict[int, dict[Pair, list[Sample]]]) -> None:
+    """Print what a GiB takes in guests of several sizes."""
+    print(f"\n{cell.channels} channels, {cell.method}, {cell.content}: per GiB of guest RAM")
+    print(f"{'pair':<26}{'MiB':>8}{'seconds':>12}{'CPU s source':>16}{'CPU s destination':>20}")
+    for pair in PAIRS:
+        for memory_mib, samples in grown.items():
+            gib = memory_mib / 1024
+            wall, source, destination = (
+                median(figure) / gib
+                for figure in (
+                    [s.wall_s for s in samples[pair]],
+                    [s.source_cpu_s for s in samples[pair]],
+                    [s.destination_cpu_s for s in samples[pair]],
+                )
+            )
+            print(f"{' -> '.join(pair):<26}{memory_mib:>8}{wall:>12.3f}{source:>16.3f}"
+                  f"{destination:>20.3f}")  # fmt: skip
+
+
+def parse_sizes(text: str) -> tuple[int, ...]:
+    """Sizes of ``1024,4096``."""
+    return tuple(int(item) for item in text.split(","))
+
+
 def parse_cells(text: str) -> tuple[Cell, ...]:
     """Cells of ``2:none:random,4:zstd:compressible``."""
     cells = []
@@ -140,14 +178,16 @@ def main() -> int:
     """Parse arguments and run."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.multifd", description=__doc__)
     parser.add_argument("--reps", type=int, default=5)
-    parser.add_argument("--memory", type=int, default=1024, help="guest memory, MiB")
+    parser.add_argument(
+        "--memory", type=parse_sizes, default=(1024,), help="guest memory, MiB; several by commas"
+    )
     parser.add_argument("--qemu", default=find_qemu(), help="QEMU binary")
     parser.add_argument("--cells", type=parse_cells, default=CELLS)
     options = parser.parse_args()
     if options.qemu is None:
         print("qemu-system-x86_64 is not installed (Debian: apt-get install qemu-system-x86)")
         return 1
-    asyncio.run(run(options.qemu, options.memory, options.reps, options.cells))
+    asyncio.run(run_sizes(options.qemu, options.memory, options.reps, options.cells))
     return 0
 
 

@@ -39,7 +39,9 @@ from migrationd.codec.records import (
 )
 from migrationd.codec.stream import StreamDecoder, StreamLimits
 from migrationd.errors import StreamCorrupt, StreamError
+from migrationd.guest.device import DeviceState
 from migrationd.guest.run_state import PAUSED, RUNNING, decode_run_state
+from migrationd.migration.dirty_bitmaps import DirtyBitmap, bitmaps_of
 from migrationd.pageops.xbzrle import decode_page
 from migrationd.store.compressed import PlainStream
 from migrationd.store.container import Container, open_file, read_container
@@ -128,6 +130,14 @@ class FileSummary:
             if section.idstr == "globalstate":
                 return decode_run_state(section.body)
         return None
+
+    def dirty_bitmaps(self) -> tuple[DirtyBitmap, ...]:
+        """Block dirty bitmaps.
+
+        Raises:
+            StreamCorrupt: Their sections are malformed.
+        """
+        return bitmaps_of([DeviceState.of_section(s, in_setup=False) for s in self.sections])
 
     def described(self) -> dict[tuple[str, int], DeviceDescription]:
         """Descriptions by idstr and instance; empty without a usable VMDESCRIPTION."""

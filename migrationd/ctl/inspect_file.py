@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from itertools import groupby
 from typing import Any
 
 from rich.console import Console
@@ -17,7 +18,8 @@ from migrationd.codec.device_fields import DeviceField
 from migrationd.codec.records import OpaqueSection
 from migrationd.ctl.file_summary import FileSummary
 from migrationd.ctl.progress import size_text
-from migrationd.errors import StoreError
+from migrationd.errors import StoreError, StreamCorrupt
+from migrationd.migration.dirty_bitmaps import DirtyBitmap
 
 ROW_ELEMENTS = 8
 """Longer arrays of numbers are shown in one line."""
@@ -79,6 +81,18 @@ def as_json(summary: FileSummary) -> dict[str, Any]:
                 "described": (section.idstr, section.instance_id) in described,
             }
             for section in summary.sections
+        ],
+        "dirty-bitmaps": [
+            {
+                "node": bitmap.node,
+                "name": bitmap.name,
+                "granularity": bitmap.granularity,
+                "marked-bytes": bitmap.dirty_bytes,
+                "enabled": bitmap.enabled,
+                "persistent": bitmap.persistent,
+                "complete": bitmap.complete,
+            }
+            for bitmap in summary.dirty_bitmaps()
         ],
         "vmdescription-bytes": len(summary.description) if summary.description else None,
         "records": dict(summary.records),
@@ -167,10 +181,26 @@ def _facts(summary: FileSummary) -> Iterator[tuple[str, str]]:
     if summary.pages_elsewhere:
         yield "note", "pages went over multifd channels, which are not in this file"
     described = len(summary.described())
+    try:
+        for bitmap in summary.dirty_bitmaps():
+            yield "dirty bitmap", _bitmap_text(bitmap)
+    except StreamCorrupt as error:
+        yield "dirty bitmaps", str(error)
     yield (
         "description",
         f"{len(summary.description)} bytes, {described} devices" if summary.description else "none",
     )
+
+
+def _bitmap_text(bitmap: DirtyBitmap) -> str:
+    words = [
+        f"'{bitmap.name}' of node '{bitmap.node}'",
+        f"{size_text(bitmap.dirty_bytes)} marked",
+        f"{size_text(bitmap.granularity)} per bit",
+        "enabled" if bitmap.enabled else "disabled",
+    ]
+    words += ["persistent"] * bitmap.persistent + ["incomplete"] * (not bitmap.complete)
+    return ", ".join(words)
 
 
 def _block_table(summary: FileSummary) -> Table:
@@ -196,20 +226,31 @@ def _device_table(summary: FileSummary) -> Table:
     table.add_column("kind")
     for name in ("instance", "version", "bytes", "fields"):
         table.add_column(name, justify="right")
-    for section in summary.sections:
+    for run in _runs(summary.sections):
+        section = run[0]
         description = described.get((section.idstr, section.instance_id))
         count = "-"
         if section.kind == QEMU_VM_SECTION_FULL and description is not None:
             count = str(len(description.fields(section.body)[0]))
         table.add_row(
             section.idstr,
-            KINDS[section.kind],
+            KINDS[section.kind] + (f" × {len(run)}" if len(run) > 1 else ""),
             str(section.instance_id),
             str(section.version_id),
-            str(len(section.body)),
+            str(sum(len(part.body) for part in run)),
             count,
         )
     return table
+
+
+def _runs(sections: list[OpaqueSection]) -> Iterator[list[OpaqueSection]]:
+    """Sections in order, parts of a live handler that follow one another together."""
+    for _, group in groupby(
+        enumerate(sections),
+        # Anything but a part stands for itself.
+        key=lambda item: item[1].idstr if item[1].kind == QEMU_VM_SECTION_PART else item[0],
+    ):
+        yield [section for _, section in group]
 
 
 def _rows(fields: list[DeviceField]) -> Iterator[tuple[int, str, str, str]]:

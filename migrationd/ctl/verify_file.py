@@ -13,7 +13,7 @@ from migrationd.codec.constants import (
 )
 from migrationd.codec.vmdescription import device_sizes
 from migrationd.ctl.file_summary import FileSummary, summarize
-from migrationd.errors import MigrationdError, StoreError
+from migrationd.errors import MigrationdError, StoreError, StreamCorrupt
 from migrationd.store.container import open_file
 from migrationd.store.mapped_ram_reader import read_contents
 from migrationd.store.sidecar import read_sidecar
@@ -66,6 +66,7 @@ def _check(summary: FileSummary) -> Iterator[Finding]:
         yield from _check_end(summary)
     yield from _check_footers(summary)
     yield from _check_description(summary)
+    yield from _check_dirty_bitmaps(summary)
     yield from _check_pages(summary)
     if container.is_mapped_ram:
         yield from _check_bitmaps(summary)
@@ -138,6 +139,19 @@ def _check_description(summary: FileSummary) -> Iterator[Finding]:
         yield Finding("warning", "fields", "; ".join(problems))
     if not wrong and not problems:
         yield Finding("ok", "description", f"{len(sizes)} devices, sizes and fields agree")
+
+
+def _check_dirty_bitmaps(summary: FileSummary) -> Iterator[Finding]:
+    try:
+        found = summary.dirty_bitmaps()
+    except StreamCorrupt as error:
+        yield Finding("error", "disk bitmaps", str(error))
+        return
+    incomplete = [bitmap.name for bitmap in found if not bitmap.complete]
+    if incomplete:
+        yield Finding("warning", "disk bitmaps", f"without an end: {', '.join(incomplete)}")
+    elif found:
+        yield Finding("ok", "disk bitmaps", f"{len(found)}, each with its end")
 
 
 def _check_pages(summary: FileSummary) -> Iterator[Finding]:
