@@ -192,9 +192,15 @@ class ParkedGuest(Owned):
     def check_unchanged(self) -> None:
         """Make sure that nobody has written to the file that its pages are in.
 
+        Memory that another process handed over may be such that it cannot be sealed: it must
+        not have shrunk, or a look at it would end this process.
+
         Raises:
             GuestError: Somebody has.
         """
+        if self._handed is not None and self.has_memory:
+            for block in self.ram:
+                self._handed.fd_of_block(block.idstr, block.used_length)
         if self.file is not None:
             self.file.check_unchanged()
 

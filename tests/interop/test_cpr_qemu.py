@@ -152,3 +152,26 @@ async def test_a_destination_that_refuses_leaves_the_guest_here(
     closing.append(destination)
     await daemon.wait_migration("completed")
     await check_runs_on(before, destination, where)
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("version", ["10.0", "11.1"])
+async def test_a_qemu_whose_memory_is_not_taken_runs_on(
+    version: str, tmp_path: Path, closing: list[object]
+) -> None:
+    where = host(version, "pc")
+    arguments = ["-ram-limit", "1M", *incoming_arguments(tmp_path / "cpr")]
+    daemon = await DaemonProcess.start(incoming="defer", arguments=arguments)
+    closing.append(daemon)
+    await daemon.execute(
+        "migrate-incoming", {"uri": f"unix:{tmp_path}/main", "exit-on-error": False}
+    )
+    source = await where.start("QEMU A")
+    closing.append(source)
+    await source.wait_serial(2)
+    await hand_over(source, tmp_path / "main", tmp_path / "cpr")
+    await daemon.wait_migration("failed")
+    await source.wait_migration("failed")
+    assert await source.run_state() == "running"
+    assert "STOP" not in [event["event"] for event in source.events]
+    await source.wait_serial(len(source.serial) + 2)

@@ -67,6 +67,8 @@ def test_a_parked_guest_stays_in_the_memory_that_it_had() -> None:
     assert offered.state == STATE
     offered.close()
 
+    guest.check_unchanged()
+
     guest.give_up_memory()
     assert not guest.has_memory
     assert block.present.tolist() == [False, False]
@@ -80,3 +82,21 @@ def test_other_memory_cannot_be_handed_over() -> None:
     guest = ParkedGuest(GuestIdentity(), ())
     with pytest.raises(GuestError, match="not shared memory"):
         guest.offer_memory()
+
+
+def test_memory_that_its_source_took_away_is_not_read() -> None:
+    fd = os.memfd_create("unsealable")
+    os.ftruncate(fd, 8192)
+    kept = os.dup(fd)
+    memory = HandedMemory(CprState((CprEntry("a"),)), [fd])
+
+    def memory_of(_: int, spec: RamBlockSpec) -> SharedMemory:
+        return SharedMemory(fd, spec.used_length, spec.page_size, must_seal=False)
+
+    guest = ParkedGuest.create(GuestIdentity(), [RamBlockSpec("a", 8192, 4096)], memory_of)
+    guest.keep_handed(memory)
+    os.ftruncate(kept, 4096)
+    with pytest.raises(GuestError, match="'a' is 4096 bytes, not 8192"):
+        guest.check_unchanged()
+    guest.close()
+    os.close(kept)
