@@ -74,7 +74,7 @@ log = logging.getLogger(__name__)
 
 _PREFETCH_PAGES = 2048
 
-LEAD_S = 0.012
+LEAD_S = 0.008
 """How long a guest that is to run at once waits for the pages that it is known to ask for."""
 
 LEAD_PAGES = 2048
@@ -224,7 +224,6 @@ class PostcopySource:
             state.led[pages] = state.sent[pages]
             left -= len(pages)
         saver.end_parts()
-        self.schedule.recount()
 
     def prefetch(self, stop: threading.Event) -> None:
         """Begin to read from a file what goes first; a thread of its own."""
@@ -366,6 +365,7 @@ class PostcopyLink:
         self._preempt: Channel | None = None
         self._package_end: int | None = None
         self._is_prefetching = False
+        self._is_acknowledged = False
         self._first_pong = asyncio.Event()
         self._answers: asyncio.Queue[RecvBitmap | ResumeAck] = asyncio.Queue()
         blocks = source.guest.ram
@@ -442,6 +442,7 @@ class PostcopyLink:
             await self._first_pong.wait()  # or this connection might be taken for the main one
             await self._open_preempt()
         await self._run(self._send_switch)
+        self._note_loaded()
 
     def _send_switch(self) -> None:
         package, lead = self._source.switch_bytes()
@@ -545,13 +546,19 @@ class PostcopyLink:
             )
         self._loop.call_soon_threadsafe(self._take, message)
 
+    def _note_loaded(self) -> None:
+        """The answer may be here before the thread that sent the package has counted it."""
+        if self._is_acknowledged and self.may_run_there:
+            self._source.is_loaded = True
+            self._on_loaded()
+
     def _take(self, message: ReturnPathMessage) -> None:
         match message:
             case Pong(value=value):
                 self._first_pong.set()
-                if value == PING_PACKAGE_LOADED and self.may_run_there:
-                    self._source.is_loaded = True
-                    self._on_loaded()
+                if value == PING_PACKAGE_LOADED and self._package_end is not None:
+                    self._is_acknowledged = True
+                    self._note_loaded()
             case SwitchoverAck():
                 self.has_switchover_ack = True
             case RecvBitmap() | ResumeAck():

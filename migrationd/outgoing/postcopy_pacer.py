@@ -5,6 +5,7 @@ from dataclasses import dataclass
 _CATCH_UP_S = 0.002
 _LONGEST_WAIT_S = 0.1
 """The rate may change while somebody waits."""
+_WRITE_S = 0.01
 
 
 class Pacer:
@@ -24,6 +25,10 @@ class Pacer:
         """Change the limit at once; what was sent under the old one is forgotten."""
         if bytes_per_s != self._rate:
             self._rate, self._due_s = bytes_per_s, 0.0
+
+    def most_bytes(self) -> int | None:
+        """Most bytes of one write, so that the next look is soon; None without a limit."""
+        return int(self._rate * _WRITE_S) if self._rate else None
 
     def charge(self, byte_count: int, now_s: float) -> None:
         """Account for bytes that were sent."""

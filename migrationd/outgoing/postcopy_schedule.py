@@ -26,6 +26,7 @@ Bools = npt.NDArray[np.bool_]
 
 _SCAN_PAGES = 4096
 _WALKED_AT_ONCE = 8
+_FEW_PAGES = 1 << 16
 _ONES = b"\1" * 4096
 _SCAN_PAGES_MAX = 1 << 20
 
@@ -143,6 +144,10 @@ class PageSchedule:
         count = len(state.sent)
         if not state.sent.any():
             return np.array([[0, count]], np.int64) if count else np.empty((0, 2), np.int64)
+        if state.led is not None and state.host_pages == 1:
+            found = np.flatnonzero(state.sent)
+            if len(found) <= _FEW_PAGES:
+                return self._discards_around(state, state.led, found)
         kept = state.sent & (state.wanted if state.led is None else state.wanted | state.led)
         if state.host_pages > 1:
             # A host page of which a part was not sent goes as a whole.
@@ -160,6 +165,19 @@ class PageSchedule:
             state.sent[np.cumsum(edges[:-1], dtype=np.int8).view(np.bool_)] = False
             state.remaining = int(np.count_nonzero(state.wanted & ~state.sent))
         return runs
+
+    def _discards_around(self, state: BlockPages, led: Bools, found: Pages) -> Pages:
+        """The same where few pages were sent, whatever the block's size."""
+        is_kept = state.wanted[found] | led[found]
+        kept = found[is_kept]
+        firsts = np.concatenate(([0], kept + 1))
+        counts = np.concatenate((kept, [len(state.sent)])) - firsts
+        with self._lock:
+            state.sent[found[~is_kept]] = False
+            state.remaining = int(
+                np.count_nonzero(state.wanted) - np.count_nonzero(state.wanted[kept])
+            )
+        return np.stack((firsts, counts), axis=1)[counts > 0]
 
     def adopt_received(self, block: int, received: Bools) -> None:
         """Believe the destination about what it has: after a pause only its word counts."""

@@ -279,16 +279,23 @@ class Push:
                 self._schedule.broken_off(batch, done)
                 return False
             self._wait()
-            window = (
-                ZERO_WINDOW_PAGES if batch.is_zero else self._shares.window_pages(batch.is_first)
-            )
-            pages, sent, size = self._writer.push(batch, window)
+            pages, sent, size = self._writer.push(batch, self._window_pages(batch))
             done += pages
             self._account(size, sent, batch.is_zero)
             if self._schedule.has_restart and not batch.is_first:
                 self._schedule.broken_off(batch, done)
                 return False
         return True
+
+    def _window_pages(self, batch: Batch) -> int:
+        """Pages of the next write."""
+        if batch.is_zero:
+            return ZERO_WINDOW_PAGES
+        window = self._shares.window_pages(batch.is_first)
+        most_bytes = self._pacer.most_bytes()
+        if most_bytes is not None:
+            window = max(1, min(window, most_bytes // self._stats.page_size))
+        return window
 
     def _may_push(self, batch: Batch) -> bool:
         """Give way to requests; False when what follows one of them goes before the batch."""

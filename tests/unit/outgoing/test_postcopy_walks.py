@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from migrationd.outgoing.postcopy_pacer import ALONE, BESIDE, SHARED, GivesWay, Shares
+from migrationd.outgoing.postcopy_pacer import ALONE, BESIDE, SHARED, GivesWay, Pacer, Shares
 from migrationd.outgoing.postcopy_schedule import BlockPages, PageSchedule
 from migrationd.outgoing.postcopy_walks import NEIGHBOUR_PAGES, Walks
 
@@ -143,5 +143,28 @@ def test_zero_pages_that_went_ahead_are_not_forgotten() -> None:
     state = schedule.blocks[0]
     state.sent[[1, 3]] = True
     state.led = np.array([0, 1, 0, 1, 0], np.bool_)
-    assert schedule.discards(0).tolist() == [[0, 1], [4, 1]]
+    assert schedule.discards(0).tolist() == [[0, 1], [2, 1], [4, 1]]
+    assert state.remaining == 2
     assert state.sent.tolist() == [False, True, False, True, False]
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_what_went_ahead_is_kept_and_everything_else_is_discarded(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    schedule = PageSchedule([BlockPages("m", rng.random(300) < 0.5)])
+    state = schedule.blocks[0]
+    state.led = rng.random(300) < 0.3
+    state.sent[:] = state.led | (rng.random(300) < 0.2)
+    kept = state.sent & (state.led | state.present)
+    covered = np.zeros(300, np.bool_)
+    for first, count in schedule.discards(0).tolist():
+        assert not covered[first : first + count].any()
+        covered[first : first + count] = True
+    assert np.array_equal(covered, ~kept)
+    assert np.array_equal(state.sent, kept)
+    assert state.remaining == np.count_nonzero(state.present & ~kept)
+
+
+def test_a_write_is_no_more_than_some_milliseconds_of_the_limit() -> None:
+    assert Pacer(0).most_bytes() is None
+    assert Pacer(10 << 20).most_bytes() == (10 << 20) // 100
