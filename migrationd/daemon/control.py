@@ -38,7 +38,7 @@ from migrationd.objects.registry import ObjectRegistry
 from migrationd.outgoing.contract import OutgoingSettings
 from migrationd.outgoing.cpr import OpenChannel, after_hand_over
 from migrationd.outgoing.driver import PAUSABLE, OutgoingMigration
-from migrationd.outgoing.postcopy import PostcopySettings
+from migrationd.outgoing.postcopy_source import PostcopySettings
 from migrationd.qmp.context import Chardev, FdLookup, MigrationChannel
 from migrationd.qmp.event_bus import EventBus
 from migrationd.transport.address import Address, describe

@@ -11,8 +11,8 @@ from migrationd.migration.options import MigrationOptions
 from migrationd.outgoing.contract import OutgoingSettings
 from migrationd.outgoing.file_save import FileSettings
 from migrationd.outgoing.multifd_send import MultifdSettings
-from migrationd.outgoing.postcopy import PostcopySettings
 from migrationd.outgoing.postcopy_learned import Order
+from migrationd.outgoing.postcopy_source import PostcopySettings
 
 _WITHOUT_COMPRESS = ("multifd", "postcopy-ram", "mapped-ram", "background-snapshot")
 """Pages that are deflated one by one go on the main connection, in precopy."""

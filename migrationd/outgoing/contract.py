@@ -9,8 +9,8 @@ from migrationd.migration.bitmap_mapping import BitmapMapping
 from migrationd.migration.convergence import ThrottleSettings
 from migrationd.outgoing.file_save import FileSettings
 from migrationd.outgoing.multifd_send import MultifdSettings
-from migrationd.outgoing.postcopy import PostcopySettings
 from migrationd.outgoing.postcopy_learned import Order
+from migrationd.outgoing.postcopy_source import PostcopySettings
 
 
 @dataclass(frozen=True, slots=True)

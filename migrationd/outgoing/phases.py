@@ -43,7 +43,8 @@ from migrationd.outgoing.live_save import LiveSaver
 from migrationd.outgoing.multifd_connect import OutgoingMultifd
 from migrationd.outgoing.multifd_save import MultifdSaver
 from migrationd.outgoing.multifd_send import MultifdSettings
-from migrationd.outgoing.postcopy import PostcopyLink, PostcopySource
+from migrationd.outgoing.postcopy import PostcopyLink
+from migrationd.outgoing.postcopy_source import PostcopySource
 from migrationd.outgoing.progress import OutgoingProgress
 from migrationd.outgoing.ram_save import PART_BYTES, RamSaver
 from migrationd.outgoing.xbzrle_save import XbzrleSaver
