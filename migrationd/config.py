@@ -101,9 +101,9 @@ OPTIONS: tuple[_Option, ...] = (
     _Option("qmp", "SPEC", "QMP monitor: unix:PATH, tcp:HOST:PORT[,server=on][,wait=off] or stdio",
             is_repeatable=True),
     _Option("qmp-pretty", "SPEC", "the same, with output over indented lines", is_repeatable=True),
-    _Option("chardev", "SPEC", "a place for -mon: socket,id=ID,path=PATH,server=on,wait=off "
-            "(or fd=N; or host=HOST,port=PORT), or stdio,id=ID", is_repeatable=True),
-    _Option("mon", "chardev=ID,mode=control", "QMP monitor on a character device; [,pretty=on]",
+    _Option("chardev", "SPEC", "a place for -mon: socket,id=ID,path=PATH (or fd=N, or "
+            "host=HOST,port=PORT)[,server=on][,wait=off], or stdio,id=ID", is_repeatable=True),
+    _Option("mon", "SPEC", "QMP monitor on one: chardev=ID,mode=control[,pretty=on]",
             is_repeatable=True),
     _Option("add-fd", "fd=N,set=M", "an inherited descriptor for /dev/fdset/M; [,opaque=TEXT]",
             is_repeatable=True),

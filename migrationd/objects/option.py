@@ -12,10 +12,14 @@ from migrationd.errors import ObjectError
 from migrationd.objects.registry import ObjectRegistry
 
 _FLAGS = ("verify-peer", "sanity-check")
+_NUMBERS = (
+    "aio-max-batch", "poll-grow", "poll-max-ns", "poll-shrink", "poll-weight", "thread-pool-max",
+    "thread-pool-min",
+)  # fmt: skip
 _NAMES = frozenset(
     (
         *("data", "dir", "endpoint", "file", "format", "identity", "iv", "keyid", "passwordid"),
-        *("policy", "priority", "rules", "username", *_FLAGS),
+        *("policy", "priority", "rules", "username", *_FLAGS, *_NUMBERS),
     )
 )
 _RULE_NAMES = ("match", "policy", "format")
@@ -28,6 +32,16 @@ def add_from_option(registry: ObjectRegistry, text: str) -> None:
     Raises:
         ObjectError: The text or the object is wrong.
     """
+    qom_type, object_id, values = parse_object(text)
+    registry.add(qom_type, object_id, values)
+
+
+def parse_object(text: str) -> tuple[str, str, dict[str, object]]:
+    """Type, id and properties of the object that a text asks for.
+
+    Raises:
+        ObjectError: The text is wrong.
+    """
     values = _from_json(text) if text.startswith("{") else _from_keys(text)
     qom_type, object_id = values.pop("qom-type", None), values.pop("id", None)
     for name, value in (("qom-type", qom_type), ("id", object_id)):
@@ -37,7 +51,7 @@ def add_from_option(registry: ObjectRegistry, text: str) -> None:
             raise ObjectError(f"Invalid parameter type for '{name}', expected: string")
     for name, value in values.items():
         _check(name, value)
-    registry.add(str(qom_type), str(object_id), values)
+    return str(qom_type), str(object_id), values
 
 
 def _check(name: str, value: object) -> None:
@@ -47,6 +61,8 @@ def _check(name: str, value: object) -> None:
     expected = "string"
     if name in _FLAGS:
         kind, expected = bool, "boolean"
+    elif name in _NUMBERS:
+        kind, expected = int, "integer"
     elif name == "rules":
         kind, expected = list, "array"
     if not isinstance(value, kind):
@@ -77,6 +93,8 @@ def _from_keys(text: str) -> dict[str, object]:
             rules.setdefault(int(match[1]), {})[match[2]] = value
         elif key in _FLAGS:
             values[key] = _flag(key, value)
+        elif key in _NUMBERS:
+            values[key] = _number(key, value)
         else:
             values[key] = value
     if rules:
@@ -93,6 +111,12 @@ def _split(text: str) -> list[str]:
     ['a', 'b=c,d', 'e=f']
     """
     return [word.replace("\0", ",") for word in text.replace(",,", "\0").split(",")]
+
+
+def _number(name: str, text: str) -> int:
+    if not re.fullmatch(r"-?[0-9]{1,19}", text):
+        raise ObjectError(f"Parameter '{name}' expects integer")
+    return int(text)
 
 
 def _flag(name: str, text: str) -> bool:

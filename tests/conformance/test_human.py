@@ -211,3 +211,38 @@ def test_saved_states() -> None:
         "--      vm-20261120211606      1 B 2026-11-20 21:16:06  0000:00:00.000         --",
     ]
     assert layout.snapshots([]) == "There is no snapshot available.\n"
+
+
+async def test_objects() -> None:
+    """Lines and answers of QEMU 11.1 with ``-machine none``."""
+    monitor = Monitor(FakeControl())
+    await monitor.feed(b'{"execute": "qmp_capabilities"}')
+    for line, expected in (
+        (
+            "object_add",
+            'object_add: string expected\r\nTry "help object_add" for more information\r\n',
+        ),
+        ("object_add iothread,id=i0,poll-grow=4", ""),
+        (
+            "object_add iothread,id=i0",
+            "Error: attempt to add duplicate property 'i0' to object (type 'container')\r\n",
+        ),
+        (
+            "object_add nosuch,id=x",
+            "Error: Parameter 'qom-type' does not accept value 'nosuch'\r\n",
+        ),
+        ("object_add secret,id=s0,data=abc", ""),
+        ("object_add secret,id=s1,nope=1", "Error: Parameter 'nope' is unexpected\r\n"),
+        ("object_add secret", "Error: Parameter 'id' is missing\r\n"),
+        (
+            "object_add iothread,id=i9,poll-max-ns=abc",
+            "Error: Parameter 'poll-max-ns' expects integer\r\n",
+        ),
+        ('object_add {"qom-type":"secret","id":"j0","data":"x"}', ""),
+        ("object_del i0", ""),
+        ("object_del i0", "Error: object 'i0' not found\r\n"),
+        ("info iothreads", ""),
+    ):
+        command = {"execute": "human-monitor-command", "arguments": {"command-line": line}}
+        (reply,) = await monitor.feed(json.dumps(command).encode())
+        assert reply["return"] == expected, line

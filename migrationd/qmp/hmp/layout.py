@@ -200,6 +200,18 @@ def version(info: Reply) -> str:
     return f"{number['major']}.{number['minor']}.{number['micro']}{info['package']}\n"
 
 
+def iothreads(threads: list[Reply]) -> str:
+    """``info iothreads``."""
+    lines = []
+    for thread in threads:
+        lines += [f"{thread['id']}:", f"  thread_id={thread['thread-id']}"]
+        lines += [
+            f"  {name}={thread[name]}"
+            for name in ("poll-max-ns", "poll-grow", "poll-shrink", "poll-weight", "aio-max-batch")
+        ]
+    return "".join(f"{line}\n" for line in lines)
+
+
 def kvm(info: Reply) -> str:
     """``info kvm``."""
     if not info["present"]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Protocol
 
+from migrationd.objects.option import parse_object
 from migrationd.qmp.context import GuestSnapshots
 from migrationd.qmp.hmp import layout
 from migrationd.qmp.hmp.arguments import Argument, flag, integer, rest, switch, word
@@ -120,6 +121,12 @@ async def _set_capability(qmp: Qmp, values: Values) -> str:
 async def _set_parameter(qmp: Qmp, values: Values) -> str:
     name = values["parameter"]
     await qmp.perform("migrate-set-parameters", {name: parse_parameter(name, values["value"])})
+    return ""
+
+
+async def _object_add(qmp: Qmp, values: Values) -> str:
+    qom_type, object_id, properties = parse_object(values["object"])
+    await qmp.perform("object-add", {"qom-type": qom_type, "id": object_id, **properties})
     return ""
 
 
@@ -267,6 +274,8 @@ COMMANDS: tuple[HumanCommand, ...] = (
                  "change a parameter", "migrate-set-parameters", _set_parameter),
     _plain("migrate_start_postcopy", "migrate-start-postcopy",
            "let a running migration go on as postcopy"),
+    HumanCommand("object_add", (rest("object"),), "[qom-type=]type,id=str[,prop=value][,...]",
+                 "make an object", "object-add", _object_add),
     _plain("object_del", "object-del", "remove an object", word("id"), shown="id"),
     _plain("quit|q", "quit", "end the process"),
     HumanCommand("savevm", (word("tag", optional=True),), "tag",
@@ -286,6 +295,7 @@ COMMANDS: tuple[HumanCommand, ...] = (
 INFO: tuple[HumanCommand, ...] = (
     _info("chardev", "query-chardev", "show character devices", layout.character_devices),
     _info("dirty_rate", "query-dirty-rate", "show the measured dirty rate", layout.dirty_rate),
+    _info("iothreads", "query-iothreads", "show threads for devices", layout.iothreads),
     _info("kvm", "query-kvm", "show whether KVM is used", layout.kvm),
     HumanCommand("migrate", (flag("a", "all"),), "[-a]",
                  "show migration status (-a: all, dump all status)", "query-migrate",
