@@ -2,14 +2,18 @@
 
 import contextlib
 import resource
+import shutil
 import signal
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from migrationd.ctl.daemon_process import DaemonProcess
+from migrationd.ctl.qemu_process import find_qemu
 from migrationd.linux.userfaultfd import can_serve_faults
-from tests.support.dirtier import DirtierProcess, Progress
+from tests.support.dirtier import PROGRAM, DirtierProcess, Progress
+from tests.support.moves import Host, check_runs_on, memory_digest, move_on, park
 
 pytestmark = [
     pytest.mark.interop,
@@ -174,3 +178,82 @@ async def test_a_workload_that_hangs_fails_it_and_goes_on_later(tmp_path: Path) 
         here.process.send_signal(signal.SIGCONT)
         assert (await here.wait_passes(2)).mistakes == 0
         assert await source.run_state() == "running"
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler: apt-get install gcc")
+async def test_of_a_program_in_c(tmp_path: Path) -> None:
+    binary = tmp_path / "counter"
+    program = PROGRAM.parent / "c" / "counter.c"
+    command = ["cc", "-Wall", "-Wextra", "-Werror", "-O2", "-o", binary, program, "-lpthread"]
+    subprocess.run(command, check=True)
+    here, there = (DirtierProcess(tmp_path, name, binary=binary) for name in ("here", "there"))
+    file = tmp_path / "saved"
+    async with await DaemonProcess.start(arguments=here.daemon_arguments) as source, here:
+        before = await here.wait_passes(1)
+        await begin(source, f"file:{file}")
+        await source.wait_migration("completed")
+        last = await here.wait_passes(2)
+    async with (
+        await DaemonProcess.start(
+            incoming=f"file:{file}", arguments=there.daemon_arguments
+        ) as daemon,
+        there,
+    ):
+        await daemon.wait_run_state("running")
+        after = await there.wait_passes(1)
+        assert before.place < after.place
+        assert after.mistakes == last.mistakes == 0
+
+
+async def test_a_parked_guest_stays_and_qemu_runs_what_was_written(
+    qemu_host: Host, tmp_path: Path, closing: list[object]
+) -> None:
+    """Twice from one instant: out of the snapshot, and out of the daemon, which still has it."""
+    await snapshot_parked(qemu_host, tmp_path, closing, mapped_ram=False)
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("mapped_ram", [False, True])
+@pytest.mark.parametrize("version", ["10.0", "11.1"])
+async def test_newer_qemus_run_it_too(
+    version: str, mapped_ram: bool, tmp_path: Path, closing: list[object]
+) -> None:
+    binary = find_qemu(version)
+    if binary is None:
+        pytest.skip(f"QEMU {version} is not installed (tests/support/install-qemus brings it)")
+    await snapshot_parked(Host(binary), tmp_path, closing, mapped_ram=mapped_ram)
+
+
+async def snapshot_parked(
+    qemu_host: Host, tmp_path: Path, closing: list[object], *, mapped_ram: bool
+) -> None:
+    """Park a guest, save it, and let two QEMUs go on with it."""
+    source = await qemu_host.start("QEMU A")
+    closing.append(source)
+    daemon = await DaemonProcess.start(incoming=f"unix:{tmp_path}/in")
+    closing.append(daemon)
+    await source.wait_serial(2)
+    await park(source, daemon, f"unix:{tmp_path}/in", return_path=True)
+    printed, digest = source.serial, await memory_digest(source, qemu_host)
+    await daemon.set_capabilities({"return-path": False})
+    await begin(daemon, f"file:{tmp_path}/saved", mapped_ram=mapped_ram)
+    await daemon.wait_migration("completed")
+    assert await daemon.run_state() == "paused"
+    assert [event["event"] for event in daemon.events].count("STOP") == 0
+    restored = await qemu_host.start("QEMU B", incoming="defer", paused=True)
+    closing.append(restored)
+    if mapped_ram:
+        await restored.set_capabilities({"mapped-ram": True})
+    saved = f"file:{tmp_path}/saved" if mapped_ram else f"exec:cat {tmp_path}/saved"
+    await restored.execute("migrate-incoming", {"uri": saved})
+    await restored.wait_migration("completed")
+    assert await memory_digest(restored, qemu_host) == digest
+    await restored.execute("cont")
+    await check_runs_on(printed, restored, qemu_host)
+
+    await daemon.set_capabilities({"background-snapshot": False, "mapped-ram": False})
+    found, moved = await move_on(daemon, qemu_host, tmp_path)
+    closing.append(moved)
+    assert found == digest
+    await moved.execute("cont")
+    await check_runs_on(printed, moved, qemu_host)
