@@ -93,6 +93,7 @@ class AttachedGuest(Owned):
             raise
         self.ram: tuple[WorkloadBlock, ...] = tuple(blocks)
         self._is_loaded = False
+        self._lifeline = -1
         addresses = [block.address for block, _ in introduced.blocks]
         placed = list(zip(self.ram, addresses, strict=True))
         self._faults: WriteFaults | None = None
@@ -340,7 +341,16 @@ class AttachedGuest(Owned):
         Raises:
             GuestError: It does not obey.
         """
-        self._link.request("lazy")
+        reader, writer = os.pipe2(os.O_CLOEXEC)
+        try:
+            self._link.request("lazy", None, (reader,))
+        except BaseException:
+            os.close(writer)
+            raise
+        finally:
+            os.close(reader)
+        self._let_lifeline_go()
+        self._lifeline = writer
 
     def load_lazily(self, devices: Sequence[DeviceState]) -> None:
         """Load the devices while memory is missing; as :meth:`complete`, which follows later."""
@@ -355,6 +365,7 @@ class AttachedGuest(Owned):
             GuestError: It does not obey.
         """
         self._link.request("whole")
+        self._let_lifeline_go()
 
     def restore_owner(self) -> OwnerNote:
         """Take over what an earlier daemon put on record with the workload.
@@ -484,6 +495,7 @@ class AttachedGuest(Owned):
         if self._faults is not None:
             self._faults.release()
         self._link.close()
+        self._let_lifeline_go()
         blocks, self.ram = self.ram, ()
         for block in blocks:
             block.memory.close()
@@ -497,6 +509,11 @@ class AttachedGuest(Owned):
         if self._faults is not None and tracking != "pagemap":
             return FaultTracker(self._faults, self.ram)
         return NoTracker()
+
+    def _let_lifeline_go(self) -> None:
+        lifeline, self._lifeline = self._lifeline, -1
+        if lifeline >= 0:
+            os.close(lifeline)
 
     def _go_on_after_all(self) -> None:
         try:

@@ -17,8 +17,10 @@ Each packet is one JSON object in UTF-8 of at most 256 KiB; descriptors travel w
     save          devices, as VMState bodies one behind the other in a memfd
     load          the same, in the other direction
     remap         put another memfd in a block's place, at the same address
-    lazy whole    from the next start on memory may be missing, and a thread that touches it
-                  waits; a workload that runs so and loses its daemon must end. All is there
+    lazy          from the next start on memory may be missing, and a thread that touches it waits
+                  for it; a workload that runs so must end with its daemon, whose end of the pipe
+                  that comes along closes then: its own threads may not get as far as to notice
+    whole         all memory is there
     keep          a note that the next hello says again, to whatever daemon
     reset         begin anew, as after a power cycle; powerdown: somebody wants it to end
     quit          end

@@ -36,6 +36,7 @@ from migrationd.linux.userfaultfd import (
 )
 from migrationd.workload.block import Block, Origin
 from migrationd.workload.compare import problems
+from migrationd.workload.lifeline import Lifeline
 from migrationd.workload.vmstate import VMState
 
 VERSION = 1
@@ -73,7 +74,7 @@ class Workload:
 
     By postcopy a destination runs before its memory is there: a thread that touches what is
     missing waits for it, *with* the interpreter's lock, so that all threads do. If the daemon
-    is gone before all memory came, nobody can bring the rest, and the process exits.
+    is gone before all memory came, nobody can bring the rest, and the process is ended.
     """
 
     def __init__(
@@ -103,6 +104,7 @@ class Workload:
         self._userfaultfd = -1
         self._is_lazy = False
         self._ran_lazily = False
+        self._lifeline: Lifeline | None = None
         self._note = ""
 
     def add_block(self, name: str, size: int) -> mmap.mmap:
@@ -306,7 +308,7 @@ class Workload:
                 if arguments["role"] == "destination":
                     self._make_room()
                     self._note = ""
-                    self._is_lazy = self._ran_lazily = False
+                    self._forget_lazy()
                 self._begun.set()
             case "stop":
                 self._stop()
@@ -320,13 +322,14 @@ class Workload:
             case "save":
                 return self._save()
             case "load":
-                self._load(arguments["devices"], fds[0])
+                self._load_on_lifeline(arguments["devices"], fds[0])
             case "remap":
                 self._remap(arguments["block"], fds[0], arguments["is_lent"])
             case "lazy":
                 self._is_lazy = True
+                self._lifeline = Lifeline(fds[0])
             case "whole":
-                self._is_lazy = self._ran_lazily = False
+                self._forget_lazy()
             case "keep":
                 self._note = arguments["note"]
             case "reset":
@@ -339,6 +342,24 @@ class Workload:
             case other:
                 raise GuestError(f"request '{other}' is not known")
         return {"return": {}}, []
+
+    def _load_on_lifeline(self, saved: list[dict[str, Any]], fd: int) -> None:
+        """Load; a hook that reads memory may wait for pages meanwhile."""
+        if self._lifeline is None:
+            self._load(saved, fd)
+            return
+        self._lifeline.arm()
+        try:
+            self._load(saved, fd)
+        finally:
+            self._lifeline.disarm()
+
+    def _forget_lazy(self) -> None:
+        """All memory is there, or none is waited for."""
+        self._is_lazy = self._ran_lazily = False
+        lifeline, self._lifeline = self._lifeline, None
+        if lifeline is not None:
+            lifeline.close()
 
     def _make_room(self) -> None:
         """Stand still for the daemon to make all memory empty."""
@@ -380,6 +401,8 @@ class Workload:
         for block in self._blocks:
             block.origin = Origin.OWN
         self._ran_lazily = self._is_lazy
+        if self._lifeline is not None:
+            self._lifeline.arm()
         self._gate.open()
         if not was_open and self._on_started is not None:
             self._on_started()

@@ -3,6 +3,7 @@
 Never two. Where nobody can, nobody does: a guest without its memory is no guest.
 """
 
+import asyncio
 import shutil
 import signal
 import subprocess
@@ -78,6 +79,19 @@ async def test_the_workload_dies_at_the_source(tmp_path: Path) -> None:
         await two.there.wait_passes(2)
 
 
+async def test_the_daemon_of_a_python_program_dies_at_the_destination(tmp_path: Path) -> None:
+    """It may stand still inside a fault, with every thread of it: the kernel ends it."""
+    async with pair(tmp_path, incoming=POSTCOPY) as two:
+        last = await running_there(two)
+        await two.destination.kill()
+        assert await asyncio.wait_for(two.there.process.wait(), 20) in (
+            -signal.SIGKILL,
+            LOST_STATUS,
+        )
+        await two.source.wait_migration("postcopy-paused")
+        assert two.here.progress() == last
+
+
 @pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler: apt-get install gcc")
 async def test_the_daemon_dies_at_the_destination(tmp_path: Path) -> None:
     binary = tmp_path / "counter"
@@ -135,9 +149,9 @@ async def test_the_daemon_dies_after_a_precopy(tmp_path: Path) -> None:
 async def test_a_guest_that_does_not_load_goes_on_at_its_source(tmp_path: Path) -> None:
     other = tmp_path / "other.py"
     text = PROGRAM.read_text()
-    assert 'Workload("dirtier")' in text
+    assert 'Workload("dirtier",' in text
     other.write_text(
-        text.replace('Workload("dirtier")', 'Workload("dirtier", on_loaded=lambda: 1 / 0)')
+        text.replace('Workload("dirtier",', 'Workload("dirtier", on_loaded=lambda: 1 / 0,')
     )
     async with pair(tmp_path, there_program=other, incoming=POSTCOPY) as two:
         await two.here.wait_passes(1)
@@ -157,8 +171,9 @@ async def test_loading_may_wait_for_pages(tmp_path: Path) -> None:
     text = PROGRAM.read_text()
     assert "on_loaded" not in text
     hook = "lambda: [memory[at] for at in range(0, 16 << 20, 4096)]"
-    reading = f'Workload("dirtier", on_loaded={hook})'
-    other.write_text(text.replace('Workload("dirtier")', reading))
+    reading = f'Workload("dirtier", on_loaded={hook},'
+    assert 'Workload("dirtier",' in text
+    other.write_text(text.replace('Workload("dirtier",', reading))
     async with pair(tmp_path, there_program=other, incoming=POSTCOPY) as two:
         await two.here.wait_passes(1)
         await begin(two, preempt=False, rest=8 << 20)
