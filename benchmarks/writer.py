@@ -72,7 +72,7 @@ def main() -> None:
             words[: count - first, 0] += 1
             state.at = (state.at + count) % pages
             state.last_ns = now_ns
-        due = max(due + TICK_S, now_ns / 1e9 - 0.02)
+        due = max(due + TICK_S, now_ns / 1e9 - 2 * TICK_S)
         if (left := due - time.monotonic()) > 0:
             time.sleep(left)
 

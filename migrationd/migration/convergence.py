@@ -95,6 +95,7 @@ class Convergence:
         trigger_threshold: ``throttle-trigger-threshold`` of ``dirty-limit``.
         has_edits: Whether pages that go again are edits: the first pass then tells nothing of
             how the others will be.
+        has_postcopy: Whether the rest can go by postcopy.
 
     Attributes:
         bytes_per_s: Rate at which dirty memory is sent; 0 before it is known.
@@ -109,11 +110,13 @@ class Convergence:
         trigger_threshold: int = 50,
         *,
         has_edits: bool = False,
+        has_postcopy: bool = False,
     ) -> None:
         self._throttle = throttle
         self._dirty_limit = dirty_limit
         self._threshold = throttle.trigger_threshold if throttle else trigger_threshold
         self._has_edits = has_edits
+        self._has_postcopy = has_postcopy
         self._before: Pass | None = None
         self._least_rest: int | None = None
         self._fitting_passes = 0
@@ -294,7 +297,8 @@ class Convergence:
             if self._hopeless_s < STALL_S:
                 self.stall = None
             return
-        dirty = done.rest_bytes / max(done.duration_s, 1e-6)
+        # Who writes the same pages again seems to write less.
+        dirty = max(done.rest_bytes / max(done.duration_s, 1e-6), self._write_rate)
         expected_s = self.expected_downtime_s(done.rest_bytes)
         self.stall = _stall_text(dirty, self.bytes_per_s, expected_s, limit_s, self._others)
 
@@ -302,7 +306,9 @@ class Convergence:
     def _others(self) -> str:
         """What else may help and is off."""
         names = ["auto-converge"] * (self._throttle is None) + ["xbzrle"] * (not self._has_edits)
-        return " or ".join((", ".join(names), "postcopy-ram") if names else ("postcopy-ram",))
+        if self._has_postcopy:
+            return "migrate-start-postcopy"
+        return f"turn {' or '.join([*names, 'postcopy-ram'])} on"
 
 
 def _stall_text(written: float, sent: float, expected_s: float, limit_s: float, others: str) -> str:
@@ -310,5 +316,5 @@ def _stall_text(written: float, sent: float, expected_s: float, limit_s: float, 
         f"the guest writes {written / 1e6:.0f} MB/s and {sent / 1e6:.0f} MB/s are "
         f"sent: {expected_s * 1000:.0f} ms of downtime would be "
         f"needed, {limit_s * 1000:.0f} ms are allowed; raise downtime-limit or max-bandwidth, "
-        f"or turn {others} on"
+        f"or {others}"
     )

@@ -404,6 +404,7 @@ class Phases:
             limit,
             settings.throttle_trigger_threshold,
             has_edits=settings.xbzrle_cache_bytes is not None,
+            has_postcopy=self.postcopy is not None,
         )
 
     def _wait_for_peer(self) -> None:

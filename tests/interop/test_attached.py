@@ -316,7 +316,6 @@ async def test_a_workload_that_writes_too_much_is_slowed_down(tmp_path: Path) ->
 
 
 async def test_a_workload_is_kept_below_a_dirty_limit(tmp_path: Path) -> None:
-    """By command, and by capability while it migrates over a line that is too thin for it."""
     async with pair(tmp_path, rate_mb_s=200.0) as two:
         await two.here.wait_passes(1)
         assert await two.source.execute("query-vcpu-dirty-limit") == []
@@ -336,8 +335,19 @@ async def test_a_workload_is_kept_below_a_dirty_limit(tmp_path: Path) -> None:
             await two.source.execute("set-vcpu-dirty-limit", {"dirty-rate": 1, "cpu-index": 3})
         await two.source.execute("cancel-vcpu-dirty-limit")
         assert await two.source.execute("query-vcpu-dirty-limit") == []
+
+
+@pytest.mark.matrix
+async def test_a_dirty_limit_lets_it_over_a_line_that_is_too_thin(tmp_path: Path) -> None:
+    async with pair(tmp_path, rate_mb_s=200.0) as two:
+        await two.here.wait_passes(1)
         await two.source.set_parameters({"downtime-limit": 200, "vcpu-dirty-limit": 10})
         await two.begin(max_bandwidth=30 << 20, dirty_limit=True)
+
+        async def is_limited() -> bool:
+            return "dirty-limit-throttle-time-per-round" in await two.source.query_migrate()
+
+        await until(is_limited, "the workload is kept from writing")
         await two.source.wait_migration("completed", timeout_s=40)
         await two.there.wait_passes(1)
 

@@ -138,6 +138,10 @@ def test_a_first_pass_that_cannot_help_is_explained_while_it_lasts() -> None:
             assert convergence.stall is None
     assert convergence.stall is not None
     assert "writes 188 MB/s and 125 MB/s are sent" in convergence.stall
+    assert convergence.stall.endswith("or turn auto-converge or xbzrle or postcopy-ram on")
+    convergence.after(Pass(256 << 20, 256 << 20, 2.1), LIMIT_S)
+    convergence.after(Pass(256 << 20, 256 << 20, 2.1, 256 << 20), LIMIT_S)
+    assert "writes 128 MB/s and 128 MB/s are sent" in convergence.stall
     convergence = Convergence()
     for half_seconds in range(1, 20):
         now_s = half_seconds / 2
