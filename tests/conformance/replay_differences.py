@@ -21,6 +21,9 @@ class Why(Enum):
     BAD_PEER = "bad peer"
     """Decided: a bad peer costs its own migration, and ``error-desc`` says why."""
 
+    DIRTY_LIMIT = "dirty limit"
+    """Decided: a workload has what a QEMU's guest has with KVM and a dirty ring."""
+
     OTHER = "differs"
 
 
@@ -65,6 +68,10 @@ DIFFERENCES: dict[str, tuple[Allowed, ...]] = {
         "'postmigrate' comes with the event 'completed', where QEMU's comes a moment after it",
         '"query-status"',
     ),
+    "dirty_rate": tuple(
+        Allowed('"set-vcpu-dirty-limit"', Why.DIRTY_LIMIT, reason)
+        for reason in ("a workload can be slowed down; the recorded QEMU has no dirty ring",)
+    ),
     "incoming_garbage_stay": tuple(
         Allowed(request, Why.BAD_PEER, "a bad source is named, and the next one may come")
         for request in ('"query-migrate"', '"migrate-incoming"', "events")
@@ -107,3 +114,7 @@ NOT_APPLICABLE: dict[str, str] = {
     "snapshot_jobs": "snapshots inside a disk image",
 }
 """Scenario to what it is about that migrationd does not have."""
+
+NO_GUEST = ("caps_conflicts", "caps_each", "caps_each_incoming")
+"""Scenarios played without a workload: it can be slowed down, as a QEMU's guest can with KVM and
+a dirty ring, and the recorded ones ran without."""

@@ -14,7 +14,8 @@ PAGE = 4096
 ROM_KIB = 384
 BUSY_PAGES = 128
 FIRST_BUSY_PAGE = 16
-REST_S = 0.0002
+REST_S = 0.02
+"""Between two rounds: the recorded migrations ended before the scripts' first look."""
 
 
 class State:

@@ -18,6 +18,7 @@ from pathlib import Path
 from tests.conformance.replay_compare import Difference, differences, shape_differences
 from tests.conformance.replay_differences import (
     DIFFERENCES,
+    NO_GUEST,
     NOT_APPLICABLE,
     Allowed,
     Why,
@@ -29,7 +30,7 @@ RECORDINGS = ROOT / "tests" / "conformance" / "recordings"
 LIMIT_S = 150.0
 MIRRORED = "11.1"
 VERDICTS = ("identical", "as 11.1", "as decided", "differs", "not applicable")
-_DECIDED = {Why.OLD_TOOLS, Why.NO_MACHINE, Why.BAD_PEER}
+_DECIDED = set(Why) - {Why.OTHER}
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +130,7 @@ def play(
     Returns:
         The recording.
     """
-    source = source or launcher("attached")
+    source = source or launcher("none" if scenario in NO_GUEST else "attached")
     command = [sys.executable, str(RECORDER), "run", "--only", scenario, "--accel", "tcg"]
     command += ["--qemu", source, "--dst-qemu", destination or source, "--out", str(directory)]
     # The path of a socket is short.
