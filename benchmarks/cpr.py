@@ -56,10 +56,15 @@ while True:
 """
 
 
-def events_ms(source: PeerProcess, destination: PeerProcess) -> float:
+async def events_ms(source: PeerProcess, destination: PeerProcess) -> float:
     """From the source's STOP to the destination's RESUME."""
     times = {}
+    deadline = time.monotonic() + WAIT_S
     for name, peer in (("STOP", source), ("RESUME", destination)):
+        while not any(event["event"] == name for event in peer.events):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"no {name}")
+            await asyncio.sleep(0.01)
         [stamp] = [e["timestamp"] for e in peer.events if e["event"] == name][-1:]
         times[name] = stamp["seconds"] * 1e3 + stamp["microseconds"] / 1e3
     return float(times["RESUME"] - times["STOP"])
@@ -117,7 +122,7 @@ async def between_workloads(mib: int) -> tuple[float, float]:
                 await hand_over(source, directory)
                 gap_ms = int(await wait_for(directory / "gap")) / 1e6
                 await destination.wait_run_state("running")
-                return events_ms(source, destination), gap_ms
+                return await events_ms(source, destination), gap_ms
         finally:
             for process in processes:
                 process.kill()
@@ -161,7 +166,7 @@ async def between_qemus(binary: str, mib: int) -> float:
                 text = await source.query_migrate()
                 if not any(event["event"] == "RESUME" for event in destination.events):
                     return float(str(text["downtime"]))
-                return events_ms(source, destination)
+                return await events_ms(source, destination)
 
 
 async def run(sizes: list[int], versions: list[str], reps: int) -> None:

@@ -169,3 +169,15 @@ async def test_as_a_person_does_it(tmp_path: Path) -> None:
         process = await asyncio.create_subprocess_exec(*command, "--cpr", str(tmp_path / "cpr"))
         assert await process.wait() == 0
         await there.wait_passes(1)
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("capability", ["multifd", "x-ignore-shared"])
+async def test_with_capabilities_that_have_nothing_to_do(tmp_path: Path, capability: str) -> None:
+    async with pair(tmp_path) as two:
+        for daemon in (two.source, two.destination):
+            await daemon.set_capabilities({capability: True})
+        await listen(two, tmp_path)
+        await migrate(two, tmp_path)
+        await two.source.wait_migration("completed")
+        await two.there.wait_passes(1)
