@@ -105,14 +105,20 @@ class RamDecoder:
         self._unlisted_bytes = 0
         self._is_listing = False
 
-    def fork(self) -> "RamDecoder":
-        """A decoder of another channel with the same blocks: its CONTINUE state is its own."""
+    def fork(self, *, goes_on: bool = False) -> "RamDecoder":
+        """A decoder of another channel with the same blocks: its CONTINUE state is its own.
+
+        Args:
+            goes_on: Whether that begins where this one's is now.
+        """
         other = RamDecoder(
             self.page_size, ram_limit_bytes=self._ram_limit_bytes, block_limit=self._block_limit
         )
         other.blocks = self.blocks
         other._index = self._index
         other._total_bytes = self._total_bytes
+        if goes_on:
+            other._last_block = self._last_block
         return other
 
     def decode(self, buffer: ReadBuffer) -> RamRecord:

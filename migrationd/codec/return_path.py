@@ -144,8 +144,15 @@ class ReturnPathDecoder:
             done += size
             self._position += size
             messages.append(message)
+            if isinstance(message, Shut):
+                break  # what follows is no message
         del self._data[:done]
         return messages
+
+    @property
+    def rest(self) -> bytes:
+        """What came behind the last message."""
+        return bytes(self._data)
 
     def _decode_one(self, at: int) -> tuple[ReturnPathMessage, int] | None:
         data = self._data

@@ -137,6 +137,19 @@ class StreamDecoder:
         """
         if not self._is_postcopy or self._ram is None:
             raise InvalidState("only a stream that turned to postcopy can be resumed")
+        return self._successor(self._ram.fork())
+
+    def checkpoint(self) -> "StreamDecoder":
+        """A decoder of sections that follow this stream, without head and description, up to EOF.
+
+        Raises:
+            InvalidState: The stream has no RAM section.
+        """
+        if self._ram is None:
+            raise InvalidState("a checkpoint needs RAM blocks")
+        return self._successor(self._ram.fork(goes_on=True))
+
+    def _successor(self, ram: RamDecoder) -> "StreamDecoder":
         other = StreamDecoder(self._limits, page_size=self._page_size)
         other._table = self._table
         other._opaque_reader = OpaqueReader(
@@ -145,7 +158,7 @@ class StreamDecoder:
             section_limit=self._limits.section_bytes,
             description_limit=self._limits.description_bytes,
         )
-        other._ram = self._ram.fork()
+        other._ram = ram
         other._configuration = self._configuration
         other._has_footers = self._has_footers
         other._is_postcopy = True

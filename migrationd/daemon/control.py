@@ -384,6 +384,7 @@ class GuestControl:
             self._run.arrived,
             cpr,
             self._run.runs_lazily,
+            lambda reason: self._events.colo_exit("secondary", reason),
         )
         self._incoming = incoming
         incoming.begin()
@@ -468,6 +469,33 @@ class GuestControl:
         if status != state:
             raise QMPError(f"Migration not in expected state: {status}")
 
+    @property
+    def colo_mode(self) -> str:
+        """Of ``query-colo-status``."""
+        if self._outgoing is not None and self._outgoing.status == "colo":
+            return "primary"
+        is_secondary = self._incoming is not None and self._incoming.status == "colo"
+        return "secondary" if is_secondary else "none"
+
+    @property
+    def colo_exit(self) -> tuple[str, str]:
+        """Mode and reason of the last replica's end; "none" if there was none."""
+        return self._events.colo_exited
+
+    def colo_lost_heartbeat(self) -> None:
+        """``x-colo-lost-heartbeat``: the side that hears it goes on alone.
+
+        Raises:
+            QMPError: No replica follows a guest.
+        """
+        match self.colo_mode:
+            case "primary" if self._outgoing is not None:
+                self._outgoing.give_up_replica()
+            case "secondary" if self._incoming is not None:
+                self._incoming.fail_over()
+            case _:
+                raise QMPError("VM is not in COLO mode")
+
     def check_capabilities_may_change(self) -> None:
         """Capabilities stay as they are while an outgoing migration runs.
 
@@ -487,6 +515,7 @@ class GuestControl:
                 number(parameters["avail-switchover-bandwidth"])
             )
             self._outgoing.set_xbzrle_cache_size(number(parameters["xbzrle-cache-size"]))
+            self._outgoing.set_checkpoint_delay(number(parameters["x-checkpoint-delay"]))
             self._outgoing.set_max_postcopy_bandwidth(number(parameters["max-postcopy-bandwidth"]))
 
     def outgoing_info(self) -> MigrationInfo | None:

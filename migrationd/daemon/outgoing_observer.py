@@ -14,16 +14,20 @@ log = logging.getLogger(__name__)
 
 
 class MigrationEvents:
-    """MIGRATION and MIGRATION_PASS, as long as the capability ``events`` is on.
+    """MIGRATION and MIGRATION_PASS, as long as the capability ``events`` is on; COLO_EXIT.
 
     Args:
         bus: Where events go.
         options: Where the capability is.
+
+    Attributes:
+        colo_exited: On which side a replica was last given up, and why.
     """
 
     def __init__(self, bus: EventBus, options: MigrationOptions) -> None:
         self._bus = bus
         self._options = options
+        self.colo_exited = "none", "none"
 
     def status(self, status: str) -> None:
         """Tell of a new status."""
@@ -34,6 +38,11 @@ class MigrationEvents:
         """Tell that a pass over the dirty bitmap began."""
         if self._options.capabilities["events"]:
             self._bus.emit("MIGRATION_PASS", {"pass": number})
+
+    def colo_exit(self, mode: str, reason: str) -> None:
+        """Tell that there is no replica any more."""
+        self.colo_exited = mode, reason
+        self._bus.emit("COLO_EXIT", {"mode": mode, "reason": reason})
 
 
 class OutgoingObserver:
@@ -89,6 +98,10 @@ class OutgoingObserver:
         """Pass it on."""
         self._was_stopped = False
         self._run.tell_resumed()
+
+    def on_colo_exit(self, reason: str) -> None:
+        """Pass it on."""
+        self._events.colo_exit("primary", reason)
 
     async def before_switchover(self, lazy: LazyHandOver | None) -> None:
         """Put on record that the guest is being handed over."""

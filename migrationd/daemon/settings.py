@@ -73,6 +73,9 @@ def outgoing_settings(
         switchover_ack=capabilities["switchover-ack"],
         mode=_text(parameters["mode"]),
         ignores_shared=capabilities[IGNORE_SHARED],
+        checkpoint_delay_ms=number(parameters["x-checkpoint-delay"])
+        if capabilities["x-colo"]
+        else None,
         xbzrle_cache_bytes=number(parameters["xbzrle-cache-size"])
         if capabilities["xbzrle"]
         else None,
@@ -101,6 +104,7 @@ def incoming_settings(
     has_channels = capabilities["multifd"] and not capabilities["mapped-ram"]
     return IncomingSettings(
         ram_limit_bytes=ram_limit_bytes,
+        colo=capabilities["x-colo"],
         switchover_ack=capabilities["switchover-ack"],
         guest_uuid=uuid.bytes if uuid is not None else None,
         mapped_ram=capabilities["mapped-ram"],

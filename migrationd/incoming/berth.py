@@ -62,6 +62,7 @@ class IncomingSettings:
 
     ram_limit_bytes: int | None = None
     switchover_ack: bool = False
+    colo: bool = False
     validate_uuid: bool = False
     guest_uuid: bytes | None = None
     mapped_ram: bool = False

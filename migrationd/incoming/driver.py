@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar, TypeVarTuple
 
 from migrationd.codec.constants import (
+    MIG_CMD_ENABLE_COLO,
     MIG_CMD_OPEN_RETURN_PATH,
     MIG_CMD_PACKAGED,
     MIG_CMD_PING,
@@ -53,6 +54,7 @@ from migrationd.errors import (
 )
 from migrationd.guest.attached import AttachedGuest
 from migrationd.guest.held import HeldGuest
+from migrationd.guest.parked import ParkedGuest
 from migrationd.guest.ram_block import RamBlock
 from migrationd.incoming.arrival import (
     check_configuration,
@@ -63,6 +65,7 @@ from migrationd.incoming.arrival import (
 )
 from migrationd.incoming.berth import Berth, IncomingSettings
 from migrationd.incoming.channels import IncomingChannels
+from migrationd.incoming.colo import Replica
 from migrationd.incoming.cpr import CprArrival
 from migrationd.incoming.lazy_run import LazyRun
 from migrationd.incoming.loader import Barrier, Pause, StreamLoader
@@ -111,6 +114,7 @@ class IncomingMigration:
         on_whole: Given the guest before the migration counts as completed.
         cpr: How its memory comes before the stream, if it does.
         on_running: Given a guest that may run before its memory is there; lets it run.
+        on_colo_exit: Called with the reason when a replica does not follow its primary any more.
     """
 
     def __init__(
@@ -121,7 +125,9 @@ class IncomingMigration:
         on_whole: Callable[[HeldGuest], Awaitable[None]] | None = None,
         cpr: CprArrival | None = None,
         on_running: Callable[[AttachedGuest], Awaitable[None]] | None = None,
+        on_colo_exit: Callable[[str], None] = lambda _reason: None,
     ) -> None:
+        self._on_colo_exit = on_colo_exit
         self._berth = berth
         self._cpr = cpr
         self._on_whole = on_whole
@@ -145,7 +151,7 @@ class IncomingMigration:
         self._door = RecoveryDoor()
         self._is_pause_wanted = False
         self._return_path_open = False
-        self._leaving: asyncio.Task[None] | None = None
+        self._failover = asyncio.Event()
         self._guest: HeldGuest | None = None
 
     @property
@@ -229,6 +235,8 @@ class IncomingMigration:
             guest = await (
                 self._take_file() if self._settings.mapped_ram else self._receive(loader)
             )
+            if self._settings.colo:
+                await self._follow(guest, loader)
             if self._on_whole is not None:
                 await self._on_whole(guest)
             self._status.advance(Cause.COMPLETE)
@@ -251,6 +259,31 @@ class IncomingMigration:
             if self._cpr is not None:
                 self._cpr.release()
             self._executor.shutdown(wait=True)
+
+    async def _follow(self, guest: HeldGuest, loader: StreamLoader) -> None:
+        """Follow the primary until the user says that the replica is to take over."""
+        assert isinstance(guest, ParkedGuest)
+        replica = Replica(self._main(), guest, loader.decoder)
+        self._status.advance(Cause.REPLICATE)
+        reason = "error"
+        try:
+            await self._on_thread(replica.follow)
+        except MigrationdError as error:
+            reason = "request" if self._failover.is_set() else "error"
+            if reason == "error":
+                self._error = error
+                log.error("the primary is lost: %s", error)
+        if self._channels is not None:
+            self._channels.shutdown()
+        self._on_colo_exit(reason)
+        await self._failover.wait()
+        log.info("the replica takes over, from checkpoint %d", replica.checkpoints)
+
+    def fail_over(self) -> None:
+        """``x-colo-lost-heartbeat``: the replica is the guest from now on; only in ``colo``."""
+        self._failover.set()
+        if self._channels is not None:
+            self._channels.shutdown()
 
     def recover_on(self, listener: Listener) -> None:
         """``migrate-recover``: let the source in here, and nowhere else any more."""
@@ -353,6 +386,10 @@ class IncomingMigration:
 
     def _finish(self, loader: StreamLoader) -> HeldGuest:
         guest = self._complete(loader)
+        if self._settings.colo and (not isinstance(guest, ParkedGuest) or guest.file is not None):
+            raise StreamUnsupported(
+                "a replica is held in memory", hint="start without -ram-dir and -guest"
+            )
         self._acknowledge(guest)
         return guest
 
@@ -512,13 +549,6 @@ class IncomingMigration:
         """The workload that takes the guest is gone: there is nothing left to wait for."""
         self._loss = GuestError("the workload is gone")
         self._door.give_up(self._loss)
-        self._leaving = asyncio.create_task(self._leave())
-
-    async def _leave(self) -> None:
-        if self._return_path_open and not self.owns_guest:
-            # With this word the source knows that it may go on.
-            with contextlib.suppress(ChannelError, TimeoutError):
-                await asyncio.wait_for(asyncio.to_thread(self._answer, Shut(1)), 1.0)
         if self._channels is not None:
             self._farewell = asyncio.create_task(self._refuse(self._channels))
 
@@ -555,13 +585,15 @@ class IncomingMigration:
                 if not self._return_path_open and not is_for_bitmaps:
                     raise StreamCorrupt("postcopy without a return path", position=loader.position)
                 self._postcopy.obey(command, loader)
+            case n if n == MIG_CMD_ENABLE_COLO and self._settings.colo:
+                pass  # 11.1 does not even say it
             case n if n == MIG_CMD_PACKAGED:
                 pass  # what it holds comes next
             case _:
                 raise StreamUnsupported(
                     f"command {command.number} is not taken",
                     position=loader.position,
-                    hint="turn COLO off at the source",
+                    hint="the capability x-colo is off here",
                 )
 
     def _complete(self, loader: StreamLoader) -> HeldGuest:

@@ -175,6 +175,11 @@ class StreamLoader:
         """Whether any section has come."""
         return self._blocks is not None or bool(self._kept)
 
+    @property
+    def decoder(self) -> StreamDecoder:
+        """Of the stream."""
+        return self._decoder
+
     def fork_ram(self) -> RamDecoder | None:
         """A decoder for RAM records of another channel; None before the block list."""
         return self._decoder.fork_ram()

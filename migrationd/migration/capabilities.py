@@ -35,12 +35,7 @@ CAPABILITY_SINCE: dict[str, str] = {
 
 CAPABILITIES: tuple[str, ...] = tuple(CAPABILITY_SINCE)
 
-NOT_BUILT: frozenset[str] = frozenset(
-    (
-        "rdma-pin-all",
-        "x-colo",
-    )
-)
+NOT_BUILT: frozenset[str] = frozenset(("rdma-pin-all",))
 """Capabilities whose engine part is not there: nothing starts while one is on."""
 
 _SNAPSHOT_EXCLUDES: tuple[str, ...] = (

@@ -42,6 +42,8 @@ class Cause(Enum):
     """A new connection: the two sides agree on who has which page."""
     RECOVERED = "recovered"
     COMPLETE = "complete"
+    REPLICATE = "replicate"
+    """The destination has a replica, which follows the guest from checkpoint to checkpoint."""
     SAVED = "saved"
     """A background snapshot is whole; the guest stays."""
     FAIL = "fail"
@@ -51,7 +53,7 @@ class Cause(Enum):
 
 
 _REST = ("none", "completed", "failed", "cancelled")
-_CANCELLABLE = ("setup", "active", "pre-switchover", "device")
+_CANCELLABLE = ("setup", "active", "pre-switchover", "device", "colo")
 
 _OUTGOING: dict[tuple[str, Cause], str] = {
     **{(status, Cause.START): "setup" for status in _REST},
@@ -63,6 +65,8 @@ _OUTGOING: dict[tuple[str, Cause], str] = {
     ("pre-switchover", Cause.SWITCHOVER): "device",
     ("active", Cause.SAVED): "completed",
     ("device", Cause.COMPLETE): "completed",
+    ("device", Cause.REPLICATE): "colo",
+    ("colo", Cause.COMPLETE): "completed",
     # Differs from QEMU: a cancel that crosses the destination's SHUT 0 comes too late. The
     # destination owns the guest, and to call it cancelled would make two owners.
     ("cancelling", Cause.COMPLETE): "completed",
@@ -91,6 +95,9 @@ _INCOMING: dict[tuple[str, Cause], str] = {
     ("none", Cause.START): "setup",
     ("setup", Cause.STREAM): "active",
     ("active", Cause.COMPLETE): "completed",
+    ("active", Cause.REPLICATE): "colo",
+    ("colo", Cause.COMPLETE): "completed",
+    ("colo", Cause.FAIL): "failed",
     ("setup", Cause.FAIL): "failed",
     ("active", Cause.FAIL): "failed",
     ("active", Cause.POSTCOPY): "postcopy-device",

@@ -176,6 +176,16 @@ class OutgoingConnection:
             self.check()
         return len(data)
 
+    async def wait_confirmed(self) -> bytes:
+        """Wait until the destination confirms that it holds the guest.
+
+        Returns:
+            What it said behind that.
+        """
+        assert self._return_path is not None
+        await self._return_path.confirmed.wait()
+        return self._return_path.rest
+
     def _on_pong(self, number: int) -> None:
         if number == READY_PING:
             self._peer_ready.set()

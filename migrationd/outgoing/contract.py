@@ -44,6 +44,8 @@ class OutgoingSettings:
     bitmap_mapping: BitmapMapping | None = None
     background_snapshot: bool = False
     """The guest stays: only its state at one instant is written."""
+    checkpoint_delay_ms: int | None = None
+    """``x-checkpoint-delay``; None without ``x-colo``."""
     mode: str = "normal"
     """Parameter ``mode``."""
 
@@ -80,6 +82,9 @@ class Observer(Protocol):
 
     def on_resumed(self) -> None:
         """The guest runs again after a snapshot's instant."""
+
+    def on_colo_exit(self, reason: str) -> None:
+        """The guest has no replica any more that follows it."""
 
     async def before_switchover(self, lazy: LazyHandOver | None) -> None:
         """Put on record that the guest is being handed over (before status ``device``).

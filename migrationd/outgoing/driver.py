@@ -34,6 +34,7 @@ from migrationd.migration.dialect import Dialect
 from migrationd.migration.info import MigrationInfo
 from migrationd.migration.status import Cause, Role, StatusMachine
 from migrationd.outgoing.background_snapshot import SnapshotPhases
+from migrationd.outgoing.colo import ColoPhases
 from migrationd.outgoing.connection import OutgoingConnection
 from migrationd.outgoing.contract import Observer, OutgoingSettings
 from migrationd.outgoing.phases import Phases
@@ -70,6 +71,8 @@ class OutgoingMigration:
         self._observer = observer
         self._status = StatusMachine(Role.OUTGOING, observer.on_status)
         kind = SnapshotPhases if settings.background_snapshot else Phases
+        if settings.checkpoint_delay_ms is not None:
+            kind = ColoPhases
         self._phases = kind(guest, dialect, settings, clock, observer, self._status)
         self._progress = self._phases.progress
         self._postcopy = self._phases.postcopy
@@ -98,6 +101,8 @@ class OutgoingMigration:
     @property
     def may_be_elsewhere(self) -> bool:
         """Whether the whole guest was on its way, and the destination did not say it failed."""
+        if self._phases.keeps_guest:
+            return False
         return self._phases.tail_started.is_set() and not isinstance(self.error, PeerFailed)
 
     def begin(self) -> None:
@@ -247,6 +252,15 @@ class OutgoingMigration:
     def set_avail_switchover_bandwidth(self, bytes_per_s: int) -> None:
         """Change the rate that the switchover is planned with; 0 is the measured one."""
         self._phases.available_bytes_per_s = bytes_per_s
+
+    def set_checkpoint_delay(self, delay_ms: int) -> None:
+        """Change the time between two checkpoints from the next one on."""
+        self._phases.checkpoint_delay_ms = delay_ms
+
+    def give_up_replica(self) -> None:
+        """``x-colo-lost-heartbeat``; only in status ``colo``."""
+        assert isinstance(self._phases, ColoPhases)
+        self._phases.give_up_replica()
 
     def set_xbzrle_cache_size(self, size_bytes: int) -> None:
         """Change the cache at once; what it held is forgotten."""

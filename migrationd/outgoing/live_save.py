@@ -183,6 +183,18 @@ class LiveSaver:
         self._send_rest()
         self._stats.dirty_bytes = 0
 
+    def send_written(self) -> None:
+        """Send what the stopped guest has written since all of it was sent.
+
+        Raises:
+            ChannelClosed: As :meth:`converge`.
+            GuestError: The guest is gone.
+        """
+        self._rest = self._collect()
+        self._count(self._rest, 0.0)
+        self._send_rest()
+        self._stats.dirty_bytes = 0
+
     def leave_rest(self) -> None:
         """Find out what is left of the stopped guest, for a postcopy to send.
 

@@ -77,6 +77,9 @@ class Phases:
         tail_started: Set when the whole guest is on its way.
     """
 
+    keeps_guest = False
+    """Whether the guest stays, whatever the destination gets."""
+
     def __init__(
         self,
         guest: Guest,
@@ -101,6 +104,7 @@ class Phases:
         self.downtime_limit_ms = settings.downtime_limit_ms
         self.available_bytes_per_s = settings.avail_switchover_bytes_per_s
         self.xbzrle_cache_bytes = settings.xbzrle_cache_bytes or 0
+        self.checkpoint_delay_ms = settings.checkpoint_delay_ms or 0
         self.postcopy: PostcopySource | None = None
         if settings.postcopy is not None:
             self.postcopy = PostcopySource(guest, dialect, settings.postcopy, self._stats, clock)

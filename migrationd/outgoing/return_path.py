@@ -6,6 +6,7 @@ driver does next.
 Reference: stream format 5; QEMU's source ends the migration at the first SHUT.
 """
 
+import asyncio
 from collections.abc import Callable
 
 from migrationd.codec.return_path import Pong, ReturnPathDecoder, Shut, SwitchoverAck
@@ -36,6 +37,12 @@ class ReturnPath:
         self._may_end = may_end
         self._decoder = ReturnPathDecoder()
         self.has_switchover_ack = False
+        self.confirmed = asyncio.Event()
+
+    @property
+    def rest(self) -> bytes:
+        """What came behind the last message."""
+        return self._decoder.rest
 
     async def run(self) -> None:
         """Read until the destination confirms that it holds the guest (SHUT 0).
@@ -62,6 +69,7 @@ class ReturnPath:
                             raise StreamCorrupt(
                                 "SHUT 0 before the end of the stream", section="return path"
                             )
+                        self.confirmed.set()
                         return
                     case Shut(value=value):
                         raise PeerFailed(f"Sibling indicated error {value}")

@@ -305,6 +305,17 @@ class Control(Protocol):
     def migrate_continue(self, state: str) -> None:
         """Go on from ``pre-switchover``."""
 
+    @property
+    def colo_mode(self) -> str:
+        """Whether a replica follows a guest, and on which side this is."""
+
+    @property
+    def colo_exit(self) -> tuple[str, str]:
+        """Mode and reason of the last replica's end."""
+
+    def colo_lost_heartbeat(self) -> None:
+        """Go on without the other side."""
+
     def migrate_start_postcopy(self) -> None:
         """Let the guest run at its destination before its memory is there."""
 

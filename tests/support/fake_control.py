@@ -138,6 +138,20 @@ class FakeControl:
         """Only remember it."""
         self.calls.append(("migrate_cancel",))
 
+    @property
+    def colo_mode(self) -> str:
+        """No replica."""
+        return "none"
+
+    @property
+    def colo_exit(self) -> tuple[str, str]:
+        """There never was one."""
+        return "none", "none"
+
+    def colo_lost_heartbeat(self) -> None:
+        """No replica."""
+        raise QMPError("VM is not in COLO mode")
+
     def migrate_continue(self, state: str) -> None:
         """Nothing runs."""
         if state != "none":

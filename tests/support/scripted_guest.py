@@ -204,6 +204,9 @@ class SilentObserver:
     def on_stopped(self) -> None:
         """See the observer's protocol."""
 
+    def on_colo_exit(self, reason: str) -> None:
+        """Nobody asks."""
+
     def on_resumed(self) -> None:
         """See the observer's protocol."""
 

@@ -1,4 +1,6 @@
-"""COLO and Xen: no checkpoint is ever under way, and no disk is replicated."""
+"""COLO and Xen: no disk is replicated."""
+
+from typing import cast
 
 from migrationd.errors import QMPError
 from migrationd.qmp.command import CommandSpec, Invocation, command
@@ -7,12 +9,18 @@ from migrationd.qmp.models import replication as models
 
 def query_colo_status(call: Invocation, _: object) -> models.COLOStatus:
     """``query-colo-status``."""
-    return models.COLOStatus.make(mode="none", last_mode="none", reason="none")
+    mode = call.control.colo_mode
+    last_mode, reason = call.control.colo_exit
+    return models.COLOStatus.make(
+        mode=cast("models.COLOMode", mode),
+        last_mode=cast("models.COLOMode", last_mode),
+        reason=cast("models.COLOExitReason", reason),
+    )
 
 
 def colo_lost_heartbeat(call: Invocation, _: object) -> None:
     """``x-colo-lost-heartbeat``."""
-    raise QMPError("VM is not in COLO mode")
+    call.control.colo_lost_heartbeat()
 
 
 async def xen_save_devices_state(call: Invocation, arguments: models.XenSaveDevicesState) -> None:
