@@ -170,7 +170,8 @@ async def test_a_destination_without_the_capability_refuses(tmp_path: Path) -> N
         await primary.execute("migrate", {"uri": await secondary.listening_uri()})
         await primary.wait_migration("failed")
         await primary.wait_run_state("running")
-        assert "x-colo is off here" in str((await secondary.query_migrate())["error-desc"])
+        info = await secondary.wait_migration("failed")
+        assert "x-colo is off here" in str(info["error-desc"])
         await work.wait_passes(1)
 
 
