@@ -22,6 +22,8 @@ pytestmark = [
     ),
 ]
 
+WIDE = pytest.param(True, marks=pytest.mark.matrix)
+
 
 async def begin(daemon: DaemonProcess, uri: str, bandwidth: int = 0, **capabilities: bool) -> None:
     """Start a snapshot."""
@@ -114,7 +116,7 @@ async def test_one_that_stands_still_stands_still_in_it(tmp_path: Path) -> None:
         assert (await there.wait_passes(1)).mistakes == 0
 
 
-@pytest.mark.parametrize("mapped_ram", [False, True])
+@pytest.mark.parametrize("mapped_ram", [False, WIDE])
 async def test_a_cancelled_one_leaves_it_running(tmp_path: Path, mapped_ram: bool) -> None:
     here = DirtierProcess(tmp_path, "here", mib=4)
     async with await DaemonProcess.start(arguments=here.daemon_arguments) as source, here:
@@ -127,7 +129,7 @@ async def test_a_cancelled_one_leaves_it_running(tmp_path: Path, mapped_ram: boo
         assert (await here.wait_passes(2)).mistakes == 0
 
 
-@pytest.mark.parametrize("mapped_ram", [False, True])
+@pytest.mark.parametrize("mapped_ram", [False, WIDE])
 async def test_a_file_that_takes_nothing_more_leaves_it_running(
     tmp_path: Path, mapped_ram: bool
 ) -> None:
@@ -167,6 +169,7 @@ async def test_a_workload_that_dies_after_its_instant_is_saved_nevertheless(
     assert (await restore(tmp_path, "there", file, mapped_ram=False)).mistakes == 0
 
 
+@pytest.mark.matrix
 async def test_a_workload_that_hangs_fails_it_and_goes_on_later(tmp_path: Path) -> None:
     here = DirtierProcess(tmp_path, "here", mib=4)
     async with await DaemonProcess.start(arguments=here.daemon_arguments) as source, here:
