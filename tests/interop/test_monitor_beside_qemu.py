@@ -32,6 +32,7 @@ NOT_HERE = {
     "query-blockstats": "no block devices",
     "query-named-block-nodes": "no block devices",
     "query-cpus-fast": "no vCPUs",
+    "query-dump-guest-memory-capability": "no dumps of memory",
     "query-memory-devices": "no memory devices",
     "query-rx-filter": "no network cards",
     "query-spice": "no display",
