@@ -43,6 +43,17 @@ async def precopy(here: DaemonProcess, there: DaemonProcess, directory: Path) ->
     await here.wait_migration("completed")
 
 
+async def postcopy(here: DaemonProcess, there: DaemonProcess, directory: Path) -> None:
+    for daemon in (here, there):
+        await daemon.set_capabilities({"postcopy-ram": True, "postcopy-preempt": True})
+    await there.execute("migrate-incoming", {"uri": "tcp:127.0.0.1:0"})
+    await here.set_parameters({"max-bandwidth": 1 << 20})
+    await here.execute("migrate", {"uri": await there.listening_uri()})
+    await here.wait_migration("active")
+    await here.execute("migrate-start-postcopy")
+    await here.wait_migration("completed")
+
+
 async def save_and_restore(here: DaemonProcess, there: DaemonProcess, directory: Path) -> None:
     """As a machine that is switched off and on: the server is nowhere for a moment."""
     uri = f"file:{directory}/saved"
@@ -64,6 +75,7 @@ async def cpr(here: DaemonProcess, there: DaemonProcess, directory: Path) -> Non
 
 MOVES: dict[str, Move] = {
     "precopy": precopy,
+    "postcopy": postcopy,
     "cpr": cpr,
     "snapshot + restore": save_and_restore,
 }
