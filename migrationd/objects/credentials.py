@@ -1,16 +1,10 @@
 """What all TLS credentials have in common."""
 
-import re
 import ssl
 
 from migrationd.errors import ObjectError
 from migrationd.objects.base import Properties, UserObject, flag_of, text_of
-
-_VERSIONS = {
-    "VERS-TLS1.2": ssl.TLSVersion.TLSv1_2,
-    "VERS-TLS1.3": ssl.TLSVersion.TLSv1_3,
-}
-_BASE = re.compile(r"(NORMAL|PFS|SECURE128|SECURE192|SECURE256|@SYSTEM|@QEMU)\Z")
+from migrationd.objects.priority import parse_priority
 
 
 class TlsCredentials(UserObject):
@@ -20,10 +14,13 @@ class TlsCredentials(UserObject):
         is_server: Which end.
         verify_peer: Whether the other end's certificate is checked.
         directory: Where the files are.
+        chooses_suites: Whether ``priority`` may choose ciphers.
 
     Raises:
         ObjectError: ``endpoint`` is neither ``client`` nor ``server``.
     """
+
+    chooses_suites = True
 
     def __init__(self, properties: Properties) -> None:
         super().__init__(properties)
@@ -65,39 +62,16 @@ class TlsCredentials(UserObject):
         return context
 
     def _apply_priority(self, context: ssl.SSLContext) -> ssl.SSLContext:
-        context.minimum_version, context.maximum_version = _versions_of(self._priority)
+        priority = parse_priority(self._priority)
+        context.minimum_version, context.maximum_version = priority.minimum, priority.maximum
+        if priority.suites is not None:
+            if not self.chooses_suites:
+                raise ObjectError(
+                    f"Unable to set TLS session priority {self._priority}: with pre-shared keys "
+                    "only versions can be chosen"
+                )
+            context.set_ciphers(priority.suites)
         return context
-
-
-def _versions_of(priority: str) -> tuple[ssl.TLSVersion, ssl.TLSVersion]:
-    """Lowest and highest TLS version that a GnuTLS priority string allows.
-
-    Ciphers are the library's choice: a word about them that could only be ignored is refused.
-    """
-    base, *words = priority.split(":")
-    allowed = set(_VERSIONS)
-    if not _BASE.match(base):
-        raise ObjectError(f"Unable to set TLS session priority {priority}: '{base}' is not known")
-    for word in words:
-        name = word[1:]
-        if name == "VERS-ALL" or name == "VERS-TLS-ALL":
-            names = set(_VERSIONS)
-        elif name in _VERSIONS:
-            names = {name}
-        elif name in ("VERS-TLS1.0", "VERS-TLS1.1", "VERS-SSL3.0") and word[0] in "-!":
-            continue  # they are off already
-        else:
-            names = set()
-        if not names or word[0] not in "+-!":
-            raise ObjectError(
-                f"Unable to set TLS session priority {priority}: '{word}' is not supported; only "
-                f"TLS 1.2 and 1.3 can be chosen"
-            )
-        allowed = allowed | names if word[0] == "+" else allowed - names
-    if not allowed:
-        raise ObjectError(f"Unable to set TLS session priority {priority}: no version is left")
-    versions = sorted(_VERSIONS[name] for name in allowed)
-    return versions[0], versions[-1]
 
 
 class AnonymousCredentials(TlsCredentials):

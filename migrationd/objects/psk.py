@@ -26,6 +26,7 @@ class PskCredentials(TlsCredentials):
     """
 
     qom_type = "tls-creds-psk"
+    chooses_suites = False
 
     def __init__(self, properties: Properties) -> None:
         super().__init__(properties)

@@ -128,6 +128,39 @@ async def test_pre_shared_keys(
     assert await memory_digest(target, host) == digest
 
 
+@pytest.mark.parametrize("version", [pytest.param(v, marks=pytest.mark.matrix) for v in VERSIONS])
+async def test_ciphers_of_the_priority(
+    version: str, tmp_path: Path, closing: list[object], qemu_host: Host
+) -> None:
+    """What only one end allows is not used: no connection without a common cipher."""
+    binary = find_qemu(version)
+    if binary is None:
+        pytest.skip(f"QEMU {version} is not installed (tests/support/install-qemus brings it)")
+    directory = make_directory(tmp_path / "pki")
+    strong = "NORMAL:-CIPHER-ALL:+AES-256-GCM"
+    words = with_priority(objects(directory), strong)
+    daemon = await holding(qemu_host, tmp_path, closing, words)
+    for priority, status in (
+        ("NORMAL:-AES-256-GCM", "failed"),
+        ("NORMAL:-CIPHER-ALL:+AES-256-GCM:+AES-256-CBC", "completed"),
+    ):
+        host = replace(
+            Host(binary),
+            arguments=(*Host(binary).arguments, *with_priority(objects(directory), priority)),
+            machine="pc-i440fx-7.2",
+        )
+        target = await host.start("QEMU B", incoming="defer", paused=True)
+        closing.append(target)
+        uri = await listen(target, "tcp", tmp_path / "x", {"events": True})
+        await settle(daemon, {"events": True})
+        await daemon.execute("migrate", {"uri": uri})
+        await daemon.wait_migration(status)
+
+
+def with_priority(words: tuple[str, ...], priority: str) -> tuple[str, ...]:
+    return tuple(f"{word},priority={priority}" if "dir=" in word else word for word in words)
+
+
 @pytest.mark.parametrize(
     ("trouble", "expected"),
     [
