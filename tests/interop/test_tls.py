@@ -1,5 +1,7 @@
 """TLS between real QEMUs and migrationd: every connection is encrypted, or none is made."""
 
+import asyncio
+import socket
 import ssl
 from dataclasses import replace
 from pathlib import Path
@@ -87,6 +89,39 @@ async def test_move(
     if TABLE not in request.config.stash.get(TABLES, {}):
         add_row(request.config, TABLE, HEAD)
     add_row(request.config, TABLE, row)
+
+
+@pytest.mark.parametrize("version", [pytest.param(v, marks=pytest.mark.matrix) for v in VERSIONS])
+async def test_over_a_passed_socket(version: str, tmp_path: Path, closing: list[object]) -> None:
+    """``fd:``, both ways; who is at the other end is told by ``tls-hostname`` alone."""
+    binary = find_qemu(version)
+    if binary is None:
+        pytest.skip(f"QEMU {version} is not installed (tests/support/install-qemus brings it)")
+    words = objects(make_directory(tmp_path / "pki"))
+    host = replace(Host(binary), arguments=(*Host(binary).arguments, *words))
+    source = await host.start("QEMU A")
+    closing.append(source)
+    daemon = await DaemonProcess.start(incoming="defer", arguments=words)
+    closing.append(daemon)
+    target = await host.start("QEMU B", incoming="defer", paused=True)
+    closing.append(target)
+    await source.wait_serial(3)
+    await source.execute("stop")
+    digest = await memory_digest(source, host)
+    for one, other in ((source, daemon), (daemon, target)):
+        for peer, end in zip((one, other), socket.socketpair(), strict=True):
+            peer.qmp.send_fd_scm(end.fileno())
+            await peer.execute("getfd", {"fdname": "passed"})
+            end.close()
+        await settle(other, {"events": True, "return-path": True}, "server")
+        await settle(one, {"events": True, "return-path": True})
+        await one.set_parameters({"tls-hostname": "localhost"})
+        incoming = asyncio.create_task(other.execute("migrate-incoming", {"uri": "fd:passed"}))
+        await one.execute("migrate", {"uri": "fd:passed"})
+        await incoming
+        await one.wait_migration("completed")
+        await other.wait_migration("completed")
+    assert await memory_digest(target, host) == digest
 
 
 @pytest.mark.parametrize("priority", ["NORMAL", "NORMAL:-VERS-TLS1.3"])
