@@ -43,6 +43,7 @@
 #define MW_MAX_BLOCKS 16
 #define MW_MAX_DEVICES 16
 #define MW_MAX_FIELDS 32
+#define MW_NOTE_BYTES 8192
 #define MW_PACKET_BYTES (256 << 10)
 #define MW_SLICE_NS 10000000LL
 
@@ -82,6 +83,8 @@ struct mw_workload {
     int inside;
     bool is_open;
     bool has_begun; /* the daemon has said what it wants the workload for */
+    bool has_guest; /* its memory is a guest's, which the next daemon must not empty */
+    char note[MW_NOTE_BYTES]; /* what the daemon wants to be told again, as it stood in JSON */
     bool is_gone;
     bool is_lazy;    /* from the next start on memory may be missing */
     bool ran_lazily; /* it may be missing, and nobody else runs this guest */
@@ -294,8 +297,10 @@ static inline int mw_introduce(struct mw_workload *w)
     FILE *out = open_memstream(&text, &length);
     fprintf(out,
             "{\"hello\": {\"version\": 1, \"name\": \"%s\", \"page_size\": %ld, "
-            "\"running\": %s, \"descriptors\": [%s], \"devices\": [",
-            w->name, sysconf(_SC_PAGESIZE), w->is_open ? "true" : "false", names);
+            "\"running\": %s, \"has_guest\": %s, \"note\": \"%s\", \"descriptors\": [%s], "
+            "\"devices\": [",
+            w->name, sysconf(_SC_PAGESIZE), w->is_open ? "true" : "false",
+            w->has_guest ? "true" : "false", w->note, names);
     for (int i = 0; i < w->device_count; i++) {
         const struct mw_device *d = &w->devices[i];
         fprintf(out,
@@ -461,6 +466,23 @@ static inline bool mw_run(struct mw_workload *w, bool is_open)
     return has_all;
 }
 
+/* Keep a note as it stands in the packet, with JSON's escapes. */
+static inline bool mw_keep(struct mw_workload *w, const char *text)
+{
+    const char *begin = strstr(text, "\"note\": \"");
+    if (!begin)
+        return false;
+    begin += strlen("\"note\": \"");
+    size_t length = 0;
+    while (begin[length] && begin[length] != '"')
+        length += begin[length] == '\\' && begin[length + 1] ? 2 : 1;
+    if (length >= sizeof(w->note))
+        return false;
+    memcpy(w->note, begin, length);
+    w->note[length] = 0;
+    return true;
+}
+
 static inline void mw_tell(struct mw_workload *w, bool *flag)
 {
     pthread_mutex_lock(&w->lock);
@@ -498,9 +520,15 @@ static inline void *mw_serve(void *argument)
             mw_run(w, false);
         else if (mw_names(text, "begin") && strstr(text, "destination")) {
             mw_run(w, false);
-            w->is_lazy = w->ran_lazily = false;
-        } else if (mw_names(text, "start")) {
+            w->is_lazy = w->ran_lazily = w->has_guest = false;
+            w->note[0] = 0;
+        } else if (mw_names(text, "begin"))
+            w->has_guest = true;
+        else if (mw_names(text, "keep") && !mw_keep(w, text))
+            error = "the note is too long";
+        else if (mw_names(text, "start")) {
             w->ran_lazily = w->is_lazy;
+            w->has_guest = true;
             if (!mw_run(w, true))
                 error = "another process runs on this memory";
         } else if (mw_names(text, "lazy"))
@@ -515,6 +543,8 @@ static inline void *mw_serve(void *argument)
             error = "the state of the devices is cut short";
         else if (mw_names(text, "remap") && !mw_remap(w, text, fd))
             error = "the memory cannot be put in the block's place";
+        if (!error && mw_names(text, "load"))
+            w->has_guest = true;
         for (int i = 0; !error && mw_names(text, "load") && i < w->block_count; i++)
             w->blocks[i].is_lent = false;
         if (fd >= 0)

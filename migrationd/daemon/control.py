@@ -201,6 +201,11 @@ class GuestControl:
                 f"the workload's memory is still needed at {note.destination}: start its daemon "
                 "without -incoming, and resume"
             )
+        if awaits_source and guest.has_guest and note.owner is Owner.HELD:
+            raise GuestError(
+                "its memory is a guest's that is nowhere else: start its daemon without -incoming, "
+                "or the workload anew to take another guest"
+            )
         await asyncio.to_thread(guest.begin, is_destination=awaits_source)
         if self._config.start_stopped and not awaits_source and guest.is_running:
             await asyncio.to_thread(guest.stop)

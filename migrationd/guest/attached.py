@@ -65,6 +65,7 @@ class AttachedGuest(Owned):
 
     Attributes:
         tracker: Which pages it writes.
+        has_guest: Whether its memory was a guest's before it came to this daemon.
         never_ran: Whether it stands still since it came, rather than again.
     """
 
@@ -74,6 +75,7 @@ class AttachedGuest(Owned):
         hello = introduced.hello
         self._keys = _keys(hello.devices)
         self.name = hello.name
+        self.has_guest = hello.has_guest
         self.is_running = hello.running
         self.never_ran = False
         self.identity = GuestIdentity(machine=f"migrationd-{hello.name}")

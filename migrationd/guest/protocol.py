@@ -74,6 +74,9 @@ class Hello(_Message):
     writes and accesses wait for, and that the workload itself does not keep."""
     note: Annotated[str, Field(max_length=MAX_NOTE)] = ""
     """What ``keep`` said last; empty if nothing."""
+    has_guest: bool = False
+    """Whether a daemon took it as a source before, loaded it, or let it run: what is in its memory
+    must not be emptied then, unless the note says that it was handed over."""
 
 
 class Block(_Message):

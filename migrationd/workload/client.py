@@ -51,6 +51,9 @@ _SLICE_S = 0.01
 """A throttled workload may run for this long, then rests in proportion."""
 _RECONNECT_WAIT_S = 60.0
 
+_REFUSED_WAIT_S = 1.0
+"""Pause before a daemon that refused this workload is asked again."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Device:
@@ -106,6 +109,7 @@ class Workload:
         self._ran_lazily = False
         self._lifeline: Lifeline | None = None
         self._note = ""
+        self._has_guest = False
 
     def add_block(self, name: str, size: int) -> mmap.mmap:
         """Make a RAM block.
@@ -221,6 +225,7 @@ class Workload:
             "running": self._gate.is_open,
             "devices": self.declarations(),
             "note": self._note,
+            "has_guest": self._has_guest,
             "descriptors": list(given),
         }
         try:
@@ -261,7 +266,7 @@ class Workload:
         keeps standing, for it may run elsewhere. Both wait for the next daemon.
         """
         while True:
-            self._serve_one(sock)
+            was_taken = self._serve_one(sock)
             for block in self._blocks:
                 if block.origin is Origin.LENT:
                     block.renew()
@@ -270,20 +275,25 @@ class Workload:
                 # What is missing would read as zero: better no guest than a wrong one.
                 os._exit(LOST_STATUS)
             self._gate.throttle(0)
+            if not was_taken:
+                time.sleep(_REFUSED_WAIT_S)
             while True:
                 with contextlib.suppress(MigrationdError, OSError):
                     sock = _connect(self._path, _RECONNECT_WAIT_S)
                     self._introduce(sock)
                     break
 
-    def _serve_one(self, sock: socket.socket) -> None:
+    def _serve_one(self, sock: socket.socket) -> bool:
+        """Answer until the daemon is gone; False if it never said a word: it refused."""
+        was_taken = False
         while True:
             try:
                 data, fds, _, _ = socket.recv_fds(sock, MAX_PACKET_BYTES, 4)
             except OSError:
                 data, fds = b"", []
             if not data:
-                return
+                return was_taken
+            was_taken = True
             try:
                 request = json.loads(data)
                 answer, out = self._answer(request, fds)
@@ -309,6 +319,7 @@ class Workload:
                     self._make_room()
                     self._note = ""
                     self._forget_lazy()
+                self._has_guest = arguments["role"] == "source"
                 self._begun.set()
             case "stop":
                 self._stop()
@@ -400,6 +411,7 @@ class Workload:
             raise
         for block in self._blocks:
             block.origin = Origin.OWN
+        self._has_guest = True
         self._ran_lazily = self._is_lazy
         if self._lifeline is not None:
             self._lifeline.arm()
@@ -461,6 +473,7 @@ class Workload:
             item.state.decode(body, item.target, entry["version_id"])
         if self._on_loaded is not None:
             self._on_loaded()
+        self._has_guest = True
         for block in self._blocks:
             if block.origin is Origin.LENT:
                 block.origin = Origin.CAME

@@ -14,14 +14,13 @@ import pytest
 from qemu.qmp import ExecuteError
 
 from migrationd.ctl.daemon_process import DaemonProcess
-from migrationd.ctl.dirtier_process import Progress
+from migrationd.ctl.dirtier_process import PROGRAM, Progress
 from migrationd.ctl.peer_process import PeerError
 from migrationd.linux.pagemap import can_scan
 from migrationd.workload.client import LOST_STATUS
 from tests.interop.test_attached import Pair, pair
 from tests.interop.test_attached_postcopy import POSTCOPY, begin, relayed, statuses
 from tests.support.deadline import until
-from tests.support.dirtier import PROGRAM
 from tests.support.peers import CuttingProxy
 
 pytestmark = [

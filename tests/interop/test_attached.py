@@ -13,9 +13,9 @@ import pytest
 from qemu.qmp import QMPError
 
 from migrationd.ctl.daemon_process import DaemonProcess
+from migrationd.ctl.dirtier_process import PROGRAM, DirtierProcess
 from migrationd.linux.pagemap import can_scan
 from tests.support.deadline import until
-from tests.support.dirtier import PROGRAM, DirtierProcess
 
 pytestmark = [
     pytest.mark.interop,
@@ -366,6 +366,29 @@ async def test_a_daemon_that_ends_leaves_the_workload_running_for_the_next(
         await second.wait_run_state("running")
         await second.execute("stop")
         assert await second.run_state() == "paused"
+
+
+async def test_a_guest_that_is_nowhere_else_is_not_emptied(tmp_path: Path) -> None:
+    """A supervisor that restarts the destination's daemon, -incoming and all, loses nothing."""
+    async with pair(tmp_path) as two:
+        await two.begin()
+        await two.destination.wait_migration("completed")
+        await two.destination.kill()
+        before = await two.there.wait_passes(1)
+        arguments = two.there.daemon_arguments
+        async with await DaemonProcess.start(incoming="defer", arguments=arguments) as wrong:
+            await until(lambda: "nowhere else" in wrong.stderr, "the workload is refused")
+            assert await wrong.run_state() == "inmigrate"
+        async with await DaemonProcess.start(arguments=arguments) as right:
+            await right.wait_run_state("running")
+            after = await two.there.wait_passes(1)
+            assert after.place > before.place
+            assert after.mistakes == 0
+        # What was handed over may be emptied: the guest comes back to where it was before.
+        await two.source.kill()
+        arguments = two.here.daemon_arguments
+        async with await DaemonProcess.start(incoming="defer", arguments=arguments) as again:
+            await until(lambda: "attached" in again.stderr, "the workload is taken")
 
 
 async def test_through_a_mapped_ram_file(tmp_path: Path) -> None:

@@ -9,10 +9,10 @@ import pytest
 from qemu.qmp import QMPError
 
 from migrationd.ctl.daemon_process import DaemonProcess
+from migrationd.ctl.dirtier_process import PROGRAM, DirtierProcess
 from migrationd.daemon.device_file import decode_devices
 from migrationd.linux.pagemap import can_scan
 from tests.support.deadline import until
-from tests.support.dirtier import PROGRAM, DirtierProcess
 
 pytestmark = [
     pytest.mark.interop,

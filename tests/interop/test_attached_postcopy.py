@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from migrationd.ctl.daemon_process import DaemonProcess
+from migrationd.ctl.dirtier_process import PROGRAM, DirtierProcess
 from migrationd.linux.pagemap import can_scan
 from tests.interop.test_attached import Pair, pair
-from tests.support.dirtier import PROGRAM, DirtierProcess
 from tests.support.relay import Relay
 
 pytestmark = [

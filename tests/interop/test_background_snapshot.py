@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from migrationd.ctl.daemon_process import DaemonProcess
+from migrationd.ctl.dirtier_process import PROGRAM, DirtierProcess, Progress
 from migrationd.ctl.qemu_process import find_qemu
 from migrationd.linux.userfaultfd import can_serve_faults
-from tests.support.dirtier import PROGRAM, DirtierProcess, Progress
 from tests.support.moves import Host, check_runs_on, memory_digest, move_on, park
 
 pytestmark = [

@@ -11,9 +11,9 @@ import pytest
 from qemu.qmp import QMPError
 
 from migrationd.ctl.daemon_process import DaemonProcess
+from migrationd.ctl.dirtier_process import PROGRAM, DirtierProcess
 from tests.interop.test_attached import Pair, compile_counter
 from tests.support.cpr import channel, incoming_arguments
-from tests.support.dirtier import PROGRAM, DirtierProcess
 
 pytestmark = pytest.mark.interop
 

@@ -7,10 +7,10 @@ import pytest
 from qemu.qmp import QMPError
 
 from migrationd.ctl.daemon_process import DaemonProcess
+from migrationd.ctl.dirtier_process import DirtierProcess
 from migrationd.ctl.peer_process import PeerProcess
 from migrationd.ctl.qemu_process import find_qemu
 from tests.interop.test_cpr import names
-from tests.support.dirtier import DirtierProcess
 from tests.support.moves import SMALL_GUEST, VIRTIO, Host, check_runs_on, memory_digest
 
 pytestmark = pytest.mark.interop
