@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from migrationd.ctl.qemu_process import find_qemu, installed_versions, qemu_directory
 from tests.support.moves import Host
@@ -13,6 +14,17 @@ from tests.support.results import TABLES, render
 
 RELEASES = ("7.2", "10.0", "11.1")
 """QEMU releases of the full matrix."""
+
+# Examples are the same in every run, and how long one takes is the machine's affair.
+ANY_MACHINE = settings(
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+settings.register_profile("any machine", ANY_MACHINE)
+settings.register_profile("explore", ANY_MACHINE, derandomize=False)
+settings.load_profile("any machine")
 
 DESELECTED = pytest.StashKey[int]()
 

@@ -49,7 +49,7 @@ async def stream_size(daemon: DaemonProcess, directory: Path) -> int:
         return last
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(600)
 async def test_destination_killed_at_exact_bytes(
     parked_file: tuple[Path, str, str], qemu_host: Host, tmp_path: Path,
     closing: list[object], request: pytest.FixtureRequest,
@@ -99,7 +99,7 @@ async def test_destination_killed_at_exact_bytes(
     )  # fmt: skip
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(600)
 async def test_the_way_in_cut_at_exact_bytes(
     qemu_host: Host, tmp_path: Path, closing: list[object], request: pytest.FixtureRequest
 ) -> None:

@@ -268,7 +268,7 @@ async def test_a_source_with_fewer_channels_gives_up(
     add_fault(request.config, name, str(info["error-desc"]), "guest runs on at its source")
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(600)
 async def test_a_channel_lost_on_the_way_out(
     parked_file: tuple[Path, str, str], qemu_host: Host, tmp_path: Path,
     closing: list[object], request: pytest.FixtureRequest,
@@ -313,7 +313,7 @@ async def test_a_channel_lost_on_the_way_out(
     add_fault(request.config, "one channel of three lost, out", counted, "held, then moved whole")
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(600)
 async def test_a_channel_lost_on_the_way_in(
     parked_file: tuple[Path, str, str], qemu_host: Host, tmp_path: Path,
     closing: list[object], request: pytest.FixtureRequest,

@@ -61,7 +61,6 @@ def mutate(stream: bytes, rng: random.Random) -> tuple[str, bytes]:
     return kind, bytes(data)
 
 
-@pytest.mark.timeout(120)
 async def test_wrong_bytes_anywhere(
     parked_file: tuple[Path, str, str], tmp_path: Path, closing: list[object],
     request: pytest.FixtureRequest,

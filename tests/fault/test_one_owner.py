@@ -234,9 +234,6 @@ def walk(examples: int, steps: int) -> None:
         settings=settings(
             max_examples=examples,
             stateful_step_count=steps,
-            deadline=None,
-            derandomize=True,
-            database=None,
             phases=(Phase.generate,),
             suppress_health_check=list(HealthCheck),
         ),

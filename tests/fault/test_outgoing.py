@@ -191,7 +191,7 @@ async def test_wrong_answers_on_the_return_path(
     report(request.config, f"return path: {name}", "failed", moved=True)
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 async def test_destination_killed_at_random_points(
     parked_file: tuple[Path, str, str], qemu_host: Host, tmp_path: Path,
     closing: list[object], request: pytest.FixtureRequest,

@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from migrationd.ctl.convert_file import Conversion, convert
@@ -18,13 +18,7 @@ from migrationd.ctl.verify_file import verify
 from migrationd.errors import MigrationdError
 from tests.conformance.captures import DIRECTORY
 
-FUZZ = settings(
-    deadline=None,
-    max_examples=60,
-    derandomize=True,
-    database=None,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-)
+FUZZ = settings(max_examples=60)
 FORMS = ("plain", "zstd", "libvirt", "mapped-ram")
 
 

@@ -101,7 +101,7 @@ def check(reply: dict[str, object]) -> None:
         assert "return" in reply
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(requests=st.lists(REQUESTS | VALUES.map(lambda v: {"v": v}), min_size=1, max_size=5))
 def test_requests_of_any_form(loop: asyncio.AbstractEventLoop, requests: list[object]) -> None:
     found = replies(loop, requests)
@@ -112,7 +112,7 @@ def test_requests_of_any_form(loop: asyncio.AbstractEventLoop, requests: list[ob
         assert ("id" in request) == ("id" in reply)
 
 
-@settings(max_examples=700, deadline=None)
+@settings(max_examples=700)
 @given(call=ARGUMENTS)
 def test_arguments_of_any_form(
     loop: asyncio.AbstractEventLoop,
@@ -122,7 +122,7 @@ def test_arguments_of_any_form(
     check(reply)
 
 
-@settings(max_examples=700, deadline=None)
+@settings(max_examples=700)
 @given(line=LINES)
 def test_human_lines_of_any_form(loop: asyncio.AbstractEventLoop, line: str) -> None:
     command = {"execute": "human-monitor-command", "arguments": {"command-line": line}}

@@ -7,7 +7,7 @@ from contextlib import suppress
 from functools import cache
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from migrationd.codec.records import (
@@ -28,13 +28,7 @@ from tests.conformance.captures import captures
 LIMITS = StreamLimits(
     ram_bytes=64 << 20, section_bytes=1 << 20, package_bytes=1 << 20, description_bytes=1 << 20
 )
-FUZZ = settings(
-    deadline=None,
-    max_examples=300,
-    derandomize=True,
-    database=None,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-)
+FUZZ = settings(max_examples=300)
 SEEDS = [
     "72-nofooter-pc.c0.fwd",
     "72-precopy-pc-2.2.c0.fwd",

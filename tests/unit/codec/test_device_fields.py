@@ -2,7 +2,7 @@ import json
 import struct
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from migrationd.codec.device_fields import DeviceField, describe_devices
@@ -112,7 +112,6 @@ def test_deep_nesting_ends() -> None:
     assert sum(field.size for field in fields.values()) == 1
 
 
-@settings(deadline=None)
 @given(
     st.recursive(
         st.fixed_dictionaries(

@@ -49,7 +49,7 @@ def listener(tmp_path: Path) -> Iterator[tuple[socket.socket, str]]:
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
         sock.bind(path)
         sock.listen()
-        sock.settimeout(10)
+        sock.settimeout(30)
         yield sock, path
 
 
@@ -187,19 +187,25 @@ def test_a_workload_that_dies_is_an_error(
 
 
 def test_a_workload_that_hangs_is_an_error_and_goes_on_later(
-    listener: tuple[socket.socket, str], monkeypatch: pytest.MonkeyPatch
+    listener: tuple[socket.socket, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sock, path = listener
-    monkeypatch.setattr(workload_link, "REQUEST_WAIT_S", 0.2)
-    program = PROGRAM.replace("state.count += 1", "state.count += 1; time.sleep(1.0)")
+    go_on = tmp_path / "go on"
+    hang = f"while not os.path.exists({str(go_on)!r}): time.sleep(0.01)"
+    program = "import os\n" + textwrap.dedent(PROGRAM).replace(
+        "        state.count += 1", f"        state.count += 1\n        {hang}"
+    )
     with start(path, program) as process:
         try:
             link = WorkloadLink(sock.accept()[0])
             guest = AttachedGuest(link, link.introduction())
             guest.begin(is_destination=False)
             wait_until(lambda: guest.ram[0].memory.view[5 * 4096] > 0, "that it is at work")
-            with pytest.raises(GuestError, match="does not answer"):
-                guest.stop()
+            with monkeypatch.context() as patched:
+                patched.setattr(workload_link, "REQUEST_WAIT_S", 0.2)
+                with pytest.raises(GuestError, match="does not answer"):
+                    guest.stop()
+            go_on.touch()
             value = int(guest.ram[0].memory.view[5 * 4096])
             wait_until(
                 lambda: int(guest.ram[0].memory.view[5 * 4096]) > value + 1, "that it goes on"

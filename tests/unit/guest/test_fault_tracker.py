@@ -60,7 +60,7 @@ def writer(tmp_path: Path) -> Iterator[Writer]:
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
         sock.bind(path)
         sock.listen()
-        sock.settimeout(10)
+        sock.settimeout(30)
         command = [sys.executable, "-c", textwrap.dedent(PROGRAM), path]
         with subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

@@ -55,7 +55,7 @@ def attached(tmp_path: Path) -> Iterator["tuple[AttachedGuest, subprocess.Popen[
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
         sock.bind(path)
         sock.listen()
-        sock.settimeout(10)
+        sock.settimeout(30)
         command = [sys.executable, "-c", textwrap.dedent(PROGRAM), path]
         with subprocess.Popen(command) as process:
             try:

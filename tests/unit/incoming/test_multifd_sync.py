@@ -7,6 +7,7 @@ import pytest
 
 from migrationd.errors import ChannelClosed, StreamCorrupt, StreamTruncated
 from migrationd.incoming.multifd_sync import SyncPoints
+from tests.support.deadline import wait_until
 
 WAIT_S = 10
 
@@ -41,6 +42,7 @@ def test_a_channel_stays_at_its_sync() -> None:
     points = SyncPoints(2)
     log: list[str] = []
     threads = [channel(points, 0, log, 2)]
+    wait_until(lambda: len(log) > 0, "that it comes to its sync")
     time.sleep(0.05)
     assert log == ["data 0"]
     threads.append(channel(points, 1, log, 2))

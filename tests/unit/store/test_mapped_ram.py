@@ -239,8 +239,7 @@ def test_a_file_whose_ram_is_elsewhere_is_refused(read: Callable[[bytes], Conten
 
 @settings(
     max_examples=150,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(data=st.data())
 def test_mutated_files_are_read_or_refused(

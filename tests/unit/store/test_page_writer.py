@@ -46,7 +46,6 @@ def check(fd: int, source: PageSource, block: PlacedBlock) -> None:
     assert np.array_equal(pages[source.present], source.view.reshape(PAGES, PAGE)[source.present])
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.booleans(), st.integers(1, 40)), max_size=12))
 def test_runs_agree_with_a_loop_over_pages(pieces: list[tuple[bool, int]]) -> None:
     present = np.concatenate(
@@ -106,7 +105,7 @@ def test_memory_or_places_off_the_alignment_go_through_the_page_cache(tmp_path: 
     os.close(fd)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(st.integers(1, 5 * PAGE))
 def test_short_writes_and_small_chunks_lose_nothing(limit: int) -> None:
     source, block = make_source(0.3), place()

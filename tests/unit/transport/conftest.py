@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import uvloop
 
-LEAVE_S = 2.0
+LEAVE_S = 10.0
 
 
 def open_fds() -> dict[str, str]:

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from migrationd.transport.channel import Channel
 
-DEADLINE_S = 5.0
+DEADLINE_S = 20.0
 
 T = TypeVar("T")
 

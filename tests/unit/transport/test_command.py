@@ -125,7 +125,7 @@ def test_close_kills_a_command_that_ignores_signals(tmp_path: Path) -> None:
     (pid,) = pids_in(pids, 1)
     before = time.monotonic()
     channel.close()
-    assert time.monotonic() - before < 1.0
+    assert time.monotonic() - before < 5.0
     assert not is_alive(pid)
 
 

@@ -2,7 +2,7 @@ import asyncio
 import os
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -24,9 +24,12 @@ from migrationd.transport.listen import listen
 from tests.unit.transport.support import no_fds, read_all, tcp_pair
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
+@pytest.fixture
+def deaf_port() -> Iterator[int]:
+    """A port at which nobody listens, and nobody else can."""
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        yield int(held.getsockname()[1])
 
 
 async def refused(address: Address) -> str:
@@ -61,11 +64,12 @@ async def test_ipv6() -> None:
     )
 
 
-async def test_each_address_of_a_name_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
-    refusing = free_port()
+async def test_each_address_of_a_name_is_tried(
+    deaf_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         found = [
-            (2, 1, 6, "", ("127.0.0.1", refusing)),
+            (2, 1, 6, "", ("127.0.0.1", deaf_port)),
             (2, 1, 6, "", server.getsockname()),
         ]
         monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
@@ -106,17 +110,16 @@ async def test_texts(uri: str, text: str) -> None:
     assert await refused(parse_uri(uri)) == text
 
 
-async def test_nobody_listens() -> None:
-    port = free_port()
-    assert await refused(parse_uri(f"tcp:127.0.0.1:{port}")) == (
-        f"Failed to connect to '127.0.0.1:{port}': Connection refused"
+async def test_nobody_listens(deaf_port: int) -> None:
+    assert await refused(parse_uri(f"tcp:127.0.0.1:{deaf_port}")) == (
+        f"Failed to connect to '127.0.0.1:{deaf_port}': Connection refused"
     )
 
 
-async def test_a_port_above_65535_wraps_as_the_resolver_does() -> None:
-    port = free_port()
-    assert await refused(InetAddress("127.0.0.1", str(port + 65536))) == (
-        f"Failed to connect to '127.0.0.1:{port + 65536}': Connection refused"
+async def test_a_port_above_65535_wraps_as_the_resolver_does(deaf_port: int) -> None:
+    port = deaf_port + 65536
+    assert await refused(InetAddress("127.0.0.1", str(port))) == (
+        f"Failed to connect to '127.0.0.1:{port}': Connection refused"
     )
 
 
@@ -184,8 +187,8 @@ async def test_cancel_while_a_connection_hangs() -> None:
         used.close()
 
 
-async def test_cancel_at_once() -> None:
-    task = asyncio.create_task(connect(InetAddress("127.0.0.1", str(free_port()))))
+async def test_cancel_at_once(deaf_port: int) -> None:
+    task = asyncio.create_task(connect(InetAddress("127.0.0.1", str(deaf_port))))
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task

@@ -177,9 +177,10 @@ async def test_a_peer_without_tls_is_told_apart(
     expected: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(TlsChannel.handshake, "__defaults__", (0.05,))
     one, other = socket.socketpair()
-    if said is not None:
+    if said is None:
+        monkeypatch.setattr(TlsChannel.handshake, "__defaults__", (0.05,))
+    else:
         other.sendall(said)
         other.shutdown(socket.SHUT_WR)
     with pytest.raises(ConnectFailed) as caught:
