@@ -15,32 +15,11 @@ Reference: QEMU's destination; sequences in stream format 6.1-6.6.
 import asyncio
 import contextlib
 import logging
-import threading
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar, TypeVarTuple
 
-from migrationd.codec.constants import (
-    MIG_CMD_ENABLE_COLO,
-    MIG_CMD_OPEN_RETURN_PATH,
-    MIG_CMD_PACKAGED,
-    MIG_CMD_PING,
-    MIG_CMD_POSTCOPY_ADVISE,
-    MIG_CMD_POSTCOPY_LISTEN,
-    MIG_CMD_POSTCOPY_RAM_DISCARD,
-    MIG_CMD_POSTCOPY_RESUME,
-    MIG_CMD_POSTCOPY_RUN,
-    MIG_CMD_RECV_BITMAP,
-    MIG_CMD_SWITCHOVER_START,
-)
-from migrationd.codec.records import Command, Configuration, Package, RamBlockList
-from migrationd.codec.return_path import (
-    Pong,
-    ReturnPathMessage,
-    Shut,
-    SwitchoverAck,
-    encode_return_path,
-)
+from migrationd.codec.return_path import Shut
 from migrationd.codec.stream import StreamDecoder, StreamLimits
 from migrationd.errors import (
     ChannelClosed,
@@ -48,32 +27,25 @@ from migrationd.errors import (
     GuestError,
     MigrationdError,
     MigrationError,
-    StreamCorrupt,
     StreamTruncated,
     StreamUnsupported,
 )
 from migrationd.guest.attached import AttachedGuest
 from migrationd.guest.held import HeldGuest
 from migrationd.guest.parked import ParkedGuest
-from migrationd.guest.ram_block import RamBlock
-from migrationd.incoming.arrival import (
-    check_configuration,
-    check_uuid,
-    complete,
-    identity_of,
-    specs_of,
-)
+from migrationd.incoming.arrival import identity_of
 from migrationd.incoming.berth import Berth, IncomingSettings
 from migrationd.incoming.channels import IncomingChannels
 from migrationd.incoming.colo import Replica
 from migrationd.incoming.cpr import CprArrival
+from migrationd.incoming.guest_load import GuestLoad
 from migrationd.incoming.lazy_run import LazyRun
-from migrationd.incoming.loader import Barrier, Pause, StreamLoader
-from migrationd.incoming.mapped_ram import load_mapped_ram
+from migrationd.incoming.loader import Pause, StreamLoader
 from migrationd.incoming.multifd_receive import MultifdReceiver
 from migrationd.incoming.postcopy import PostcopyArrival
 from migrationd.incoming.preempt import PreemptReceiver
 from migrationd.incoming.recovery import RecoveryDoor
+from migrationd.incoming.return_path import ReturnPath
 from migrationd.migration.blocktime import Blocktime, with_blocktime
 from migrationd.migration.dialect import dialect_of
 from migrationd.migration.info import MigrationInfo
@@ -83,17 +55,6 @@ from migrationd.transport.listen import Listener
 
 log = logging.getLogger(__name__)
 
-_POSTCOPY_COMMANDS = frozenset(
-    (
-        MIG_CMD_POSTCOPY_ADVISE,
-        MIG_CMD_POSTCOPY_LISTEN,
-        MIG_CMD_POSTCOPY_RAM_DISCARD,
-        MIG_CMD_POSTCOPY_RESUME,
-        MIG_CMD_POSTCOPY_RUN,
-        MIG_CMD_RECV_BITMAP,
-    )
-)
-_FAREWELL_S = 1.0
 _AT_END = ("completed", "failed")
 _CAN_PAUSE = ("postcopy-active", "postcopy-recover")
 
@@ -107,7 +68,6 @@ class IncomingMigration:
     Runs on the event loop; loading steps run in an executor thread of its own.
 
     Args:
-        listener: Open listener; closed here.
         berth: Where the guest goes.
         settings: Read when the stream begins, so that capabilities may be set while listening.
         on_status: Called with each new status.
@@ -132,27 +92,23 @@ class IncomingMigration:
         self._cpr = cpr
         self._on_whole = on_whole
         self._on_running = on_running
-        self._lazy: LazyRun | None = None
         self._loss: GuestError | None = None
         self._farewell: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop
-        self._answering = threading.Lock()
         self._settings_now = settings
         self._settings = IncomingSettings()
         self._status = StatusMachine(Role.INCOMING, on_status)
         self._error: MigrationdError | None = None
         self._listener: Listener | None = None
         self._channels: IncomingChannels | None = None
-        self._channel: Channel | None = None
+        self._return_path = ReturnPath()
+        self._loading: GuestLoad | None = None
         self._multifd: MultifdReceiver | None = None
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="incoming")
-        self._postcopy: PostcopyArrival | None = None
         self._preempt: PreemptReceiver | None = None
         self._door = RecoveryDoor()
         self._is_pause_wanted = False
-        self._return_path_open = False
         self._failover = asyncio.Event()
-        self._guest: HeldGuest | None = None
 
     @property
     def status(self) -> str:
@@ -167,7 +123,7 @@ class IncomingMigration:
     @property
     def owns_guest(self) -> bool:
         """Whether the source has given the guest up, which may still lack memory."""
-        return self._postcopy is not None and self._postcopy.owns_guest
+        return self._loading is not None and self._loading.postcopy.owns_guest
 
     def info(self) -> MigrationInfo | None:
         """The destination's part of ``query-migrate``; None before anything happened."""
@@ -184,7 +140,8 @@ class IncomingMigration:
         )
         if not self._settings.postcopy_blocktime or self.status != "completed":
             return info
-        blocktime = self._lazy.blocktime if self._lazy is not None else None
+        lazy = self._loading.lazy if self._loading is not None else None
+        blocktime = lazy.blocktime if lazy is not None else None
         if blocktime is None and self.owns_guest:
             blocktime = Blocktime()  # a parked guest never waits
         return info if blocktime is None else with_blocktime(info, blocktime)
@@ -216,7 +173,7 @@ class IncomingMigration:
 
     def yank(self) -> None:
         """Cut the connections off; without one there is nothing to cut."""
-        if self._channel is not None and self._channels is not None:
+        if self._loading is not None and self._channels is not None:
             self._channels.shutdown()
 
     async def run(self) -> HeldGuest | None:
@@ -231,12 +188,14 @@ class IncomingMigration:
         try:
             if self._cpr is not None:
                 await self._cpr.arrive()
-            loader = await self._connect(self._channels)
-            guest = await (
-                self._take_file() if self._settings.mapped_ram else self._receive(loader)
-            )
+            loading = await self._connect(self._channels)
+            if self._settings.mapped_ram:
+                self._stream_began()
+                guest = await self._on_thread(loading.load_file, self._main())
+            else:
+                guest = await self._receive(loading)
             if self._settings.colo:
-                await self._follow(guest, loader)
+                await self._follow(guest, loading.loader)
             if self._on_whole is not None:
                 await self._on_whole(guest)
             self._status.advance(Cause.COMPLETE)
@@ -301,15 +260,12 @@ class IncomingMigration:
         self._channels.shutdown()
         return True
 
-    async def _connect(self, channels: IncomingChannels) -> StreamLoader:
+    async def _connect(self, channels: IncomingChannels) -> GuestLoad:
         """Phase 1: every connection that the source makes before it sends pages."""
         await channels.accept_first()
         settings = self._settings = self._settings_now()
         loop = self._loop = asyncio.get_running_loop()
-        self._postcopy = PostcopyArrival(
-            takes_ram=settings.postcopy_ram, answer=self._answer, report=self._report
-        )
-        self._channel = await channels.gather(
+        main = self._return_path.channel = await channels.gather(
             multifd=settings.multifd_channels,
             expects_preempt=settings.postcopy_preempt,
             uuid=settings.guest_uuid,
@@ -317,38 +273,45 @@ class IncomingMigration:
         if settings.multifd_channels:
             self._multifd = MultifdReceiver(channels.multifd, settings.multifd_compression)
         loader = StreamLoader(
-            self._channel,
+            main,
             StreamDecoder(StreamLimits(ram_bytes=settings.ram_limit_bytes)),
             lambda: loop.call_soon_threadsafe(self._stream_began),
             self._multifd,
             settings.bitmap_mapping,
         )
+        postcopy = PostcopyArrival(
+            takes_ram=settings.postcopy_ram,
+            answer=self._return_path.answer,
+            report=self._report,
+        )
+        loading = self._loading = GuestLoad(
+            settings=settings,
+            berth=self._berth,
+            loader=loader,
+            return_path=self._return_path,
+            postcopy=postcopy,
+            multifd=self._multifd,
+            source_uuid=channels.source_uuid,
+            lazy_run=lambda guest: self._lazy_run(guest, postcopy),
+        )
         self._await_preempt(channels, loader)
-        return loader
+        return loading
 
-    async def _take_file(self) -> HeldGuest:
-        """Phases 2 and 3 of a mapped-ram file."""
-        self._stream_began()
-        self._guest = await self._on_thread(self._load_file, self._main())
-        await self._on_thread(self._acknowledge, self._guest)
-        return self._guest
-
-    async def _receive(self, loader: StreamLoader) -> HeldGuest:
+    async def _receive(self, loading: GuestLoad) -> HeldGuest:
         """Phases 2 and 3, again after each loss of a postcopy's channels."""
-        postcopy = self._postcopy
-        assert postcopy is not None
+        postcopy = loading.postcopy
         failure: MigrationdError | None = None
         while True:
             try:
                 if failure is not None:
-                    await self._let_in_again(loader, postcopy)
-                await self._load(loader)
-                return await self._settle(loader)
+                    await self._let_in_again(loading)
+                await self._load(loading)
+                return await self._on_thread(loading.finish)
             except Exception as error:
-                if self._lazy is not None:
-                    await asyncio.to_thread(self._lazy.give_up)
-                    if self._lazy.error is not None:
-                        raise self._lazy.error from error
+                if loading.lazy is not None:
+                    await asyncio.to_thread(loading.lazy.give_up)
+                    if loading.lazy.error is not None:
+                        raise loading.lazy.error from error
                 if self._loss is not None:
                     raise self._loss from error
                 if not postcopy.owns_guest:
@@ -361,37 +324,18 @@ class IncomingMigration:
             if not postcopy.has_ram:
                 # Nothing but dirty bitmaps came by postcopy: the guest is whole.
                 log.warning("dirty bitmaps are lost with their connection: %s", failure)
-                return await self._settle(loader)
-            await self._stand_still(failure)
+                return await self._on_thread(loading.finish)
+            await self._stand_still(loading, failure)
 
-    async def _load(self, loader: StreamLoader) -> None:
+    async def _load(self, loading: GuestLoad) -> None:
         """Phase 2: the stream, until the guest is whole."""
-        while await self._on_thread(self._go_on, loader) is not Pause.FINISHED:
+        while await self._on_thread(loading.go_on) is not Pause.FINISHED:
             pass
         if self._multifd is not None:
             await self._on_thread(self._multifd.finish)
         if self._preempt is not None:
-            machine = identity_of(loader.arrival, None).machine
+            machine = identity_of(loading.loader.arrival, None).machine
             await self._preempt.finish(sends_eos=dialect_of(machine).preempt_eos)
-
-    def _go_on(self, loader: StreamLoader) -> Pause:
-        """Load until there is a reason to look up; runs on the loading thread."""
-        while not isinstance(result := loader.step(), Pause):
-            self._pass_barrier(loader, result)
-        return result
-
-    async def _settle(self, loader: StreamLoader) -> HeldGuest:
-        """Phase 3: the guest is safe here; the source may forget it."""
-        return await self._on_thread(self._finish, loader)
-
-    def _finish(self, loader: StreamLoader) -> HeldGuest:
-        guest = self._complete(loader)
-        if self._settings.colo and (not isinstance(guest, ParkedGuest) or guest.file is not None):
-            raise StreamUnsupported(
-                "a replica is held in memory", hint="start without -ram-dir and -guest"
-            )
-        self._acknowledge(guest)
-        return guest
 
     def _await_preempt(self, channels: IncomingChannels, loader: StreamLoader) -> None:
         if self._settings.postcopy_preempt:
@@ -401,10 +345,10 @@ class IncomingMigration:
                 channels.shutdown,
             )
 
-    async def _stand_still(self, error: MigrationdError) -> None:
+    async def _stand_still(self, loading: GuestLoad, error: MigrationdError) -> None:
         """Give the channels of a postcopy up, and nothing else."""
-        if self._lazy is not None:
-            self._lazy.disconnect()
+        if loading.lazy is not None:
+            loading.lazy.disconnect()
         if self._is_pause_wanted:
             error = ChannelClosed("Postcopy migration is paused by the user")
         elif self._preempt is not None and self._preempt.error is not None:
@@ -412,26 +356,25 @@ class IncomingMigration:
         self._is_pause_wanted = False
         await self._close_channels()
         self._error = error
-        guest = self._guest
-        assert guest is not None
+        assert loading.guest is not None
         log.warning(
             "postcopy is paused: %s; %d pages are missing; migrate-recover lets the source in",
             error,
-            sum(block.missing_count for block in guest.ram),
+            sum(block.missing_count for block in loading.guest.ram),
         )
         self._status.advance(Cause.PAUSE)
 
-    async def _let_in_again(self, loader: StreamLoader, postcopy: PostcopyArrival) -> None:
+    async def _let_in_again(self, loading: GuestLoad) -> None:
         channels = self._channels = await self._door.enter()
         self._status.advance(Cause.RECOVER)
-        postcopy.recover()
-        main = self._channel = await channels.gather(
+        loading.postcopy.recover()
+        main = self._return_path.channel = await channels.gather(
             expects_preempt=self._settings.postcopy_preempt
         )
         if not main.is_duplex:
             raise StreamUnsupported("a recovery needs a way back", hint="use tcp: or unix:")
-        loader.resume(main)
-        self._await_preempt(channels, loader)
+        loading.loader.resume(main)
+        self._await_preempt(channels, loading.loader)
 
     async def _close_channels(self) -> None:
         preempt, self._preempt = self._preempt, None
@@ -449,101 +392,43 @@ class IncomingMigration:
         """Run a step on the loading thread."""
         return await asyncio.get_running_loop().run_in_executor(self._executor, call, *args)
 
-    def _load_file(self, channel: Channel) -> HeldGuest:
-        return load_mapped_ram(
-            channel,
-            self._berth.adopt,
-            ram_limit_bytes=self._settings.ram_limit_bytes,
-            mapping=self._settings.bitmap_mapping,
-            check=lambda record: check_uuid(record, self._settings.guest_uuid, 0),
-        )
-
     def _stream_began(self) -> None:
         if self._status.can(Cause.STREAM):
             self._status.advance(Cause.STREAM)
 
-    def _pass_barrier(self, loader: StreamLoader, record: Barrier) -> None:
-        """Handle a record in order; runs on the loading thread."""
-        match record:
-            case Configuration():
-                check_configuration(
-                    record,
-                    self._settings.guest_uuid,
-                    loader.position,
-                    ignores_shared=self._settings.ignores_shared,
-                )
-                loader.arrival.configuration = record
-            case RamBlockList():
-                loader.use_blocks(self._allocate(loader, record))
-            case Command():
-                self._obey(record, loader)
-            case Package():
-                assert self._postcopy is not None
-                self._postcopy.unpack(record, loader)
-
-    def _allocate(self, loader: StreamLoader, blocks: RamBlockList) -> tuple[RamBlock, ...]:
-        arrival = loader.arrival
-        identity = identity_of(arrival, self._channels.source_uuid if self._channels else None)
-        specs = specs_of(blocks, loader.page_size)
-        self._guest = self._berth.allocate(identity, tuple(arrival.devices), specs)
-        is_ready = self._guest.live is not None and self._return_path_open
-        if is_ready and self._settings.switchover_ack:
-            self._answer(SwitchoverAck())  # it has accepted the declarations, and has the memory
-        assert self._postcopy is not None
-        self._postcopy.prepare(self._guest.ram)
-        if self._settings.ignores_shared:
-            for block in self._guest.ram:
-                block.track_received()
-        if self._postcopy.has_ram and isinstance(self._guest, AttachedGuest):
-            self._expect_lazy(self._guest, self._postcopy, loader)
-        if self._multifd is not None:
-            self._multifd.start(self._guest.ram, loader.page_size)
-        return self._guest.ram
-
     def _main(self) -> Channel:
-        assert self._channel is not None
-        return self._channel
-
-    def _answer(self, message: ReturnPathMessage) -> None:
-        self._send_back(encode_return_path(message))
-
-    def _send_back(self, data: bytes) -> None:
-        """Send whole messages on the return path, from any thread."""
-        channel = self._main()
-        with self._answering:
-            if channel.is_socket:
-                channel.send_parts((data,))
-            else:
-                channel.send(data)
+        assert self._return_path.channel is not None
+        return self._return_path.channel
 
     def _report(self, cause: Cause) -> None:
-        if cause is Cause.RECOVERED and self._lazy is not None:
-            self._lazy.connect()
+        lazy = self._loading.lazy if self._loading is not None else None
+        if cause is Cause.RECOVERED and lazy is not None:
+            lazy.connect()
         self._loop.call_soon_threadsafe(self._status.advance, cause)
 
-    def _expect_lazy(
-        self, guest: AttachedGuest, postcopy: PostcopyArrival, loader: StreamLoader
-    ) -> None:
-        """Make ready for a guest that runs before its memory is there."""
+    def _lazy_run(self, guest: AttachedGuest, postcopy: PostcopyArrival) -> LazyRun:
         assert self._on_running is not None
-        LazyRun.prepare(guest)
-        lazy = LazyRun(
-            guest, self._send_back, postcopy.commit, self._on_running, self._break_off, self._loop
+        return LazyRun(
+            guest,
+            self._return_path.send,
+            postcopy.commit,
+            self._on_running,
+            self._break_off,
+            self._loop,
         )
-        postcopy.launch = lambda pings: lazy.launch(loader.arrival.devices, pings)
-        self._lazy = lazy
 
     def _break_off(self, error: MigrationdError) -> None:
         """A guest cannot be loaded: say so and end; on any thread."""
         log.error("the guest cannot run here: %s", error)
         with contextlib.suppress(ChannelError):
-            self._answer(Shut(1))
+            self._return_path.answer(Shut(1))
         if self._channels is not None:
             self._channels.shutdown()
 
     def has_begun(self, guest: HeldGuest) -> bool:
         """Whether it loads this guest now."""
-        return self._guest is guest and self._status.is_running
+        is_here = self._loading is not None and self._loading.guest is guest
+        return is_here and self._status.is_running
 
     def guest_gone(self) -> None:
         """The workload that takes the guest is gone: there is nothing left to wait for."""
@@ -555,98 +440,25 @@ class IncomingMigration:
     async def _refuse(self, channels: IncomingChannels) -> None:
         """Tell the source, which then knows that its guest does not run here, and hang up."""
         if not self.owns_guest:
-            await self._answer_last(Shut(1))
+            await self._return_path.answer_last(Shut(1))
         channels.shutdown()
-
-    def _obey(self, command: Command, loader: StreamLoader) -> None:
-        assert self._postcopy is not None
-        match command.number:
-            case n if n == MIG_CMD_OPEN_RETURN_PATH:
-                if not self._main().is_duplex:
-                    raise StreamUnsupported(
-                        "the source opens a return path, but this transport has none",
-                        position=loader.position,
-                        hint="turn the source's return-path capability off",
-                    )
-                self._return_path_open = True
-                configuration = loader.arrival.configuration
-                dialect = dialect_of(configuration.machine if configuration else None)
-                if self._settings.switchover_ack and dialect.switchover_ack_at_once:
-                    self._answer(SwitchoverAck())
-            case n if n == MIG_CMD_PING:
-                if not self._return_path_open:
-                    raise StreamCorrupt("PING without a return path", position=loader.position)
-                self._answer(Pong(int.from_bytes(command.payload, "big")))
-            case n if n == MIG_CMD_SWITCHOVER_START:
-                loader.arrival.has_switchover_start = True
-            case n if n in _POSTCOPY_COMMANDS:
-                # Dirty bitmaps can do without a way back.
-                is_for_bitmaps = n == MIG_CMD_POSTCOPY_ADVISE and not command.payload
-                if not self._return_path_open and not is_for_bitmaps:
-                    raise StreamCorrupt("postcopy without a return path", position=loader.position)
-                self._postcopy.obey(command, loader)
-            case n if n == MIG_CMD_ENABLE_COLO and self._settings.colo:
-                pass  # 11.1 does not even say it
-            case n if n == MIG_CMD_PACKAGED:
-                pass  # what it holds comes next
-            case _:
-                raise StreamUnsupported(
-                    f"command {command.number} is not taken",
-                    position=loader.position,
-                    hint="the capability x-colo is off here",
-                )
-
-    def _complete(self, loader: StreamLoader) -> HeldGuest:
-        if self._guest is None:
-            raise StreamCorrupt("the stream has no RAM section", position=loader.position)
-        if self._lazy is not None:
-            self._lazy.finish()
-        complete(self._guest, loader.arrival, by_postcopy=self.owns_guest)
-        return self._guest
-
-    def _acknowledge(self, guest: HeldGuest) -> None:
-        self._berth.settle(guest)
-        if not self._return_path_open:
-            return
-        try:
-            self._answer(Shut(0))
-        except ChannelError as error:
-            if self.owns_guest:
-                log.warning("the source left before it heard that the guest is whole: %s", error)
-                return
-            # The guest is whole, as it would be at a QEMU that already runs it: keep it.
-            log.warning(
-                "the source left before it heard that the guest arrived (%s): "
-                "it may have resumed the guest; do not run both",
-                error,
-            )
 
     async def _fail(self, error: MigrationdError) -> None:
         self._error = error
         log.error("load of migration failed: %s", error)
         if self._farewell is None:
-            await self._answer_last(Shut(1))
+            await self._return_path.answer_last(Shut(1))
         else:
             await self._farewell
         await self._abandon()
         self._status.advance(Cause.FAIL)
-
-    async def _answer_last(self, message: Shut) -> None:
-        """Say how it ended to a source that listens, and to nobody for ever."""
-        if not self._return_path_open:
-            return
-        try:
-            await asyncio.wait_for(asyncio.to_thread(self._answer, message), _FAREWELL_S)
-        except (ChannelError, TimeoutError) as failure:
-            log.debug("SHUT %d was not sent: %s", message.value, failure)
 
     async def _abandon(self) -> None:
         if self._channels is not None:
             self._channels.shutdown()
         if self._multifd is not None:
             await asyncio.shield(asyncio.to_thread(self._multifd.stop))
-        guest, self._guest = self._guest, None
-        lazy, self._lazy = self._lazy, None
+        guest, lazy = self._loading.let_go() if self._loading is not None else (None, None)
         if lazy is not None:
             await asyncio.shield(asyncio.to_thread(lazy.abandon))
         await asyncio.shield(self._on_thread(self._berth.abandon))
