@@ -4,10 +4,6 @@ Data calls block and are made on a thread of their own; :meth:`Channel.shutdown`
 them from any other thread, which is how a migration is cancelled. The return path
 reads the same descriptor on the event loop.
 
-Sockets stay in blocking mode, so that the kernel sleeps until there is a useful amount
-of space, and a blocked call ends by ``shutdown(2)``. Everything else is non-blocking
-and polled together with an eventfd.
-
 Buffer sizes of sockets are left to the kernel: 128 KiB to 4 MiB made no difference.
 Gathering 8-byte headers and 4 KiB pages out of guest memory beat copying both into a
 buffer first, in rate and in CPU time.
@@ -17,20 +13,16 @@ Reference: error texts are those of QEMU's channels.
 
 import asyncio
 import contextlib
-import fcntl
 import functools
 import os
 import select
 import socket
-import stat
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
-from migrationd.errors import ChannelClosed, ConnectFailed
+from migrationd.errors import ChannelClosed
 from migrationd.linux.iovec import (
     IOV_MAX,
     Vector,
@@ -44,13 +36,10 @@ from migrationd.linux.iovec import (
     write_vector,
 )
 from migrationd.transport.command import Command
-
-T = TypeVar("T")
-
-_PIPE_BYTES = 1 << 20
+from migrationd.transport.shared_descriptor import SharedDescriptor
 
 
-class Channel:
+class Channel(SharedDescriptor):
     """One open channel; owns its descriptor and its command.
 
     One thread sends and one thread or task receives; :meth:`shutdown` is for all.
@@ -74,47 +63,11 @@ class Channel:
     def __init__(
         self, fd: int, *, command: Command | None = None, is_durable: bool = False
     ) -> None:
-        try:
-            mode = os.fstat(fd).st_mode
-        except OSError as error:
-            raise ConnectFailed(f"Failed to open a channel: {error.strerror}") from error
-        self._fd = fd
-        self._command = command
+        super().__init__(fd, command)
         self._is_durable = is_durable
-        self._lock = threading.Lock()
-        self._is_down = False
-        self._calls = 0
-        self._is_closing = False
-        self._wakeup = -1
-        self._socket: socket.socket | None = None
-        self._must_wait_for_writer = stat.S_ISFIFO(mode)
-        self.is_socket = self.is_duplex = stat.S_ISSOCK(mode)
-        self.is_seekable = stat.S_ISREG(mode)
-        self._kind = "socket" if self.is_socket else "command" if command else "file"
-        self._in_use = _InUse(self)
         self._writable: select.poll | None = None
         self.bytes_sent = 0
         self.bytes_received = 0
-        try:
-            self._wakeup = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-            self._prepare()
-        except OSError as error:
-            self._release()
-            raise ConnectFailed(f"Failed to open a channel: {error.strerror}") from error
-
-    def _prepare(self) -> None:
-        os.set_inheritable(self._fd, False)
-        if not self.is_socket:
-            os.set_blocking(self._fd, False)
-            if self._must_wait_for_writer:
-                with contextlib.suppress(OSError):  # more than an unprivileged user may have
-                    fcntl.fcntl(self._fd, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
-            return
-        self._socket = socket.socket(fileno=self._fd)
-        self._socket.setblocking(True)
-        if self._socket.family in (socket.AF_INET, socket.AF_INET6):
-            with contextlib.suppress(OSError):  # a protocol other than TCP
-                self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def recv_into(self, view: memoryview, timeout_s: float | None) -> int:
         """Receive what is there, at least one byte.
@@ -353,9 +306,8 @@ class Channel:
         with self._in_use:
             if self._socket is None:
                 return
-            is_tcp = self._socket.family in (socket.AF_INET, socket.AF_INET6)
             with contextlib.suppress(OSError):  # a protocol other than TCP
-                if is_tcp:
+                if self._is_inet:
                     self._socket.setsockopt(
                         socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, size_bytes
                     )
@@ -439,15 +391,6 @@ class Channel:
                 self._send_window(rest_of(vector, done))
             return size_bytes
 
-    def on_fd(self, call: Callable[[int], T]) -> T:
-        """Make a system call of one's own as a data call: the descriptor stays open during it.
-
-        Raises:
-            ChannelClosed: The channel was shut down.
-        """
-        with self._in_use:
-            return call(self._fd)
-
     def finish(self) -> None:
         """End a stream that was sent whole: the command took everything, the file is stored.
 
@@ -475,69 +418,6 @@ class Channel:
                     raise ChannelClosed(f"the command was ended by signal {-status}")
                 if status:
                     raise ChannelClosed(f"the command failed with status {status}")
-
-    @contextlib.contextmanager
-    def descriptor(self) -> Iterator[int]:
-        """The descriptor, for what only a file can do; it stays open inside the block.
-
-        Raises:
-            ChannelClosed: The channel was shut down.
-        """
-        with self._in_use:
-            yield self._fd
-
-    def detach(self) -> int:
-        """Give the descriptor up; the channel is closed, the connection is not.
-
-        Raises:
-            ChannelClosed: The channel was shut down.
-        """
-        with self._lock:
-            self._refuse_if_down()
-            fd = self._fd
-            if self._socket is not None:
-                self._socket.detach()
-            self._socket = None
-            self._fd = -1
-        self.close()
-        return fd
-
-    def shutdown(self) -> None:
-        """End every blocked and future data call; from any thread, any number of times."""
-        with self._lock:
-            if self._is_down:
-                return
-            self._is_down = True
-            os.eventfd_write(self._wakeup, 1)
-            if self._socket is not None:
-                with contextlib.suppress(OSError):
-                    self._socket.shutdown(socket.SHUT_RDWR)
-            if self._command is not None:
-                self._command.terminate()
-
-    def close(self) -> None:
-        """Shut down, close the descriptor and end the command; any number of times.
-
-        Where a data call is still under way on another thread, it is woken, and closes on
-        its way out: a descriptor number is never free while a call may use it.
-        """
-        self.shutdown()
-        with self._lock:
-            if self._is_closing:
-                return
-            self._is_closing = True
-            is_idle = not self._calls
-        if is_idle:
-            self._release()
-
-    def _release(self) -> None:
-        self._close_fd()
-        with self._lock:
-            if self._wakeup >= 0:
-                os.close(self._wakeup)
-                self._wakeup = -1
-        if self._command is not None:
-            self._command.reap()
 
     def _send_window(self, window: Vector) -> None:
         call = send_vector if self.is_socket else write_vector
@@ -576,63 +456,3 @@ class Channel:
         if self._socket is not None:
             return self._socket.recv_into(view, 0, socket.MSG_DONTWAIT)
         return os.readv(self._fd, (view,))
-
-    def _wait(self, events: int, timeout_s: float | None) -> None:
-        """Block until the descriptor is ready.
-
-        Raises:
-            TimeoutError: It is not, after this time.
-            ChannelClosed: The channel was shut down.
-        """
-        poll = select.poll()
-        poll.register(self._fd, events)
-        poll.register(self._wakeup, select.POLLIN)
-        ready = poll.poll(None if timeout_s is None else timeout_s * 1000)
-        self._refuse_if_down()
-        if not ready:
-            raise TimeoutError
-
-    def _refuse_if_down(self) -> None:
-        if self._is_down:
-            raise ChannelClosed("the channel was shut down")
-
-    def _broken(self, what: str, error: OSError) -> ChannelClosed:
-        if self._is_down:
-            return ChannelClosed("the channel was shut down")
-        return ChannelClosed(f"Unable to {what} {self._kind}: {error.strerror}")
-
-    def _close_fd(self) -> None:
-        with self._lock:
-            if self._socket is not None:
-                self._socket.close()
-            elif self._fd >= 0:
-                os.close(self._fd)
-            self._socket = None
-            self._fd = -1
-
-    def _enter(self) -> None:
-        with self._lock:
-            self._refuse_if_down()
-            self._calls += 1
-
-    def _leave(self) -> None:
-        with self._lock:
-            self._calls -= 1
-            is_last = self._is_closing and not self._calls
-        if is_last:
-            self._release()
-
-
-class _InUse:
-    """``with`` block of a data call."""
-
-    __slots__ = ("_channel",)
-
-    def __init__(self, channel: Channel) -> None:
-        self._channel = channel
-
-    def __enter__(self) -> None:
-        self._channel._enter()
-
-    def __exit__(self, *_: object) -> None:
-        self._channel._leave()

@@ -17,8 +17,8 @@ import select
 import socket
 import ssl
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar, cast
+from collections.abc import Sequence
+from typing import NoReturn, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -44,8 +44,6 @@ _RECORD_BYTES = 16384
 _CHUNK_BYTES = 16 * _RECORD_BYTES
 _DIRECT_BYTES = 4 * 4096
 """Entries of a vector that are as long on the average are not gathered first."""
-
-T = TypeVar("T")
 
 
 class TlsChannel(Channel):
@@ -245,18 +243,13 @@ class TlsChannel(Channel):
         """As :meth:`Channel.send_window`."""
         return self.send_vector(vector)
 
-    def on_fd(self, call: Callable[[int], T]) -> T:
+    def descriptor(self) -> NoReturn:
         """Refuse: nothing may go past the encryption.
 
         Raises:
             ChannelError: Always.
         """
         raise ChannelError("an encrypted channel has no descriptor to use directly")
-
-    @contextlib.contextmanager
-    def descriptor(self) -> Iterator[int]:
-        """Refuse, as :meth:`on_fd`."""
-        yield self.on_fd(int)
 
     def shutdown(self) -> None:
         """As :meth:`Channel.shutdown`; says goodbye where that costs no wait."""

@@ -11,7 +11,6 @@ import errno
 import select
 import socket
 import struct
-from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -52,7 +51,8 @@ class ZeroCopySender:
         self._has_sent = False
         self._copied_all = True
         try:
-            channel.on_fd(_enable)
+            with channel.descriptor() as fd:
+                _enable(fd)
         except OSError as error:
             raise ConnectFailed("Zero copy send feature not detected in host kernel") from error
 
@@ -76,7 +76,8 @@ class ZeroCopySender:
                 self._reap()
             try:
                 part = vector[:IOV_MAX]
-                count = self._channel.on_fd(partial(send_vector, vector=part, zero_copy=True))
+                with self._channel.descriptor() as fd:
+                    count = send_vector(fd, part, zero_copy=True)
             except InterruptedError:
                 continue
             except OSError as error:
@@ -119,7 +120,8 @@ class ZeroCopySender:
         """Wait for completions and take them."""
         while True:
             try:
-                completion = self._channel.on_fd(_completion)
+                with self._channel.descriptor() as fd:
+                    completion = _completion(fd)
             except OSError as error:
                 raise ChannelClosed(_text(error)) from error
             if completion is not None:
