@@ -40,7 +40,7 @@ class OutgoingSettings:
     compress_level: int | None = None
     """How pages are deflated one by one, of a guest that does not execute."""
     dirty_bitmaps: bool = False
-    """Whether the destination is told of dirty bitmaps; those that the guest has go anyway."""
+    """Whether the guest's dirty bitmaps go with it."""
     bitmap_mapping: BitmapMapping | None = None
     background_snapshot: bool = False
     """The guest stays: only its state at one instant is written."""
@@ -56,6 +56,11 @@ class OutgoingSettings:
     def validated_capabilities(self) -> tuple[str, ...] | None:
         """Capabilities that a stream tells, for both ends must have them on."""
         return (IGNORE_SHARED,) if self.ignores_shared else None
+
+    @property
+    def sent_bitmaps(self) -> BitmapMapping | None:
+        """Which dirty bitmaps go, and under which names; None: all under their own."""
+        return self.bitmap_mapping if self.dirty_bitmaps else ()
 
     @property
     def hands_memory_over(self) -> bool:

@@ -18,7 +18,7 @@ def departing(guest: Guest, mapping: BitmapMapping | None) -> Guest:
 
     Args:
         guest: The guest.
-        mapping: ``block-bitmap-mapping``; None: bitmaps go under their own names.
+        mapping: Which bitmaps go, and their names; None: all go under their own.
 
     Raises:
         StreamCorrupt: The bitmaps that are kept are malformed.

@@ -39,7 +39,7 @@ from migrationd.outgoing.device_save import (
     stream_tail,
 )
 from migrationd.outgoing.file_save import FileSave, FileSettings
-from migrationd.outgoing.live_save import LiveSaver
+from migrationd.outgoing.live_save import UNACKNOWLEDGED, LiveSaver
 from migrationd.outgoing.multifd_connect import OutgoingMultifd
 from migrationd.outgoing.multifd_save import MultifdSaver
 from migrationd.outgoing.multifd_send import MultifdSettings
@@ -89,7 +89,7 @@ class Phases:
         observer: Observer,
         status: StatusMachine,
     ) -> None:
-        self._guest = guest = departing(guest, settings.bitmap_mapping)
+        self._guest = guest = departing(guest, settings.sent_bitmaps)
         self._dialect = dialect
         self._settings = settings
         self._clock = clock
@@ -129,7 +129,10 @@ class Phases:
     @property
     def stall(self) -> str | None:
         """Why it does not converge, if it does not."""
-        return self._live_saver.stall if self._live_saver is not None else None
+        if self._live_saver is None:
+            return None
+        is_unheard = self._asks_for_postcopy() and not self._may_switch_over()
+        return UNACKNOWLEDGED if is_unheard else self._live_saver.stall
 
     @property
     def is_continued(self) -> bool:
@@ -160,6 +163,7 @@ class Phases:
                 connection.open_channel,
                 connection.executor,
                 self.package_loaded,
+                connection.on_pong,
                 is_recovery=is_recovery,
             )
 
@@ -241,8 +245,13 @@ class Phases:
             stats=self._stats,
         )
 
-    def _is_postcopy_requested(self) -> bool:
+    def _asks_for_postcopy(self) -> bool:
         return self.postcopy is not None and self.postcopy.is_requested
+
+    def _is_postcopy_requested(self) -> bool:
+        """Whether it is to begin now: as at QEMU, not before the destination agrees to it."""
+        is_agreed = self._guest.live is None or self._may_switch_over()
+        return is_agreed and self._asks_for_postcopy()
 
     def _sent_pages(self) -> Sent | None:
         if self.postcopy is None:

@@ -243,7 +243,8 @@ async def test_a_mapping_at_every_end(
     report(request.config, version, "block-bitmap-mapping at every end", "yes")
 
 
-async def test_an_empty_mapping_leaves_all_behind(tmp_path: Path, closing: list[object]) -> None:
+@pytest.mark.parametrize("is_mapped", [True, False], ids=["empty mapping", "capability off"])
+async def test_all_stay_behind(tmp_path: Path, closing: list[object], is_mapped: bool) -> None:
     host = host_with_disk("7.2", tmp_path)
     source = await host.start("QEMU A")
     closing.append(source)
@@ -252,10 +253,12 @@ async def test_an_empty_mapping_leaves_all_behind(tmp_path: Path, closing: list[
     await source.wait_serial(1)
     await make_bitmaps(source, persistent=False)
     await move(source, daemon, f"unix:{tmp_path}/in", RP, "")
-    await daemon.set_parameters({"block-bitmap-mapping": []})
+    if is_mapped:
+        await daemon.set_parameters({"block-bitmap-mapping": []})
     target = await host.start("QEMU B", incoming="defer", paused=True)
     closing.append(target)
-    await move(daemon, target, f"unix:{tmp_path}/out", RP, "")
+    leaves = RP if is_mapped else RP | {"dirty-bitmaps": False}
+    await move(daemon, target, f"unix:{tmp_path}/out", leaves, "")
     assert await bitmaps(target) == {}
 
 
