@@ -115,7 +115,7 @@ class OutgoingConnection:
             await send()
             await self.on_thread(self.channel.finish)
             return
-        self._return_path = ReturnPath(self.channel, self.tail_started.is_set, self._on_pong)
+        self._return_path = ReturnPath(self.channel, self.tail_started.is_set, self.on_pong)
         read = self.link.read if self.link else self._return_path.run
         reader = asyncio.create_task(read(), name="return path")
         sender = asyncio.ensure_future(send())
@@ -154,7 +154,7 @@ class OutgoingConnection:
     @property
     def can_ask(self) -> bool:
         """Whether :meth:`ask` has somebody to ask."""
-        return self._return_path is not None and self.link is None
+        return self._return_path is not None
 
     def ask(self) -> int:
         """Wait, on the sending thread, until the destination has taken in all that was sent.
@@ -186,7 +186,8 @@ class OutgoingConnection:
         await self._return_path.confirmed.wait()
         return self._return_path.rest
 
-    def _on_pong(self, number: int) -> None:
+    def on_pong(self, number: int) -> None:
+        """The destination has read the stream up to the PING of this number."""
         if number == READY_PING:
             self._peer_ready.set()
         self._last_pong = number

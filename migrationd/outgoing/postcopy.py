@@ -59,6 +59,7 @@ class PostcopyLink:
         open_channel: Opens another connection to the same destination.
         executor: Runs what blocks; has room for three.
         on_loaded: Called on the loop when the destination has loaded the package.
+        on_pong: Called on the loop with the number of each PING that was answered.
         is_recovery: Whether the connection is a new one for a paused guest.
     """
 
@@ -69,6 +70,7 @@ class PostcopyLink:
         open_channel: OpenChannel,
         executor: ThreadPoolExecutor,
         on_loaded: Callable[[], None],
+        on_pong: Callable[[int], None],
         *,
         is_recovery: bool,
     ) -> None:
@@ -77,6 +79,7 @@ class PostcopyLink:
         self._open_channel = open_channel
         self._executor = executor
         self._on_loaded = on_loaded
+        self._on_pong = on_pong
         self._loop = asyncio.get_running_loop()
         self.has_switchover_ack = False
         self._stop = threading.Event()
@@ -275,6 +278,7 @@ class PostcopyLink:
         match message:
             case Pong(value=value):
                 self._first_pong.set()
+                self._on_pong(value)
                 if value == PING_PACKAGE_LOADED and self._package_end is not None:
                     self._is_acknowledged = True
                     self._note_loaded()

@@ -16,6 +16,7 @@ from migrationd.ctl.daemon_process import DaemonProcess
 from migrationd.ctl.dirtier_process import PROGRAM, DirtierProcess
 from migrationd.linux.pagemap import can_scan
 from tests.support.deadline import until
+from tests.support.stall import wait_stall
 
 pytestmark = [
     pytest.mark.interop,
@@ -150,12 +151,7 @@ async def test_pass_after_pass_over_multifd(tmp_path: Path, method: str) -> None
 async def test_it_waits_until_the_destination_agrees_to_the_switchover(tmp_path: Path) -> None:
     async with pair(tmp_path) as two:
         await two.begin(switchover_ack=True)
-
-        async def is_explained() -> bool:
-            info = await two.source.query_migrate()
-            return "not acknowledged the switchover" in str(info.get("error-desc"))
-
-        await until(is_explained, "a plain reason")
+        await wait_stall(two.source, "not acknowledged the switchover")
         assert await two.source.run_state() == "running"
         await two.source.execute("migrate_cancel")
         await two.source.wait_migration("cancelled")

@@ -13,6 +13,7 @@ from migrationd.ctl.dirtier_process import PROGRAM, DirtierProcess
 from migrationd.linux.pagemap import can_scan
 from tests.interop.test_attached import Pair, pair
 from tests.support.relay import Relay
+from tests.support.stall import wait_stall
 
 pytestmark = [
     pytest.mark.interop,
@@ -125,6 +126,41 @@ async def test_a_cut_network_is_a_pause_and_no_more(tmp_path: Path, preempt: boo
         await two.there.wait_passes(2)
         assert two.here.progress() == last, "the source stood still all the time"
         assert "postcopy-recover" in statuses(two.destination)
+
+
+async def test_it_does_not_leave_before_the_destination_agrees(tmp_path: Path) -> None:
+    async with pair(tmp_path, incoming=POSTCOPY | {"return-path": True}) as two:
+        await two.source.set_capabilities({"return-path": True, "switchover-ack": True})
+        await begin(two, preempt=False)
+        await wait_stall(two.source, "not acknowledged the switchover")
+        assert (await two.source.query_migrate())["status"] == "active"
+        await two.here.wait_running()
+        await two.source.execute("migrate_cancel")
+        await two.source.wait_migration("cancelled")
+        await two.here.wait_running()
+
+
+async def test_it_leaves_once_the_destination_agrees(tmp_path: Path) -> None:
+    acknowledging = {"return-path": True, "switchover-ack": True}
+    async with pair(tmp_path, incoming=POSTCOPY | acknowledging) as two:
+        await two.source.set_capabilities(acknowledging)
+        await begin(two, preempt=False)
+        await two.source.wait_migration("completed")
+        await two.there.wait_passes(1)
+        assert "postcopy-active" in statuses(two.source)
+
+
+async def test_while_it_still_precopies_a_pass_lasts_until_it_was_taken_in(tmp_path: Path) -> None:
+    """Else it would stop with what the network has not taken yet in front of it."""
+    async with relayed(tmp_path) as (two, network):
+        network.hold_answers()
+        await two.source.set_capabilities({"postcopy-ram": True})
+        await two.source.execute("migrate", {"uri": network.uri})
+        await wait_stall(two.source, "does not keep up")
+        await two.here.wait_running()
+        await two.source.execute("migrate_cancel")
+        await two.source.wait_migration("cancelled")
+        await two.here.wait_running()
 
 
 async def test_it_goes_on_to_the_next_host_by_precopy(tmp_path: Path) -> None:

@@ -32,6 +32,8 @@ class Relay:
         self._tasks: set[asyncio.Task[None]] = set()
         self._flowing = asyncio.Event()
         self._flowing.set()
+        self._answering = asyncio.Event()
+        self._answering.set()
         self.connections = 0
         self.passed_bytes = 0
         self.is_cut = False
@@ -69,6 +71,7 @@ class Relay:
         """Break every connection, both ways, and take no more."""
         self.is_cut = True
         self._flowing.set()
+        self._answering.set()
         if self._server is not None:
             self._server.close()
         for writer in self._writers:
@@ -79,6 +82,10 @@ class Relay:
     def stall(self) -> None:
         """Pass nothing on any more, as if packets were lost; connections stay."""
         self._flowing.clear()
+
+    def hold_answers(self) -> None:
+        """Pass on what goes to the destination only."""
+        self._answering.clear()
 
     async def close(self) -> None:
         """Cut, and end everything that runs."""
@@ -116,6 +123,8 @@ class Relay:
         while True:
             data = await reader.read(CHUNK_BYTES)
             await self._flowing.wait()
+            if not counts:
+                await self._answering.wait()
             if not data:
                 if writer.can_write_eof():
                     writer.write_eof()
