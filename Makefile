@@ -6,6 +6,8 @@ VENV    := .venv
 BIN     := $(VENV)/bin
 STAMP   := $(VENV)/.stamp-dev
 
+FUZZ_TIMES ?= 1
+
 .DEFAULT_GOAL := help
 .PHONY: help demo test check format bench dev interop postcopy unit conformance fault faults features fuzz coverage schemas qemu qemu-arm clean
 
@@ -52,8 +54,8 @@ faults: $(STAMP) qemu ## bad channels, files, disks and certificates: what is sa
 features: $(STAMP) qemu ## RAM by feature, QEMU release and direction, as a table
 	$(BIN)/pytest tests/interop/test_feature_matrix.py -m matrix
 
-fuzz: $(STAMP) ## random and mutated input for the decoder and the JSON reader
-	$(BIN)/pytest tests/fuzz
+fuzz: $(STAMP) ## random and mutated input for decoders, files and the monitor, with counts; FUZZ_TIMES=50 for more
+	FUZZ_TIMES=$(FUZZ_TIMES) $(BIN)/pytest tests/fuzz --hypothesis-profile=explore --hypothesis-show-statistics --timeout 0
 
 coverage: $(STAMP) ## branch coverage of the unit and conformance tests
 	$(BIN)/coverage run -m pytest tests/unit tests/conformance

@@ -9,12 +9,13 @@ import pytest
 
 from migrationd.ctl.daemon_process import DaemonProcess
 from migrationd.ctl.peer_process import PeerError
+from tests.support.fuzzing import cases
 from tests.support.results import TABLES, add_row
 
 pytestmark = pytest.mark.fault
 
 TABLE = "mutated streams of a real guest"
-ROUNDS = 60
+ROUNDS = cases(60)
 
 
 DEVICES = (b"timer", b"cpu_common", b"fw_cfg", b"PCIHost", b"i8259", b"serial", b"ps2kbd",

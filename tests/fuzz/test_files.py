@@ -17,8 +17,9 @@ from migrationd.ctl.inspect_file import as_json, fields_of
 from migrationd.ctl.verify_file import verify
 from migrationd.errors import MigrationdError
 from tests.conformance.captures import DIRECTORY
+from tests.support.fuzzing import cases
 
-FUZZ = settings(max_examples=60)
+FUZZ = settings(max_examples=cases(60))
 FORMS = ("plain", "zstd", "libvirt", "mapped-ram")
 
 

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from migrationd.qmp.json_reader import JsonError, JsonReader, JsonValue
+from tests.support.fuzzing import cases
 
 # QEMU takes no Unicode noncharacters in strings.
 CHARACTERS = st.characters(exclude_categories=("Cs",)).filter(
@@ -57,7 +58,7 @@ def split(data: bytes, cuts: list[int]) -> list[bytes]:
     return [data[a:b] for a, b in itertools.pairwise(edges)]
 
 
-@settings(max_examples=400)
+@settings(max_examples=cases(400))
 @given(
     values=st.lists(JSON.map(lambda v: {"v": v}), max_size=4), cuts=st.lists(st.integers(0, 999))
 )
@@ -71,7 +72,7 @@ def test_what_a_library_writes_is_read_however_it_is_split(
     assert len(found) == len(values)
 
 
-@settings(max_examples=800)
+@settings(max_examples=cases(800))
 @given(data=NOISE, cuts=st.lists(st.integers(0, 999), max_size=8))
 def test_noise_gives_the_same_however_it_is_split_and_never_stops_the_reader(
     data: bytes, cuts: list[int]
@@ -121,7 +122,7 @@ ALMOST_PLAIN = st.lists(
 ).map(b"".join)
 
 
-@settings(max_examples=1500)
+@settings(max_examples=cases(1500))
 @given(data=ALMOST_PLAIN, cuts=st.lists(st.integers(0, 999), max_size=4))
 def test_the_quick_way_and_the_slow_way_find_the_same(data: bytes, cuts: list[int]) -> None:
     quick, slow = JsonReader(), SlowReader()

@@ -12,6 +12,7 @@ from pydantic import BaseModel
 
 from migrationd.qmp.handlers.table import COMMANDS
 from tests.support.fake_control import FakeControl
+from tests.support.fuzzing import cases
 from tests.support.monitor import Monitor
 
 NAMES = sorted(set(COMMANDS) - {"qmp_capabilities"})
@@ -101,7 +102,7 @@ def check(reply: dict[str, object]) -> None:
         assert "return" in reply
 
 
-@settings(max_examples=300)
+@settings(max_examples=cases(300))
 @given(requests=st.lists(REQUESTS | VALUES.map(lambda v: {"v": v}), min_size=1, max_size=5))
 def test_requests_of_any_form(loop: asyncio.AbstractEventLoop, requests: list[object]) -> None:
     found = replies(loop, requests)
@@ -112,7 +113,7 @@ def test_requests_of_any_form(loop: asyncio.AbstractEventLoop, requests: list[ob
         assert ("id" in request) == ("id" in reply)
 
 
-@settings(max_examples=700)
+@settings(max_examples=cases(700))
 @given(call=ARGUMENTS)
 def test_arguments_of_any_form(
     loop: asyncio.AbstractEventLoop,
@@ -122,7 +123,7 @@ def test_arguments_of_any_form(
     check(reply)
 
 
-@settings(max_examples=700)
+@settings(max_examples=cases(700))
 @given(line=LINES)
 def test_human_lines_of_any_form(loop: asyncio.AbstractEventLoop, line: str) -> None:
     command = {"execute": "human-monitor-command", "arguments": {"command-line": line}}

@@ -24,11 +24,12 @@ from migrationd.codec.vmdescription import device_sizes
 from migrationd.errors import StreamError
 from migrationd.pageops.xbzrle import decode_page
 from tests.conformance.captures import captures
+from tests.support.fuzzing import cases
 
 LIMITS = StreamLimits(
     ram_bytes=64 << 20, section_bytes=1 << 20, package_bytes=1 << 20, description_bytes=1 << 20
 )
-FUZZ = settings(max_examples=300)
+FUZZ = settings(max_examples=cases(300))
 SEEDS = [
     "72-nofooter-pc.c0.fwd",
     "72-precopy-pc-2.2.c0.fwd",
@@ -120,7 +121,7 @@ def mutate(data: bytes, chance: random.Random) -> bytes:
 def test_mutated_streams(name: str) -> None:
     data = seed(name)
     chance = random.Random(name)
-    for _ in range(250):
+    for _ in range(cases(250)):
         drain(mutate(data, chance), chance.choice([1 << 20, 65_536, 4099]))
 
 
