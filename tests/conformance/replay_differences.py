@@ -21,9 +21,6 @@ class Why(Enum):
     BAD_PEER = "bad peer"
     """Decided: a bad peer costs its own migration, and ``error-desc`` says why."""
 
-    DIRTY_LIMIT = "dirty limit"
-    """Decided: a workload has what a QEMU's guest has with KVM and a dirty ring."""
-
     OTHER = "differs"
 
 
@@ -63,14 +60,6 @@ DIFFERENCES: dict[str, tuple[Allowed, ...]] = {
         '"migrate"',
         '"query-status"',
         "events",
-    ),
-    "cpr_reboot_file": _other(
-        "'postmigrate' comes with the event 'completed', where QEMU's comes a moment after it",
-        '"query-status"',
-    ),
-    "dirty_rate": tuple(
-        Allowed('"set-vcpu-dirty-limit"', Why.DIRTY_LIMIT, reason)
-        for reason in ("a workload can be slowed down; the recorded QEMU has no dirty ring",)
     ),
     "incoming_garbage_stay": tuple(
         Allowed(request, Why.BAD_PEER, "a bad source is named, and the next one may come")
@@ -115,6 +104,11 @@ NOT_APPLICABLE: dict[str, str] = {
 }
 """Scenario to what it is about that migrationd does not have."""
 
-NO_GUEST = ("caps_conflicts", "caps_each", "caps_each_incoming")
-"""Scenarios played without a workload: it can be slowed down, as a QEMU's guest can with KVM and
-a dirty ring, and the recorded ones ran without."""
+GUESTS: dict[str, str] = {
+    "caps_conflicts": "none",
+    "caps_each": "none",
+    "caps_each_incoming": "none",
+    "dirty_rate": "parked",
+}
+"""Scenario to what it is played with, if not a workload: that one can be slowed down, as a QEMU's
+guest can with KVM and a dirty ring, and the recorded ones ran without."""

@@ -18,7 +18,7 @@ from pathlib import Path
 from tests.conformance.replay_compare import Difference, differences, shape_differences
 from tests.conformance.replay_differences import (
     DIFFERENCES,
-    NO_GUEST,
+    GUESTS,
     NOT_APPLICABLE,
     Allowed,
     Why,
@@ -130,7 +130,7 @@ def play(
     Returns:
         The recording.
     """
-    source = source or launcher("none" if scenario in NO_GUEST else "attached")
+    source = source or launcher(GUESTS.get(scenario, "attached"))
     command = [sys.executable, str(RECORDER), "run", "--only", scenario, "--accel", "tcg"]
     command += ["--qemu", source, "--dst-qemu", destination or source, "--out", str(directory)]
     # The path of a socket is short.
