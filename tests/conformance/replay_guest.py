@@ -39,7 +39,7 @@ def main() -> None:
     rom = workload.add_block("rom", ROM_KIB << 10)
     rom[:] = random.Random(1).randbytes(len(rom))
     workload.add_device(VMState("rounds", fields=(u64("rounds"),)), state)
-    workload.attach(path)
+    workload.attach(path, timeout_s=60)  # both start at once, on a machine that may be busy
     while True:
         with workload.active():
             state.rounds += 1
