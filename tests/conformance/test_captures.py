@@ -14,7 +14,7 @@ from migrationd.codec.vmdescription import device_sizes
 from migrationd.errors import StreamTruncated, StreamUnsupported
 from tests.conformance.captures import Capture, captures
 from tests.conformance.replay import Replay, pieces, records, replay, steps
-from tests.conformance.report import Outcome, outcome
+from tests.conformance.report import Outcome, judge, outcome
 
 MAIN_STREAMS = captures("main stream")
 PLAIN = [capture for capture in MAIN_STREAMS if not capture.is_mapped_ram]
@@ -162,3 +162,18 @@ def test_return_paths(capture: Capture, step: int) -> None:
     messages = [message for part in pieces(data, repeat(step)) for message in decoder.feed(part)]
     assert b"".join(map(encode_return_path, messages)) == data
     assert len(messages) == len(capture.entry["messages"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "result"),
+    [
+        ("multifd channel", Outcome.DECODED),
+        ("preempt channel", Outcome.DECODED),
+        ("recovery connection", Outcome.IDENTICAL),
+        ("COLO return path", Outcome.IDENTICAL),
+    ],
+)
+def test_the_other_connections_of_a_migration(kind: str, result: Outcome) -> None:
+    found = captures(kind)
+    assert {capture.version for capture in found} >= {"7.2", "11.1"}
+    assert {judge(capture) for capture in found} == {f"{kind}: {result.value}"}
