@@ -110,7 +110,8 @@ class Shares:
 FIRST_GIVES_WAY_S = 3.0
 """What a guest's first resume may take longer, so that all that it asks for is known."""
 
-_QUIET_S = 0.001
+_QUIET_S = 0.003
+_HOLD_S = 0.001
 
 
 class GivesWay:
@@ -126,7 +127,7 @@ class GivesWay:
     def __init__(self, budget_s: float) -> None:
         self._left_s = budget_s
         self._requests = -1
-        self._asked_s = 0.0
+        self._heard_s = 0.0
 
     def hold_s(self, requests: int, now_s: float) -> float:
         """Seconds to wait before asking again; 0 when the push may go on.
@@ -137,9 +138,9 @@ class GivesWay:
         """
         if self._left_s <= 0:
             return 0.0
-        since_s, self._asked_s = now_s - self._asked_s, now_s
-        if requests == self._requests and since_s >= _QUIET_S:
+        if requests != self._requests:
+            self._requests, self._heard_s = requests, now_s
+        if now_s - self._heard_s >= _QUIET_S:
             return 0.0
-        self._requests = requests
-        self._left_s -= _QUIET_S
-        return _QUIET_S
+        self._left_s -= _HOLD_S
+        return _HOLD_S
