@@ -6,6 +6,8 @@ _CATCH_UP_S = 0.002
 _LONGEST_WAIT_S = 0.1
 """The rate may change while somebody waits."""
 _WRITE_S = 0.01
+_WRITE_BYTES = 128 << 10
+_LARGE_WRITE_S = 0.0005
 
 
 class Pacer:
@@ -27,8 +29,14 @@ class Pacer:
             self._rate, self._due_s = bytes_per_s, 0.0
 
     def most_bytes(self) -> int | None:
-        """Most bytes of one write, so that the next look is soon; None without a limit."""
-        return int(self._rate * _WRITE_S) if self._rate else None
+        """Most bytes of one write; None without a limit.
+
+        The next look at the limit is soon, and what is urgent does not wait for a large piece
+        on a channel that is idle most of the time.
+        """
+        if not self._rate:
+            return None
+        return int(min(self._rate * _WRITE_S, max(_WRITE_BYTES, self._rate * _LARGE_WRITE_S)))
 
     def charge(self, byte_count: int, now_s: float) -> None:
         """Account for bytes that were sent."""
@@ -59,14 +67,18 @@ class Pace:
     queue_bytes: int
 
 
-ALONE = Pace(window_pages=32, queue_bytes=256 << 10)
-"""Nobody asks, or for what comes anyway: large pieces take half the processor time."""
+ALONE = Pace(window_pages=128, queue_bytes=256 << 10)
+"""Nobody asks, or for what comes anyway: both ends are woken less often for large pieces. The
+first request after a while waits for half a millisecond."""
 
 SHARED = Pace(window_pages=8, queue_bytes=32 << 10)
 """Requests are answered on the same channel: what is before them is short."""
 
 BESIDE = Pace(window_pages=32, queue_bytes=128 << 10)
 """Requests have a channel of their own. They wait for pages that are under way here only."""
+
+ALONE_BESIDE = Pace(window_pages=256, queue_bytes=256 << 10)
+"""Nobody asks, and who will has a channel of their own."""
 
 
 class Shares:
@@ -78,6 +90,7 @@ class Shares:
 
     def __init__(self, *, has_own_channel: bool) -> None:
         self._busy = BESIDE if has_own_channel else SHARED
+        self._alone = ALONE_BESIDE if has_own_channel else ALONE
         self._first_pages = 256 if has_own_channel else 64
         self._requests = 0
         self._last_s = float("-inf")
@@ -100,7 +113,7 @@ class Shares:
         if requests != self._requests:
             self._requests = requests
             self._last_s = now_s
-        pace = self._busy if now_s - self._last_s < _BUSY_S else ALONE
+        pace = self._busy if now_s - self._last_s < _BUSY_S else self._alone
         if pace is self.pace:
             return False
         self.pace = pace

@@ -76,6 +76,7 @@ class Batch:
         is_zero: Whether all of them are zero pages.
         is_wanted: Whether all of them are wanted pages.
         is_first: Whether it goes before everything else; a restart does not break it off.
+        is_learned: Whether the guest asked for these pages the last time.
         walk: The walk that it belongs to.
     """
 
@@ -84,6 +85,7 @@ class Batch:
     is_zero: bool = False
     is_wanted: bool = False
     is_first: bool = False
+    is_learned: bool = False
     walk: Walk | None = None
 
 
@@ -264,7 +266,7 @@ class PageSchedule:
                 self._first.append(Batch(batch.block, pages[limit:], batch.is_zero))
                 pages = pages[:limit]
             if len(pages):
-                return Batch(batch.block, pages, batch.is_zero, is_first=True)
+                return Batch(batch.block, pages, batch.is_zero, is_first=True, is_learned=True)
         while self._turns:
             self._walked = [*self._walked[1 - _WALKED_AT_ONCE :], self._turns.popleft()]
         while self._walked:

@@ -225,7 +225,8 @@ class Push:
         writer: Main channel.
         schedule: What goes next.
         stats: Counters of this thread.
-        pacer: ``max-postcopy-bandwidth``.
+        pacer: ``max-postcopy-bandwidth``. What the guest asked for last time is exempt as it
+            was when it was asked for: it is the same bytes, only sooner.
         gives_way: Holds it back for a while, but for what lies ahead of walks.
         clock: Time.
         stop: Set when the connection is given up.
@@ -278,10 +279,10 @@ class Push:
             if not self._may_push(batch):
                 self._schedule.broken_off(batch, done)
                 return False
-            self._wait()
+            self._wait(batch)
             pages, sent, size = self._writer.push(batch, self._window_pages(batch))
             done += pages
-            self._account(size, sent, batch.is_zero)
+            self._account(size, sent, batch)
             if self._schedule.has_restart and not batch.is_first:
                 self._schedule.broken_off(batch, done)
                 return False
@@ -293,7 +294,7 @@ class Push:
             return ZERO_WINDOW_PAGES
         window = self._shares.window_pages(batch.is_first)
         most_bytes = self._pacer.most_bytes()
-        if most_bytes is not None:
+        if most_bytes is not None and not batch.is_learned:
             window = max(1, min(window, most_bytes // self._stats.page_size))
         return window
 
@@ -311,21 +312,24 @@ class Push:
                 return False
         return True
 
-    def _wait(self) -> None:
-        while (delay_s := self._pacer.delay_s(now_s := self._clock.monotonic_s())) > 0:
+    def _wait(self, batch: Batch) -> None:
+        now_s = self._clock.monotonic_s()
+        while not batch.is_learned and (delay_s := self._pacer.delay_s(now_s)) > 0:
             if self._stop.wait(delay_s):
                 raise ChannelClosed("the channel was shut down")
+            now_s = self._clock.monotonic_s()
         channel = self._writer.channel
         if self._shares.update(self._schedule.strays, now_s):
             channel.limit_send_queue(self._shares.pace.queue_bytes)
         # Here rather than in the write, which is made while a request has to wait.
         channel.wait_writable()
 
-    def _account(self, size: int, pages: int, is_zero: bool) -> None:
+    def _account(self, size: int, pages: int, batch: Batch) -> None:
         if not size:
             return
         now_s = self._clock.monotonic_s()
-        self._pacer.charge(size, now_s)
-        normal = 0 if is_zero else min(pages, size // (self._stats.page_size + 8))
+        if not batch.is_learned:
+            self._pacer.charge(size, now_s)
+        normal = 0 if batch.is_zero else min(pages, size // (self._stats.page_size + 8))
         self._stats.sent(size, normal=normal, duplicate=pages - normal)
         self._stats.measure(now_s)

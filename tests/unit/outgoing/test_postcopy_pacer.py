@@ -17,3 +17,11 @@ def test_who_waits_hears_of_a_new_rate() -> None:
     assert pacer.delay_s(127.5) > 0
     pacer.set_rate(0)
     assert pacer.delay_s(127.5) == 0
+
+
+def test_a_write_under_a_limit_is_short() -> None:
+    assert Pacer(0).most_bytes() is None
+    assert Pacer(5_000).most_bytes() == 50, "a look at the limit each 10 ms"
+    for rate in (100 << 20, 200 << 20):
+        assert Pacer(rate).most_bytes() == 128 << 10, "a request waits for a tenth of a millisecond"
+    assert Pacer(10 << 30).most_bytes() == (10 << 30) // 2000

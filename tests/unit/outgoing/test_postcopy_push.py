@@ -1,0 +1,114 @@
+"""The push of the postcopy phase onto a real socket."""
+
+import socket
+import threading
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from migrationd.clock import SystemClock
+from migrationd.errors import ChannelClosed
+from migrationd.guest.memory import AnonymousMemory
+from migrationd.guest.ram_block import RamBlock, RamBlockSpec
+from migrationd.migration.stats import OutgoingStats
+from migrationd.outgoing.postcopy_pacer import GivesWay, Pacer, Shares
+from migrationd.outgoing.postcopy_schedule import Batch, BlockPages, PageSchedule
+from migrationd.outgoing.postcopy_server import Push
+from migrationd.outgoing.postcopy_writer import PageWriter
+from migrationd.transport.channel import Channel
+
+PAGE = 4096
+PAGES = 64
+_RECORD_BYTES = PAGE + 8
+_NAME_BYTES = 2
+
+
+class Pushed:
+    """A push of one block ``m``, and the destination's end of its socket."""
+
+    def __init__(self, learned: list[int], bytes_per_s: int) -> None:
+        size = PAGES * PAGE
+        block = RamBlock(RamBlockSpec("m", size, PAGE), AnonymousMemory(size, PAGE))
+        block.memory.view[::PAGE] = np.arange(PAGES, dtype=np.uint8) + 1
+        block.present[:] = True
+        here, self.there = socket.socketpair()
+        self.there.settimeout(20)
+        self.channel = Channel(here.detach())
+        self.schedule = PageSchedule([BlockPages("m", block.present)])
+        self.schedule.push_first([Batch(0, np.array(learned, np.int64))] if learned else [])
+        writer = PageWriter(self.channel, [block], self.schedule, PAGE)
+        writer.open(b"")
+        self.stop = threading.Event()
+        self.errors: list[Exception] = []
+        shares = Shares(has_own_channel=False)
+        self._push = Push(
+            writer, self.schedule, OutgoingStats(PAGE, size), Pacer(bytes_per_s), GivesWay(0),
+            SystemClock(), self.stop, shares=shares, with_zeros=False,
+        )  # fmt: skip
+        self.thread = threading.Thread(target=self._run)
+        self.thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._push.run()
+        except ChannelClosed as error:
+            self.errors.append(error)
+
+    def pages(self, count: int, windows: int) -> list[int]:
+        """The next pages that arrive, by their content."""
+        left = count * _RECORD_BYTES + windows * _NAME_BYTES
+        data = bytearray()
+        while len(data) < left:
+            part = self.there.recv(left - len(data))
+            assert part, "the push ended too soon"
+            data += part
+        found, at = [], 0
+        while at < len(data):
+            word = int.from_bytes(data[at : at + 8], "big")
+            at += 8 if word & 0x20 else 8 + _NAME_BYTES
+            assert data[at] == word // PAGE + 1
+            found.append(word // PAGE)
+            at += PAGE
+        return found
+
+    def close(self) -> None:
+        """End the push, however far it came."""
+        self.stop.set()
+        self.channel.shutdown()
+        self.thread.join(20)
+        assert not self.thread.is_alive()
+        self.channel.close()
+        self.there.close()
+
+
+@pytest.fixture
+def pushed(request: pytest.FixtureRequest) -> Iterator[Pushed]:
+    """A push with the parameters of the test."""
+    pushed = Pushed(*request.param)
+    yield pushed
+    pushed.close()
+
+
+@pytest.mark.parametrize("pushed", [([9, 3, 30, 4, 11], 1)], indirect=True)
+def test_learned_pages_are_exempt_from_the_limit(pushed: Pushed) -> None:
+    """At a byte per second the second of them would come after an hour, one at a time."""
+    assert pushed.pages(5, windows=1) == [9, 3, 30, 4, 11]
+    assert pushed.pages(1, windows=1) == [0], "what they sent is no debt of the others"
+    pushed.there.settimeout(0.3)
+    with pytest.raises(TimeoutError):
+        pushed.pages(1, windows=1)
+    assert pushed.schedule.remaining_pages == PAGES - 6
+    pushed.stop.set()
+    pushed.thread.join(20)
+    assert pushed.errors
+
+
+@pytest.mark.parametrize("pushed", [([9], 0)], indirect=True)
+def test_without_a_limit_all_pages_come_once(pushed: Pushed) -> None:
+    assert pushed.pages(1, windows=1) == [9]
+    rest = pushed.pages(PAGES - 1, windows=1)
+    assert rest == [page for page in range(PAGES) if page != 9]
+    pushed.thread.join(20)
+    assert not pushed.errors
+    assert pushed.schedule.remaining_pages == 0
