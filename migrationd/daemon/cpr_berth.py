@@ -13,9 +13,9 @@ from migrationd.errors import GuestError
 from migrationd.guest.attached import DECLARATIONS, AttachedGuest
 from migrationd.guest.base import GuestIdentity
 from migrationd.guest.device import DeviceState
-from migrationd.guest.handed import HandedMemory
+from migrationd.guest.handed import HandedMemory, map_handed
 from migrationd.guest.held import HeldGuest
-from migrationd.guest.memory import SharedMemory
+from migrationd.guest.memory import Memory
 from migrationd.guest.parked import ParkedGuest
 from migrationd.guest.ram_block import RamBlockSpec
 from migrationd.store.mapped_ram_reader import Contents
@@ -52,7 +52,7 @@ class ParkedCprBerth:
         early: Sequence[DeviceState],
         blocks: Sequence[RamBlockSpec],
     ) -> ParkedGuest:
-        """Map the memory of each block.
+        """Map the memory of each block, or make room for a copy of what could shrink.
 
         Raises:
             GuestError: A block came without its memory.
@@ -61,9 +61,9 @@ class ParkedCprBerth:
         if handed is None:
             raise GuestError("a stream came without its memory: its cpr channel is missing")
 
-        def memory_of(_: int, spec: RamBlockSpec) -> SharedMemory:
+        def memory_of(_: int, spec: RamBlockSpec) -> Memory:
             fd = handed.fd_of_block(spec.idstr, spec.used_length)
-            return SharedMemory(fd, spec.used_length, spec.page_size, must_seal=False)
+            return map_handed(fd, spec.used_length, spec.page_size)
 
         return ParkedGuest.create(identity, blocks, memory_of)
 
@@ -76,7 +76,11 @@ class ParkedCprBerth:
         raise GuestError("cpr-transfer is no migration through a file")
 
     def settle(self, guest: HeldGuest) -> None:
-        """Let the guest have the descriptors."""
+        """Let the guest have the descriptors.
+
+        Raises:
+            GuestError: The source took memory away that it had handed over.
+        """
         assert isinstance(guest, ParkedGuest)
         handed, self._handed = self._handed, None
         assert handed is not None

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from migrationd.codec.cpr import CprEntry, CprState
 from migrationd.errors import GuestError, StreamCorrupt
+from migrationd.guest.memory import AnonymousMemory, Pages, SharedMemory, data_runs, seal_size
 from migrationd.linux.scm_rights import close_all
 
 
@@ -74,6 +75,62 @@ class HandedMemory:
         """Close the descriptors, any number of times."""
         close_all(self._fds)
         self._fds = []
+
+
+class CopiedMemory(AnonymousMemory):
+    """A copy of handed memory, for what its source could take away while it is looked at.
+
+    Args:
+        fd: Its descriptor; not owned.
+        size: Bytes.
+        page_size: Target page size in bytes.
+
+    Raises:
+        GuestError: There is no address space for it.
+    """
+
+    def __init__(self, fd: int, size: int, page_size: int) -> None:
+        super().__init__(size, page_size)
+        self._fd = fd
+
+    def take(self) -> None:
+        """Copy all of it: whoever ran on it stands still now.
+
+        Raises:
+            GuestError: It is not there any more.
+        """
+        for first, count in (self.data_runs() * self._page_size).tolist():
+            left = self.view.data[first : first + count]
+            while left:
+                try:
+                    done = os.preadv(self._fd, (left,), first)
+                except OSError as error:
+                    raise GuestError(f"reading handed memory: {error.strerror}") from error
+                if not done:
+                    raise GuestError("the source took memory away that it had handed over")
+                left, first = left[done:], first + done
+
+    def data_runs(self) -> Pages:
+        """See :class:`SharedMemory`."""
+        return data_runs(self._fd, len(self.view), self._page_size)
+
+
+def map_handed(fd: int, size: int, page_size: int) -> SharedMemory | CopiedMemory:
+    """The memory itself where it cannot shrink, and otherwise what will be a copy of it.
+
+    Args:
+        fd: Its descriptor; not owned. A QEMU's may not let itself be sealed.
+        size: Bytes.
+        page_size: Target page size in bytes.
+
+    Raises:
+        GuestError: It cannot be mapped.
+    """
+    try:
+        seal_size(fd)
+    except OSError:
+        return CopiedMemory(fd, size, page_size)
+    return SharedMemory(fd, size, page_size)
 
 
 def empty_memfd(name: str, size: int) -> int:

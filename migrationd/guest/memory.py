@@ -175,6 +175,38 @@ class AnonymousMemory(MappedMemory):
                 self._map.madvise(mmap.MADV_NOHUGEPAGE, self._begin, length)
 
 
+def seal_size(fd: int) -> None:
+    """Make sure that a memfd never shrinks: a look at what is gone would end this process.
+
+    Raises:
+        OSError: It cannot be made sure.
+    """
+    if not fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+
+
+def data_runs(fd: int, size: int, page_size: int) -> Pages:
+    """Runs of pages of a memfd that were ever touched, shape ``(n, 2)``: first page, count.
+
+    Raises:
+        GuestError: It does not say.
+    """
+    runs: list[tuple[int, int]] = []
+    at = 0
+    while at < size:
+        try:
+            begin = os.lseek(fd, at, os.SEEK_DATA)
+            at = min(size, os.lseek(fd, begin, os.SEEK_HOLE))
+        except OSError as error:
+            if error.errno == errno.ENXIO:
+                break
+            raise GuestError(f"a memfd's holes: {error.strerror}") from error
+        if begin < at:
+            first = begin // page_size
+            runs.append((first, -(-at // page_size) - first))
+    return np.array(runs, np.int64).reshape(-1, 2)
+
+
 class SharedMemory(MappedMemory):
     """A memfd that a workload has mapped as well.
 
@@ -182,21 +214,15 @@ class SharedMemory(MappedMemory):
         fd: The memfd, sealed against shrinking; not owned.
         size: Bytes of the block, a multiple of the page size.
         page_size: Target page size in bytes.
-        must_seal: Whether it has to be safe from shrinking. A QEMU's may not let itself be sealed.
 
     Raises:
         GuestError: It can shrink under the mapping, or cannot be mapped.
     """
 
-    def __init__(self, fd: int, size: int, page_size: int, *, must_seal: bool = True) -> None:
+    def __init__(self, fd: int, size: int, page_size: int) -> None:
         self._fd = fd
         try:
-            try:
-                if not fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
-                    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
-            except OSError:
-                if must_seal:
-                    raise
+            seal_size(fd)
             mapping = mmap.mmap(fd, size)
         except (OSError, ValueError) as error:
             raise GuestError(
@@ -252,20 +278,7 @@ class SharedMemory(MappedMemory):
 
         What was never touched is left out without touching it.
         """
-        runs: list[tuple[int, int]] = []
-        size, at = len(self.view), 0
-        while at < size:
-            try:
-                begin = os.lseek(self._fd, at, os.SEEK_DATA)
-            except OSError as error:
-                if error.errno == errno.ENXIO:
-                    break
-                raise GuestError(f"a memfd's holes: {error.strerror}") from error
-            at = min(size, os.lseek(self._fd, begin, os.SEEK_HOLE))
-            if begin < at:
-                first = begin // self._page_size
-                runs.append((first, -(-at // self._page_size) - first))
-        return np.array(runs, np.int64).reshape(-1, 2)
+        return data_runs(self._fd, len(self.view), self._page_size)
 
 
 class FileMemory:

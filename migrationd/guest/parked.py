@@ -12,7 +12,7 @@ from migrationd.errors import GuestError
 from migrationd.guest.base import GuestIdentity, SeenOnArrival
 from migrationd.guest.device import DeviceState
 from migrationd.guest.guest_file import GuestFile
-from migrationd.guest.handed import HandedMemory
+from migrationd.guest.handed import CopiedMemory, HandedMemory
 from migrationd.guest.memory import AnonymousMemory, Memory, Pages, SharedMemory
 from migrationd.guest.ram_block import IGNORE_SHARED, RamBlock, RamBlockSpec
 from migrationd.guest.run_state import (
@@ -103,11 +103,17 @@ class ParkedGuest(Owned):
         self.file = file
 
     def keep_handed(self, handed: HandedMemory) -> None:
-        """Take over the descriptors of memory that another process had."""
+        """Take over the descriptors of memory that another process had.
+
+        Raises:
+            GuestError: It took some of it away; they are closed with the guest.
+        """
         self._handed = handed
         for block in self.ram:
             memory = block.memory
-            assert isinstance(memory, SharedMemory)
+            assert isinstance(memory, SharedMemory | CopiedMemory)
+            if isinstance(memory, CopiedMemory):
+                memory.take()
             present = np.zeros(block.page_count, np.bool_)
             for first, count in memory.data_runs().tolist():
                 present[first : first + count] = True
@@ -192,8 +198,8 @@ class ParkedGuest(Owned):
     def check_unchanged(self) -> None:
         """Make sure that nobody has written to the file that its pages are in.
 
-        Memory that another process handed over may be such that it cannot be sealed: it must
-        not have shrunk, or a look at it would end this process.
+        Memory that another process handed over, and that could not be sealed, must not have
+        shrunk: it goes on by its descriptor.
 
         Raises:
             GuestError: Somebody has.

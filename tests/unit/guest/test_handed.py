@@ -7,8 +7,8 @@ import pytest
 from migrationd.codec.cpr import CprEntry, CprState
 from migrationd.errors import GuestError, StreamCorrupt
 from migrationd.guest.base import GuestIdentity, SeenOnArrival
-from migrationd.guest.handed import HandedMemory, empty_memfd
-from migrationd.guest.memory import SharedMemory
+from migrationd.guest.handed import CopiedMemory, HandedMemory, empty_memfd, map_handed
+from migrationd.guest.memory import Memory, SharedMemory
 from migrationd.guest.parked import ParkedGuest
 from migrationd.guest.ram_block import RamBlockSpec
 
@@ -53,14 +53,15 @@ def test_a_parked_guest_stays_in_the_memory_that_it_had() -> None:
     os.pwrite(memory.fds[0], b"here", 4096)
     watched = os.dup(memory.fds[0])
 
-    def memory_of(_: int, spec: RamBlockSpec) -> SharedMemory:
+    def memory_of(_: int, spec: RamBlockSpec) -> Memory:
         fd = memory.fd_of_block(spec.idstr, spec.used_length)
-        return SharedMemory(fd, spec.used_length, spec.page_size, must_seal=False)
+        return map_handed(fd, spec.used_length, spec.page_size)
 
     guest = ParkedGuest.create(GuestIdentity(), [RamBlockSpec("a", 8192, 4096)], memory_of)
     guest.complete((), None, SeenOnArrival())
     guest.keep_handed(memory)
     [block] = guest.ram
+    assert isinstance(block.memory, SharedMemory)
     assert block.present.tolist() == [False, True]
     assert bytes(block.page(1)[:4]) == b"here"
     offered = guest.offer_memory()
@@ -84,19 +85,47 @@ def test_other_memory_cannot_be_handed_over() -> None:
         guest.offer_memory()
 
 
-def test_memory_that_its_source_took_away_is_not_read() -> None:
+def unsealable(size: int) -> int:
     fd = os.memfd_create("unsealable")
-    os.ftruncate(fd, 8192)
+    os.ftruncate(fd, size)
+    return fd
+
+
+@pytest.mark.parametrize("left", [0, 4096])
+def test_memory_that_its_source_takes_away_later_is_a_copy(left: int) -> None:
+    before = open_count()
+    fd = unsealable(3 * 4096)
     kept = os.dup(fd)
     memory = HandedMemory(CprState((CprEntry("a"),)), [fd])
-
-    def memory_of(_: int, spec: RamBlockSpec) -> SharedMemory:
-        return SharedMemory(fd, spec.used_length, spec.page_size, must_seal=False)
-
-    guest = ParkedGuest.create(GuestIdentity(), [RamBlockSpec("a", 8192, 4096)], memory_of)
+    mapped = map_handed(fd, 3 * 4096, 4096)
+    assert isinstance(mapped, CopiedMemory)
+    specs = [RamBlockSpec("a", 3 * 4096, 4096)]
+    guest = ParkedGuest.create(GuestIdentity(), specs, lambda *_: mapped)
+    os.pwrite(kept, b"first", 0)
+    os.pwrite(kept, b"last", 3 * 4096 - 4)
     guest.keep_handed(memory)
-    os.ftruncate(kept, 4096)
-    with pytest.raises(GuestError, match="'a' is 4096 bytes, not 8192"):
+    guest.check_unchanged()
+    os.ftruncate(kept, left)
+    [block] = guest.ram
+    # A look at a mapping of it would end this process.
+    assert block.memory.view.sum() == sum(b"first") + sum(b"last")
+    assert block.present.tolist() == [True, False, True]
+    with pytest.raises(GuestError, match=f"'a' is {left} bytes, not 12288"):
         guest.check_unchanged()
     guest.close()
     os.close(kept)
+    assert open_count() == before
+
+
+def test_memory_that_is_gone_before_it_was_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    fd = unsealable(8192)
+    os.pwrite(fd, b"x", 4096)
+    memory = map_handed(fd, 8192, 4096)
+    assert isinstance(memory, CopiedMemory)
+    runs = memory.data_runs()
+    os.ftruncate(fd, 4096)
+    monkeypatch.setattr(memory, "data_runs", lambda: runs)  # it goes in between
+    with pytest.raises(GuestError, match="took memory away"):
+        memory.take()
+    memory.close()
+    os.close(fd)
