@@ -16,11 +16,29 @@ struct counter {
     uint32_t mistakes;
 };
 
+static struct counter state = {.passes = 1};
+static uint8_t *heap;
+static volatile bool ends;
+
 static const struct mw_field fields[] = {
     MW_FIELD(struct counter, passes),
     MW_FIELD(struct counter, at),
     MW_FIELD(struct counter, mistakes),
 };
+
+/* As after a power cycle; nobody counts meanwhile. */
+static void begin_anew(void *unused)
+{
+    (void)unused;
+    memset(heap, 0, (size_t)PAGES * PAGE);
+    state = (struct counter){.passes = 1};
+}
+
+static void end_soon(void *unused)
+{
+    (void)unused;
+    ends = true;
+}
 
 static void report(const char *path, const struct counter *state, double now)
 {
@@ -38,19 +56,22 @@ static void report(const char *path, const struct counter *state, double now)
 
 int main(int argc, char **argv)
 {
-    static struct counter state = {.passes = 1};
     if (argc != 3) {
         fprintf(stderr, "usage: counter SOCKET REPORT\n");
         return 2;
     }
     struct mw_workload *workload = mw_create("counter");
-    uint8_t *heap = workload ? mw_add_block(workload, "heap", (size_t)PAGES * PAGE) : NULL;
+    heap = workload ? mw_add_block(workload, "heap", (size_t)PAGES * PAGE) : NULL;
+    if (workload) {
+        workload->on_reset = begin_anew;
+        workload->on_powerdown = end_soon;
+    }
     if (!heap || mw_add_device(workload, "counter", 1, fields, 3, &state) < 0 ||
         mw_attach(workload, argv[1]) < 0) {
         perror("counter");
         return 1;
     }
-    for (;;) {
+    while (!ends) {
         struct timespec now;
         mw_enter(workload);
         for (int i = 0; i < 64; i++) {
@@ -68,4 +89,5 @@ int main(int argc, char **argv)
         mw_leave(workload);
         usleep(5000);
     }
+    return 0;
 }

@@ -11,7 +11,8 @@
  *         mw_leave(w);
  *     }
  *
- * Fields are unsigned integers of 1, 2, 4 or 8 bytes. The messages are those of the guest
+ * A program that can begin anew, or wants to hear that it should end, sets on_reset and
+ * on_powerdown before it attaches. Fields are unsigned integers of 1, 2, 4 or 8 bytes. The messages are those of the guest
  * socket, see migrationd/guest/protocol.py. Link with -lpthread. Linux 6.7 or later.
  */
 #ifndef MIGRATIOND_WORKLOAD_H
@@ -93,6 +94,10 @@ struct mw_workload {
     int userfaultfd;
     void (*on_loaded)(void *); /* called after a state was loaded */
     void *on_loaded_argument;
+    void (*on_reset)(void *); /* begin anew; nobody is inside then. NULL: it cannot be reset */
+    void *on_reset_argument;
+    void (*on_powerdown)(void *); /* somebody wants it to end, in its own time */
+    void *on_powerdown_argument;
 };
 
 static inline struct mw_workload *mw_create(const char *name)
@@ -483,6 +488,30 @@ static inline bool mw_keep(struct mw_workload *w, const char *text)
     return true;
 }
 
+/* Begin anew while nobody is inside; a guest that runs goes on from there. */
+static inline bool mw_reset(struct mw_workload *w)
+{
+    bool was_open = w->is_open;
+    if (!w->on_reset)
+        return false;
+    mw_set_open(w, false);
+    w->on_reset(w->on_reset_argument);
+    mw_set_open(w, was_open);
+    return true;
+}
+
+static inline bool mw_knows(const char *text)
+{
+    static const char *const requests[] = {
+        "begin", "stop",  "start", "throttle", "check",     "load", "remap",
+        "lazy",  "whole", "keep",  "reset",    "powerdown", "quit",
+    };
+    for (size_t i = 0; i < sizeof(requests) / sizeof(*requests); i++)
+        if (mw_names(text, requests[i]))
+            return true;
+    return false;
+}
+
 static inline void mw_tell(struct mw_workload *w, bool *flag)
 {
     pthread_mutex_lock(&w->lock);
@@ -516,7 +545,9 @@ static inline void *mw_serve(void *argument)
             mw_save(w, id);
             continue;
         }
-        if (mw_names(text, "stop"))
+        if (!mw_knows(text))
+            error = "the request is not known";
+        else if (mw_names(text, "stop"))
             mw_run(w, false);
         else if (mw_names(text, "begin") && strstr(text, "destination")) {
             mw_run(w, false);
@@ -543,6 +574,10 @@ static inline void *mw_serve(void *argument)
             error = "the state of the devices is cut short";
         else if (mw_names(text, "remap") && !mw_remap(w, text, fd))
             error = "the memory cannot be put in the block's place";
+        else if (mw_names(text, "reset") && !mw_reset(w))
+            error = "this program cannot be reset";
+        else if (mw_names(text, "powerdown") && w->on_powerdown)
+            w->on_powerdown(w->on_powerdown_argument);
         if (!error && mw_names(text, "load"))
             w->has_guest = true;
         for (int i = 0; !error && mw_names(text, "load") && i < w->block_count; i++)
@@ -584,6 +619,9 @@ static inline int mw_attach(struct mw_workload *w, const char *path)
         w->socket = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
         if (w->socket < 0)
             return -1;
+        /* The kernel's default is less than the longest message. */
+        int longest = MW_PACKET_BYTES;
+        setsockopt(w->socket, SOL_SOCKET, SO_SNDBUF, &longest, sizeof(longest));
         if (connect(w->socket, (struct sockaddr *)&address, sizeof(address)) == 0)
             break;
         close(w->socket);

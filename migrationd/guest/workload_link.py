@@ -95,6 +95,8 @@ class WorkloadLink:
         build_models()
         self._pidfd = -1
         sock.setblocking(True)
+        # The kernel's default is less than the longest message.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MAX_PACKET_BYTES)
 
     def check_peer(self) -> int:
         """Refuse a process of another user.
@@ -290,6 +292,8 @@ class WorkloadLink:
 
     def _send(self, message: Json, fds: tuple[int, ...]) -> None:
         data = json.dumps(message).encode()
+        if len(data) > MAX_PACKET_BYTES:
+            raise GuestError(f"a request of {len(data)} bytes is too long for the guest socket")
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
         try:
             self._socket.sendmsg([data], rights, socket.MSG_NOSIGNAL)

@@ -305,7 +305,10 @@ class Workload:
                 for fd in fds:
                     os.close(fd)
             with contextlib.suppress(OSError):
-                _send(sock, answer | {"id": request["id"]}, out)
+                try:
+                    _send(sock, answer | {"id": request["id"]}, out)
+                except GuestError as error:
+                    _send(sock, {"error": str(error), "id": request["id"]}, [])
             for fd in out:
                 os.close(fd)
             if request.get("execute") == "quit":
@@ -539,6 +542,8 @@ def _connect(path: str, timeout_s: float) -> socket.socket:
     deadline = time.monotonic() + timeout_s
     while True:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        # The kernel's default is less than the longest message.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MAX_PACKET_BYTES)
         try:
             sock.connect(path)
             return sock

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from migrationd.ctl.daemon_process import DaemonProcess
 from migrationd.ctl.dirtier_process import PROGRAM, DirtierProcess
 from migrationd.daemon.device_file import decode_devices
 from migrationd.linux.pagemap import can_scan
+from tests.interop.test_attached import compile_counter
 from tests.support.deadline import until
 
 pytestmark = [
@@ -24,10 +26,10 @@ UNMIGRATABLE = 'STATE = VMState("dirtier", unmigratable="it is bolted down",'
 
 @contextlib.asynccontextmanager
 async def attached(
-    directory: Path, *arguments: str, program: Path = PROGRAM
+    directory: Path, *arguments: str, program: Path = PROGRAM, binary: Path | None = None
 ) -> AsyncIterator[tuple[DaemonProcess, DirtierProcess]]:
     """A workload and its daemon."""
-    workload = DirtierProcess(directory, "here", rate_mb_s=200.0, program=program)
+    workload = DirtierProcess(directory, "here", rate_mb_s=200.0, program=program, binary=binary)
     async with contextlib.AsyncExitStack() as stack:
         daemon = await stack.enter_async_context(
             await DaemonProcess.start(arguments=[*workload.daemon_arguments, *arguments])
@@ -66,6 +68,26 @@ async def test_reset_and_powerdown(tmp_path: Path) -> None:
         await daemon.execute("system_powerdown")
         await daemon.wait_event("POWERDOWN")
         assert await daemon.run_state() == "running"
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler: apt-get install gcc")
+async def test_a_program_in_c_is_reset_and_told_to_end(tmp_path: Path) -> None:
+    binary = tmp_path / "counter"
+    compile_counter(binary)
+    async with attached(tmp_path, binary=binary) as (daemon, workload):
+        await workload.wait_passes(3)
+        before = workload.progress()
+        assert before is not None
+        await daemon.execute("system_reset")
+        await daemon.wait_event("RESET")
+        assert await daemon.run_state() == "running"
+        await until(
+            lambda: (workload.progress() or before).passes < before.passes, "it begins anew"
+        )
+        assert (await workload.wait_passes(1)).mistakes == 0
+        await daemon.execute("system_powerdown")
+        await daemon.wait_event("POWERDOWN")
+        assert await asyncio.wait_for(workload.process.wait(), 10) == 0
 
 
 async def test_devices_are_saved_and_loaded(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """A real workload process behind the guest socket."""
 
+import contextlib
 import gc
 import json
 import os
@@ -8,7 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -129,6 +130,68 @@ def test_devices_are_saved_and_loaded(
     assert process.stdout is not None
     assert process.stdout.readline() == "attached\n"
     assert process.stdout.readline() == f"loaded {count}\n"
+
+
+WIDE = """
+import sys, threading
+from types import SimpleNamespace
+from migrationd.workload import VMState, Workload, u8
+names = [f"{'f' * 40}{number:05}" for number in range(%d)]
+workload = Workload("wide")
+workload.add_block("heap", 4096)
+device = VMState("wide", fields=tuple(u8(name) for name in names))
+workload.add_device(device, SimpleNamespace(**dict.fromkeys(names, 1)))
+workload.attach(sys.argv[1])
+threading.Event().wait()
+"""
+
+
+@pytest.fixture
+def introduce(
+    listener: tuple[socket.socket, str],
+) -> Iterator[Callable[[str], AttachedGuest]]:
+    """Starts a program and takes it as the guest."""
+    sock, path = listener
+    with contextlib.ExitStack() as stack:
+
+        def begin(program: str) -> AttachedGuest:
+            process = stack.enter_context(start(path, program))
+            stack.callback(process.kill)
+            link = WorkloadLink(sock.accept()[0])
+            guest = AttachedGuest(link, link.introduction())
+            stack.callback(guest.close)
+            guest.begin(is_destination=False)
+            return guest
+
+        yield begin
+
+
+def test_messages_longer_than_a_socket_takes_by_default(
+    introduce: Callable[[str], AttachedGuest],
+) -> None:
+    guest = introduce(WIDE % 2900)
+    declared = guest.declarations().body
+    assert len(declared) > 212_992, "net.core.wmem_default"
+    guest.check_declarations(declared)
+    guest.stop()
+    guest.save_devices(was_running=True)
+    assert guest.devices[2].body == bytes([1]) * 2900
+    guest.complete(guest.devices, guest.vmdescription, SeenOnArrival())
+    guest.start()
+    assert guest.is_running
+
+
+def test_an_answer_that_is_too_long_is_an_error_and_the_guest_goes_on(
+    introduce: Callable[[str], AttachedGuest],
+) -> None:
+    guest = introduce(WIDE % 3100)
+    guest.stop()
+    with pytest.raises(GuestError, match=r"a message of \d+ bytes is too long"):
+        guest.save_devices(was_running=True)
+    guest.start()
+    with pytest.raises(GuestError, match=r"a request of \d+ bytes is too long"):
+        guest.check_declarations(json.dumps([{"name": "x" * (256 << 10)}]).encode())
+    guest.stop()
 
 
 def test_devices_that_do_not_fit_are_named(
