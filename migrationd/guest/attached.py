@@ -25,6 +25,7 @@ from migrationd.guest.owner_note import OwnerNote, decode_note, encode_note
 from migrationd.guest.protocol import Begin, Check, Keep, Remap, Saved, SavedDevice, Throttle
 from migrationd.guest.ram_block import RamBlock, RamBlockSpec
 from migrationd.guest.run_state import (
+    GLOBAL_STATE,
     PAUSED,
     PRELAUNCH,
     RUNNING,
@@ -39,7 +40,6 @@ from migrationd.guest.write_faults import WriteFaults
 DECLARATIONS = "migrationd/declarations"
 """Section with the declarations of a workload's devices, as JSON; sent before RAM."""
 
-GLOBAL_STATE = "globalstate"
 _TAKEN = (DECLARATIONS, GLOBAL_STATE, "ram")
 _FULL = 0x04
 _FIRST_SECTION = 2

@@ -16,6 +16,7 @@ from migrationd.guest.handed import CopiedMemory, HandedMemory
 from migrationd.guest.memory import AnonymousMemory, Memory, Pages, SharedMemory
 from migrationd.guest.ram_block import IGNORE_SHARED, RamBlock, RamBlockSpec
 from migrationd.guest.run_state import (
+    GLOBAL_STATE,
     RUNNING,
     LazyHandOver,
     Owned,
@@ -23,8 +24,6 @@ from migrationd.guest.run_state import (
     decode_run_state,
     encode_run_state,
 )
-
-_GLOBAL_STATE = "globalstate"
 
 
 class ParkedGuest(Owned):
@@ -171,7 +170,7 @@ class ParkedGuest(Owned):
     def next_run_state(self) -> str:
         """The run state that the guest will have where it goes; running if none travels."""
         for device in self.devices:
-            if device.idstr == _GLOBAL_STATE:
+            if device.idstr == GLOBAL_STATE:
                 return decode_run_state(device.body) or RUNNING
         return RUNNING
 
@@ -183,7 +182,7 @@ class ParkedGuest(Owned):
             destination then decides by its own ``-S``.
         """
         for index, device in enumerate(self.devices):
-            if device.idstr == _GLOBAL_STATE and decode_run_state(device.body) is not None:
+            if device.idstr == GLOBAL_STATE and decode_run_state(device.body) is not None:
                 changed = replace(device, body=encode_run_state(device.body, name))
                 self.devices = (*self.devices[:index], changed, *self.devices[index + 1 :])
                 return True

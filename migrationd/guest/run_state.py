@@ -11,6 +11,9 @@ from enum import Enum
 
 from migrationd.errors import InvalidState
 
+GLOBAL_STATE = "globalstate"
+"""Name of the section."""
+
 GLOBAL_STATE_BYTES = 104
 _NAME_BYTES = 32
 

@@ -8,6 +8,7 @@ Reference: stream format 6.8.
 """
 
 import logging
+from collections import Counter
 from collections.abc import Iterator
 
 from migrationd.codec.colo import (
@@ -41,7 +42,8 @@ from migrationd.errors import (
 )
 from migrationd.guest.device import DeviceState
 from migrationd.guest.parked import ParkedGuest
-from migrationd.incoming.pages import place_record
+from migrationd.guest.run_state import GLOBAL_STATE
+from migrationd.incoming.pages import check_fill, place_record
 from migrationd.transport.channel import Channel
 
 log = logging.getLogger(__name__)
@@ -108,7 +110,7 @@ class Replica:
         staged = bytearray()
         while True:
             while (record := decoder.next_record()) is not None:
-                _check(record, decoder)
+                self._check(record, decoder)
             if decoder.finished:
                 break
             chunk = self._take() or self._receive()
@@ -121,6 +123,18 @@ class Replica:
         used = decoder.position
         self._ahead = staged[used:] + self._ahead
         return bytes(memoryview(staged)[:used]), decoder
+
+    def _check(self, record: Record, decoder: StreamDecoder) -> None:
+        """Whether a record may be in a checkpoint, and can be placed once all of it is there."""
+        if isinstance(record, ZeroBatch):
+            check_fill(record, decoder.position, self._guest.ram[record.block].idstr)
+        is_switchover = isinstance(record, Command) and record.number == MIG_CMD_SWITCHOVER_START
+        if not is_switchover and not isinstance(record, _PLACED + _PASSED_OVER):
+            raise StreamUnsupported(
+                f"{type(record).__name__} in a checkpoint",
+                position=decoder.position,
+                section="COLO",
+            )
 
     def _devices(self, after: StreamDecoder) -> list[DeviceState]:
         size = int.from_bytes(self._read(SIZE_BYTES), "big")
@@ -140,7 +154,18 @@ class Replica:
             raise StreamTruncated(
                 f"the devices are not {size} bytes", position=decoder.position, section="COLO"
             )
+        self._check_devices(devices)
         return devices
+
+    def _check_devices(self, devices: list[DeviceState]) -> None:
+        """All that the guest has, each once; whether the run state travels depends on it."""
+        keys = [(device.idstr, device.instance_id) for device in devices]
+        if twice := [key for key, count in Counter(keys).items() if count > 1]:
+            raise StreamCorrupt(f"{_named(twice[0])} came twice", section="COLO")
+        for device in filter(_is_replaced, self._guest.devices):
+            key = (device.idstr, device.instance_id)
+            if key not in keys and device.idstr != GLOBAL_STATE:
+                raise StreamCorrupt(f"the checkpoint lacks {_named(key)}", section="COLO")
 
     def _commit(self, staged: bytes, devices: list[DeviceState]) -> None:
         """Make the checkpoint the replica's state; nothing here waits for anybody."""
@@ -149,11 +174,7 @@ class Replica:
         for record in _records(decoder, staged):
             if isinstance(record, _PLACED):
                 place_record(guest.ram[record.block], record, decoder.position)
-        kept = [
-            device
-            for device in guest.devices
-            if device.is_early or device.kind != QEMU_VM_SECTION_FULL
-        ]
+        kept = [device for device in guest.devices if not _is_replaced(device)]
         guest.complete([*kept, *devices], _still_true(guest, devices), guest.seen)
 
     def _say(self, message: ColoMessage) -> None:
@@ -187,12 +208,13 @@ class Replica:
         return bytes(memoryview(view)[:count])
 
 
-def _check(record: Record, decoder: StreamDecoder) -> None:
-    is_switchover = isinstance(record, Command) and record.number == MIG_CMD_SWITCHOVER_START
-    if not is_switchover and not isinstance(record, _PLACED + _PASSED_OVER):
-        raise StreamUnsupported(
-            f"{type(record).__name__} in a checkpoint", position=decoder.position, section="COLO"
-        )
+def _is_replaced(device: DeviceState) -> bool:
+    """Whether a checkpoint brings its state anew."""
+    return device.kind == QEMU_VM_SECTION_FULL and not device.is_early
+
+
+def _named(key: tuple[str, int]) -> str:
+    return "device '{}' instance {}".format(*key)
 
 
 def _records(decoder: StreamDecoder, data: bytes) -> Iterator[Record]:

@@ -25,10 +25,19 @@ def place_record(
         case MixedBatch():
             block.place_mixed(record.pages, record.content_at, record.buffer)
         case ZeroBatch():
-            if record.fill:
-                raise StreamUnsupported(
-                    f"a page filled with byte {record.fill:#04x} is not taken",
-                    position=position,
-                    block=block.idstr,
-                )
+            check_fill(record, position, block.idstr)
             block.zero_batch(record.pages)
+
+
+def check_fill(record: ZeroBatch, position: int, block: str) -> None:
+    """Pages of one byte are taken if that is zero, as every QEMU sends them.
+
+    Raises:
+        StreamUnsupported: It is another one.
+    """
+    if record.fill:
+        raise StreamUnsupported(
+            f"a page filled with byte {record.fill:#04x} is not taken",
+            position=position,
+            block=block,
+        )
