@@ -382,11 +382,24 @@ class GuestControl:
         if self._cpr is not None:
             berth = cpr_berth = self._shelter.cpr_berth()
             cpr = CprArrival(self._cpr, cpr_berth)
+        replica = self._shelter.replica_berth() if self.options.capabilities["x-colo"] else None
+
+        def settings() -> IncomingSettings:
+            found = self._incoming_settings()
+            if replica is not None and not found.colo:
+                raise QMPError("Capability 'x-colo' was on when the listener was opened")
+            return found
+
+        async def arrived(guest: HeldGuest) -> None:
+            if replica is not None:
+                guest = await asyncio.to_thread(replica.take_over, guest)
+            await self._run.arrived(guest)
+
         incoming = IncomingMigration(
-            berth,
-            self._incoming_settings,
+            replica or berth,
+            settings,
             self._events.status,
-            self._run.arrived,
+            arrived,
             cpr,
             self._run.runs_lazily,
             lambda reason: self._events.colo_exit("secondary", reason),

@@ -13,6 +13,7 @@ from migrationd.codec.records import Configuration
 from migrationd.config import DaemonConfig
 from migrationd.daemon.attached_berth import AttachedBerth, WorkloadSlot
 from migrationd.daemon.cpr_berth import AttachedCprBerth, ParkedCprBerth
+from migrationd.daemon.replica_berth import ReplicaBerth
 from migrationd.errors import GuestError, StoreError
 from migrationd.guest.attached import AttachedGuest
 from migrationd.guest.base import GuestIdentity
@@ -203,6 +204,15 @@ class Shelter:
         return (
             FileBerth(self._directory) if self._directory is not None else MemoryBerth(self._ready)
         )
+
+    def replica_berth(self) -> ReplicaBerth | None:
+        """Room for a COLO replica that rests in the directory once it has taken over.
+
+        None where there is no directory: :meth:`berth` is good for it then.
+        """
+        if self._directory is None:
+            return None
+        return ReplicaBerth(MemoryBerth(self._ready), FileBerth(self._directory))
 
     def cpr_berth(self) -> CprBerth:
         """Room for one guest whose memory comes over a cpr channel."""

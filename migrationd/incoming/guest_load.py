@@ -127,7 +127,8 @@ class GuestLoad:
         complete(guest, self.loader.arrival, by_postcopy=self.postcopy.owns_guest)
         if self._settings.colo and (not isinstance(guest, ParkedGuest) or guest.file is not None):
             raise StreamUnsupported(
-                "a replica is held in memory", hint="start without -ram-dir and -guest"
+                "a replica is held in memory",
+                hint="turn x-colo on before the listener is opened, and start without -guest",
             )
         self._settle(guest)
         return guest

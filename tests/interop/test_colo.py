@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,13 +50,17 @@ class Replicated:
 
 
 @contextlib.asynccontextmanager
-async def replicated(directory: Path, delay_ms: int = 50) -> AsyncIterator[Replicated]:
+async def replicated(
+    directory: Path, delay_ms: int = 50, arguments: Sequence[str] = ()
+) -> AsyncIterator[Replicated]:
     work = DirtierProcess(directory, "work", mib=8, rate_mb_s=20.0)
     async with contextlib.AsyncExitStack() as stack:
         primary = await stack.enter_async_context(
             await DaemonProcess.start(arguments=work.daemon_arguments)
         )
-        secondary = await stack.enter_async_context(await DaemonProcess.start(incoming="defer"))
+        secondary = await stack.enter_async_context(
+            await DaemonProcess.start(incoming="defer", arguments=arguments)
+        )
         for daemon in (primary, secondary):
             await daemon.set_capabilities(COLO)
         await secondary.execute(
@@ -117,6 +121,44 @@ async def test_the_replica_starts_from_the_last_whole_checkpoint(tmp_path: Path)
             assert last is not None
             assert first.place > early.place, "the replica is not that of the first stream"
             await after.wait_passes(2)
+
+
+@needs_scan
+async def test_with_a_directory_the_replica_rests_there_once_it_has_taken_over(
+    tmp_path: Path,
+) -> None:
+    arguments = ["-name", "guest", "-ram-dir", str(tmp_path / "rest")]
+    async with replicated(tmp_path, arguments=arguments) as pair:
+        await pair.wait_checkpoints(2)
+        await pair.work.wait_passes(1)
+        early = pair.work.progress()
+        await pair.wait_checkpoints(2)
+        pair.work.process.kill()
+        await pair.primary.kill()
+        last = pair.work.progress()
+        await pair.secondary.wait_event("COLO_EXIT")
+        assert not (tmp_path / "rest" / "guest.mapped-ram").exists()
+        await pair.secondary.execute("x-colo-lost-heartbeat")
+        await pair.secondary.wait_migration("completed")
+        # It needs no daemon any more.
+        await pair.secondary.kill()
+    assert early is not None
+    assert last is not None
+    after = DirtierProcess(tmp_path, "after", mib=8, rate_mb_s=20.0)
+    async with (
+        await DaemonProcess.start(
+            incoming="tcp:127.0.0.1:0", arguments=after.daemon_arguments
+        ) as holder,
+        after,
+        await DaemonProcess.start(arguments=arguments) as found,
+    ):
+        await found.set_capabilities({"events": True, "return-path": True})
+        await found.execute("migrate", {"uri": await holder.listening_uri()})
+        await found.wait_migration("completed")
+        await holder.wait_run_state("running")
+        first = await after.wait_running()
+        assert first.place > early.place
+        assert (await after.wait_passes(2)).mistakes == 0
 
 
 @needs_scan
