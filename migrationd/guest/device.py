@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from migrationd.codec.constants import QEMU_VM_SECTION_START
+from migrationd.codec.constants import QEMU_VM_SECTION_FULL, QEMU_VM_SECTION_START
 from migrationd.codec.records import OpaqueSection
 
 
@@ -30,7 +30,11 @@ class DeviceState:
 
     @classmethod
     def of_section(cls, section: OpaqueSection, *, in_setup: bool) -> "DeviceState":
-        """What is kept of a section; ``in_setup`` if it came before RAM contents."""
+        """What is kept of a section; ``in_setup`` if it came before RAM contents.
+
+        Only a whole one belongs to the setup phase: in a pass over RAM another live handler
+        may have its turn before RAM has.
+        """
         return cls(
             section.idstr,
             section.instance_id,
@@ -38,7 +42,7 @@ class DeviceState:
             section.body,
             section.kind,
             section.section_id,
-            is_early=in_setup and section.kind != QEMU_VM_SECTION_START,
+            is_early=in_setup and section.kind == QEMU_VM_SECTION_FULL,
         )
 
     def to_section(self, *, has_footer: bool = True) -> OpaqueSection:

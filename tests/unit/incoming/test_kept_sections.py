@@ -39,6 +39,19 @@ def keep(*sections: OpaqueSection) -> list[DeviceState]:
     return devices
 
 
+def test_a_part_that_comes_before_the_first_page_is_not_of_the_setup_phase() -> None:
+    devices: list[DeviceState] = []
+    kept = KeptSections(None, devices)
+    for one in (
+        section(FULL, "early", b"x"),
+        section(START, "block", EOS),
+        section(PART, "block", PROGRESS + DATA + EOS),
+    ):
+        kept.keep(one, 0, in_setup=True)
+    assert [device.is_early for device in devices] == [True, False, False]
+    assert [device.is_of_setup for device in devices] == [True, True, False]
+
+
 def test_parts_that_say_nothing_are_not_kept() -> None:
     devices = keep(
         section(START, "block", EOS),
