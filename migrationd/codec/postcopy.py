@@ -36,6 +36,9 @@ PING_PACKAGE_LOADED = 0x42
 DISCARD_RANGES_MAX = 12
 """Ranges of one command; QEMU sends no more."""
 
+DISCARD_RANGES_MANY = 2048
+"""The same between two of us."""
+
 _DISCARD_VERSION = 0
 _BITMAP_WORD_BYTES = 8
 
@@ -62,11 +65,11 @@ class Discard:
 
     Attributes:
         idstr: RAM block.
-        ranges: (start, length) in bytes.
+        ranges: Start and length in bytes, shape ``(n, 2)``, uint64.
     """
 
     idstr: str
-    ranges: tuple[tuple[int, int], ...]
+    ranges: npt.NDArray[np.uint64]
 
 
 def encode_ping(value: int) -> bytes:
@@ -103,13 +106,16 @@ def decode_advise(payload: bytes) -> Advise | None:
     return advise
 
 
-def encode_discards(idstr: str, ranges: Ranges, page_size: int) -> bytes:
+def encode_discards(
+    idstr: str, ranges: Ranges, page_size: int, most: int = DISCARD_RANGES_MAX
+) -> bytes:
     """As many RAM_DISCARD commands as the ranges need; none for no range.
 
     Args:
         idstr: RAM block.
         ranges: First page and count of each, shape ``(n, 2)``.
         page_size: Target page size in bytes.
+        most: Ranges of one command.
     """
     head = bytes([_DISCARD_VERSION]) + encode_cstr8(idstr) + b"\0"
     wire = (ranges * page_size).astype(">u8")
@@ -117,10 +123,10 @@ def encode_discards(idstr: str, ranges: Ranges, page_size: int) -> bytes:
         encode_command(
             Command(
                 MIG_CMD_POSTCOPY_RAM_DISCARD,
-                head + wire[start : start + DISCARD_RANGES_MAX].tobytes(),
+                head + wire[start : start + most].tobytes(),
             )
         )
-        for start in range(0, len(wire), DISCARD_RANGES_MAX)
+        for start in range(0, len(wire), most)
     )
 
 
@@ -141,11 +147,8 @@ def decode_discard(payload: bytes) -> Discard:
         or len(rest) % 16
     ):
         raise StreamCorrupt(f"RAM_DISCARD of {len(payload)} bytes", section="postcopy")
-    numbers = [int.from_bytes(rest[at : at + 8], "big") for at in range(0, len(rest), 8)]
-    return Discard(
-        payload[2 : 2 + length].decode("latin-1"),
-        tuple(zip(numbers[::2], numbers[1::2], strict=True)),
-    )
+    ranges = np.frombuffer(rest, ">u8").astype(np.uint64).reshape(-1, 2)
+    return Discard(payload[2 : 2 + length].decode("latin-1"), ranges)
 
 
 def encode_listen() -> bytes:

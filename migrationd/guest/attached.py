@@ -326,6 +326,8 @@ class AttachedGuest(Owned):
         Raises:
             GuestError: The workload cannot load them, naming device and field.
         """
+        for block in self.ram:
+            block.settle_discarded()
         if not self._is_loaded:
             self._load(devices, None)
         self.devices = tuple(devices)
@@ -336,6 +338,11 @@ class AttachedGuest(Owned):
     def userfaultfd(self) -> int:
         """Of the workload's memory, owned by the guest; -1 if it has none."""
         return self._introduced.userfaultfd
+
+    @property
+    def pagemap(self) -> int:
+        """Of the workload, owned by the guest; -1 if it has none."""
+        return self._introduced.pagemap
 
     def expect_lazy(self) -> None:
         """Tell a destination that it may have to run before its memory is there.

@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 
 from migrationd.errors import GuestError
-from migrationd.guest.memory import Pages
+from migrationd.guest.memory import Pages, pages_of
 from migrationd.guest.ram_block import RamBlock
 from migrationd.linux.pagemap import WrittenScanner
 
@@ -66,7 +66,8 @@ class PagemapTracker:
         for block, address in self._blocks:
             regions = self._scanner.scan(address, block.used_length, protect=True)
             runs = ((regions - np.uint64(address)) // np.uint64(block.page_size)).astype(np.int64)
-            found.append(_expand(runs))
+            runs[:, 1] -= runs[:, 0]
+            found.append(pages_of(runs))
         return found
 
     def peek(self) -> int:
@@ -101,13 +102,3 @@ class NoTracker:
 
     def stop(self) -> None:
         """See :class:`DirtyTracker`."""
-
-
-def _expand(runs: Pages) -> Pages:
-    """Page numbers of runs of begin and end, shape ``(n, 2)``."""
-    if not len(runs):
-        return np.empty(0, np.int64)
-    counts = runs[:, 1] - runs[:, 0]
-    offsets = np.repeat(np.cumsum(counts) - counts, counts)
-    pages: Pages = np.repeat(runs[:, 0], counts) + np.arange(int(counts.sum())) - offsets
-    return pages

@@ -406,5 +406,13 @@ def page_runs(pages: Pages) -> Pages:
     return np.stack((pages[begins], counts), axis=1)
 
 
+def pages_of(runs: Pages) -> Pages:
+    """Page numbers of runs, shape ``(n, 2)``: first page, count."""
+    counts = runs[:, 1]
+    offsets = np.repeat(np.cumsum(counts) - counts, counts)
+    pages: Pages = np.repeat(runs[:, 0], counts) + np.arange(len(offsets)) - offsets
+    return pages
+
+
 def _write_error(error: OSError) -> GuestError:
     return GuestError(f"writing the guest's file: {error.strerror}")

@@ -7,10 +7,13 @@ import numpy as np
 import numpy.typing as npt
 
 from migrationd.errors import GuestError
-from migrationd.guest.memory import Bytes, Memory, Pages
+from migrationd.guest.memory import Bytes, Memory, Pages, pages_of
 
 IGNORE_SHARED = "x-ignore-shared"
 """Capability of a stream without the pages of files that both ends share."""
+
+_FEW_RUNS = 16
+"""More of them are looked at page by page."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,21 +175,32 @@ class RamBlock:
         if self.received is None:
             self.received = np.zeros(self.page_count, np.bool_)
 
-    def discard(self, first: int, count: int) -> None:
-        """Forget a run of pages: they are zero, and did not come.
+    def discard(self, runs: Pages) -> None:
+        """Forget runs of pages: they are zero, and did not come.
+
+        Args:
+            runs: First page and count, shape ``(n, 2)``.
 
         Raises:
             GuestError: As :meth:`place_batch`.
         """
-        if not count:
-            return
-        self._check(first, first + count - 1)
-        held = np.flatnonzero(self.present[first : first + count]) + first
-        if len(held):
-            self.memory.zero_pages(held)
-            self.present[held] = False
-        if self.received is not None:
-            self.received[first : first + count] = False
+        for pages in self._indexes(runs):
+            is_held = np.flatnonzero(self.present[pages])
+            held = is_held + pages.start if isinstance(pages, slice) else pages[is_held]
+            if len(held):
+                self.memory.zero_pages(held)
+                self.present[held] = False
+            if self.received is not None:
+                self.received[pages] = False
+
+    def _indexes(self, runs: Pages) -> list[slice | Pages]:
+        """What is inside runs of pages, as few indexes."""
+        runs = runs[runs[:, 1] > 0]
+        if len(runs):
+            self._check(int(runs[:, 0].min()), int(runs.sum(axis=1).max()) - 1)
+        if len(runs) > _FEW_RUNS and int(runs[:, 1].sum()) <= self.page_count:
+            return [pages_of(runs)]
+        return [slice(first, first + count) for first, count in runs.tolist()]
 
     @property
     def missing_count(self) -> int:

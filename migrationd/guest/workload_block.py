@@ -11,12 +11,14 @@ import ctypes
 from collections.abc import Callable, Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from migrationd.errors import GuestError
 from migrationd.guest.memory import Bytes, Pages, SharedMemory, page_runs
 from migrationd.guest.ram_block import RamBlock, RamBlockSpec
 from migrationd.linux.iovec import address_of
 from migrationd.linux.page_faults import copy_page, map_pages, zero_pages
+from migrationd.linux.pagemap import WrittenScanner
 
 
 class WorkloadBlock(RamBlock):
@@ -39,23 +41,50 @@ class WorkloadBlock(RamBlock):
         self._userfaultfd = -1
         self._on_placed: Callable[[int | None], None] = lambda _: None
         self._came = memoryview(b"")
+        self._discarded: npt.NDArray[np.bool_] | None = None
 
-    def show_pages(self, userfaultfd: int, on_placed: Callable[[int | None], None]) -> None:
+    def show_pages(
+        self,
+        userfaultfd: int,
+        on_placed: Callable[[int | None], None],
+        scanner: WrittenScanner | None = None,
+    ) -> None:
         """From now on show the workload each page as it comes; it waits for the others.
 
         Args:
             userfaultfd: Of the workload, registered for this block; not owned.
             on_placed: Called after pages were placed, on the thread that did it, with the page if
                 it was one.
+            scanner: Of the workload's pages; None if nobody knows what it has mapped.
+
+        Raises:
+            GuestError: The workload is gone.
         """
         assert self.received is not None
+        if self._discarded is not None:
+            self._unmap_discarded(scanner)
         self._came = self.received.data.cast("B")
         self._on_placed = on_placed
         self._userfaultfd = userfaultfd
 
     def show_no_pages(self) -> None:
-        """The workload sees all memory as it is again."""
+        """The workload sees all memory as it is again: what did not come is zero.
+
+        Raises:
+            GuestError: The memory cannot be given back.
+        """
+        self.settle_discarded()
         self._userfaultfd = -1
+
+    def settle_discarded(self) -> None:
+        """Make pages zero that were discarded and did not come again.
+
+        Raises:
+            GuestError: As :meth:`show_no_pages`.
+        """
+        if self._discarded is not None:
+            self._forget(np.flatnonzero(self._discarded))
+            self._discarded = None
 
     def place_batch(self, pages: Pages, data: Bytes, is_run: bool) -> None:
         """See :class:`RamBlock`.
@@ -128,6 +157,9 @@ class WorkloadBlock(RamBlock):
     def zero_batch(self, pages: Pages) -> None:
         """See :class:`RamBlock`; raises as :meth:`place_batch`."""
         if self._userfaultfd < 0:
+            if self._discarded is not None and len(pages):
+                self._check(int(pages.min()), int(pages.max()))
+                self._forget(np.unique(pages[self._discarded[pages]]))
             super().zero_batch(pages)
             return
         if not len(pages):
@@ -138,15 +170,20 @@ class WorkloadBlock(RamBlock):
             self._zero_run(first, count)
         self._on_placed(None)
 
-    def discard(self, first: int, count: int) -> None:
-        """See :class:`RamBlock`; the memory is given back, so that its pages are missing."""
-        if not count:
-            return
-        self._check(first, first + count - 1)
-        self.memory.forget(first, count)
-        self.present[first : first + count] = False
-        if self.received is not None:
-            self.received[first : first + count] = False
+    def discard(self, runs: Pages) -> None:
+        """See :class:`RamBlock`.
+
+        The source's guest stands still meanwhile, so that the memory is not given back now:
+        nearly all of it is about to be written again. A page that did not come is never shown.
+        """
+        if self._discarded is None:
+            self._discarded = np.zeros(self.page_count, np.bool_)
+        self.track_received()
+        assert self.received is not None
+        for pages in self._indexes(runs):
+            self._discarded[pages] |= self.present[pages]
+            self.present[pages] = False
+            self.received[pages] = False
 
     def show_again(self, page: int, most: int) -> None:
         """Map what came already and is not mapped: a page, and received ones around it.
@@ -186,9 +223,34 @@ class WorkloadBlock(RamBlock):
     def _second(self, page: int) -> GuestError:
         return GuestError(f"page {page} of RAM block '{self.idstr}' or one beside it came twice")
 
+    def _unmap_discarded(self, scanner: WrittenScanner | None) -> None:
+        """Let what was discarded be missing where the workload has it before its eyes."""
+        assert self._discarded is not None
+        pages = np.flatnonzero(self._discarded)
+        if scanner is not None:
+            begin, size = np.uint64(self.address_there), np.uint64(self.page_size)
+            seen = np.zeros(self.page_count, np.bool_)
+            for region in scanner.mapped(self.address_there, self.used_length):
+                first, end = ((region - begin) // size).tolist()
+                seen[first:end] = True
+            pages = pages[seen[pages]]
+        self._forget(pages)
+
+    def _forget(self, pages: Pages) -> None:
+        """Give the memory of discarded pages back, as far as they did not come since."""
+        assert self._discarded is not None
+        assert self.received is not None
+        pages = pages[~self.received[pages]]
+        for first, count in page_runs(pages).tolist():
+            self.memory.forget(first, count)
+        self._discarded[pages] = False
+
     def _place_one(self, page: int, source: int) -> None:
         there = self.address_there + page * self.page_size
-        is_new = copy_page(self._userfaultfd, there, source, self.page_size)
+        discarded = self._discarded
+        is_new = (discarded is None or not discarded[page]) and copy_page(
+            self._userfaultfd, there, source, self.page_size
+        )
         if not is_new:
             self.memory.copy_in(page, source)
         self.present[page] = True
@@ -212,6 +274,8 @@ class WorkloadBlock(RamBlock):
 
     def _zero_run(self, first: int, count: int) -> None:
         assert self.received is not None
+        if self._discarded is not None:
+            self._forget(np.flatnonzero(self._discarded[first : first + count]) + first)
         self.received[first : first + count] = True
         size = self.page_size
         zero_pages(self._userfaultfd, self.address_there + first * size, count * size)

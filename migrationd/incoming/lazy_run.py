@@ -97,7 +97,9 @@ class LazyRun:
             GuestError: Its memory cannot be watched.
             ChannelError: Pages cannot be asked for.
         """
-        self._missing = MissingPages(self._guest.userfaultfd, self._guest.ram, self._fail)
+        self._missing = MissingPages(
+            self._guest.userfaultfd, self._guest.ram, self._guest.pagemap, self._fail
+        )
         self._missing.start()
         self._missing.connect(self._ask)
         self._thread = threading.Thread(

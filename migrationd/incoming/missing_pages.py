@@ -16,6 +16,7 @@ from functools import partial
 from migrationd.errors import GuestError, MigrationdError
 from migrationd.guest.workload_block import WorkloadBlock
 from migrationd.linux.page_faults import MODE_MINOR, MODE_MISSING, read_faults, unregister
+from migrationd.linux.pagemap import WrittenScanner
 from migrationd.linux.priority import urgent_thread
 from migrationd.linux.userfaultfd import MODE_WP, register
 from migrationd.migration.blocktime import Blocktime
@@ -37,6 +38,7 @@ class MissingPages:
     Args:
         userfaultfd: Of the workload; not owned.
         blocks: All of its blocks; received pages are tracked.
+        pagemap: Its ``/proc/self/pagemap``; not owned, -1 for none.
         on_error: Called on the watching thread when faults cannot be answered any more.
 
     Attributes:
@@ -47,9 +49,11 @@ class MissingPages:
         self,
         userfaultfd: int,
         blocks: Sequence[WorkloadBlock],
+        pagemap: int,
         on_error: Callable[[MigrationdError], None],
     ) -> None:
         self._fd = userfaultfd
+        self._scanner = WrittenScanner(pagemap) if pagemap >= 0 else None
         self._blocks = tuple(blocks)
         self._on_error = on_error
         self._places = sorted((block.address_there, n) for n, block in enumerate(blocks))
@@ -83,7 +87,8 @@ class MissingPages:
         """
         for block in self._blocks:
             _watch(self._fd, block, MODE_MISSING | MODE_MINOR)
-            block.show_pages(self._fd, partial(self._settle, self._blocks.index(block)))
+            settle = partial(self._settle, self._blocks.index(block))
+            block.show_pages(self._fd, settle, self._scanner)
         self._thread.start()
 
     def connect(self, ask: Ask) -> None:

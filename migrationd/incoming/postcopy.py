@@ -20,6 +20,8 @@ Reference: stream format 4.3-4.6, 6.4 and 6.6.
 from collections.abc import Callable, Sequence
 from enum import Enum
 
+import numpy as np
+
 from migrationd.codec.constants import (
     MIG_CMD_PING,
     MIG_CMD_POSTCOPY_ADVISE,
@@ -214,21 +216,21 @@ class PostcopyArrival:
         self._require(Phase.ADVISED, "RAM_DISCARD", position)
         discard = decode_discard(payload)
         block = _block(loader, discard.idstr, "RAM_DISCARD")
-        for start, length in discard.ranges:
+        starts, lengths = discard.ranges[:, 0], discard.ranges[:, 1]
+        size, end = np.uint64(block.page_size), np.uint64(block.used_length)
+        is_whole = (starts % size == 0) & (lengths % size == 0) & (lengths > 0)
+        is_inside = (lengths <= end) & (starts <= end - np.minimum(lengths, end))
+        if not (is_whole & is_inside).all():
+            start, length = discard.ranges[int(np.argmin(is_whole & is_inside))].tolist()
+            why = f"outside the block of {block.used_length:#x} bytes"
             if start % block.page_size or length % block.page_size or not length:
-                raise StreamCorrupt(
-                    f"RAM_DISCARD of {length:#x} bytes at {start:#x} is not of whole pages",
-                    position=position,
-                    block=block.idstr,
-                )
-            if start + length > block.used_length:
-                raise StreamCorrupt(
-                    f"RAM_DISCARD of {length:#x} bytes at {start:#x} is outside the block of "
-                    f"{block.used_length:#x} bytes",
-                    position=position,
-                    block=block.idstr,
-                )
-            block.discard(start // block.page_size, length // block.page_size)
+                why = "not of whole pages"
+            raise StreamCorrupt(
+                f"RAM_DISCARD of {length:#x} bytes at {start:#x} is {why}",
+                position=position,
+                block=block.idstr,
+            )
+        block.discard((discard.ranges // size).astype(np.int64))
 
     def _require(self, phase: Phase, what: str, position: int) -> None:
         if self.phase is not phase:

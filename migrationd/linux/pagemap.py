@@ -20,6 +20,7 @@ _PAGEMAP_SCAN = 0xC0606610
 _PM_SCAN_WP_MATCHING = 1 << 0
 _PM_SCAN_CHECK_WPASYNC = 1 << 1
 _PAGE_IS_WRITTEN = 1 << 1
+_PAGE_IS_PRESENT = 1 << 3
 _REGIONS = 1 << 15
 """Regions of one call: 768 KiB."""
 
@@ -53,6 +54,24 @@ class WrittenScanner:
                 is gone, or the kernel cannot scan.
         """
         flags = _PM_SCAN_CHECK_WPASYNC | (_PM_SCAN_WP_MATCHING if protect else 0)
+        return self._scan(address, length, flags, _PAGE_IS_WRITTEN)
+
+    def mapped(self, address: int, length: int) -> Regions:
+        """Ranges of pages that the process has mapped: it may look at them without a fault.
+
+        Args:
+            address: As for :meth:`scan`.
+            length: Likewise.
+
+        Returns:
+            As :meth:`scan`.
+
+        Raises:
+            GuestError: The process is gone, or the kernel cannot scan.
+        """
+        return self._scan(address, length, 0, _PAGE_IS_PRESENT)
+
+    def _scan(self, address: int, length: int, flags: int, category: int) -> Regions:
         end = address + length
         found: list[Regions] = []
         vector = self._regions.__array_interface__["data"][0]
@@ -69,9 +88,9 @@ class WrittenScanner:
                     _REGIONS,
                     0,
                     0,
-                    _PAGE_IS_WRITTEN,
+                    category,
                     0,
-                    _PAGE_IS_WRITTEN,
+                    category,
                 )
             )
             count = self._call(argument)

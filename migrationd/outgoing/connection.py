@@ -169,6 +169,8 @@ class OutgoingConnection:
         self._asked += 1
         data = encode_ping(self._asked)
         self._answered.clear()
+        if self.link is not None:
+            self.link.expect_answer()
         self.channel.send(data)
         while self._last_pong != self._asked:
             self._answered.wait(_CHECK_S)

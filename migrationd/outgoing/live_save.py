@@ -95,6 +95,7 @@ class LiveSaver:
         self._sent = sent
         self._should_stop = should_stop
         self._is_unacknowledged = False
+        self._knows_present = False
         self._is_first_pass = False
         self._pass_begin_s = 0.0
         self._looked_s = 0.0
@@ -146,8 +147,14 @@ class LiveSaver:
             postcopy nothing has to fit.
 
         Raises:
+            ChannelClosed: As :meth:`converge`.
             GuestError: It does not stop, or does not go on.
         """
+        if self._should_stop():
+            # What the destination still has to take in, and a look at all memory, are no downtime.
+            self._wait_for_peer()
+            self._live.know_present()
+            self._knows_present = True
         self._live.stop()
         if self._should_stop():
             return True
@@ -203,8 +210,12 @@ class LiveSaver:
         Raises:
             GuestError: The guest is gone.
         """
-        self._collect()
-        self._live.know_present()
+        written = self._collect()
+        if self._knows_present:
+            for block, pages in zip(self._blocks, written, strict=True):
+                block.present[pages] = True
+        else:
+            self._live.know_present()
         self._stats.dirty_bytes = None
 
     def release(self) -> None:

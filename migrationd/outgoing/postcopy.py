@@ -115,6 +115,10 @@ class PostcopyLink:
         """The last byte of the stream is on its way: SHUT 0 may come."""
         self._ending.set()
 
+    def expect_answer(self) -> None:
+        """A PING is on its way that is none of the postcopy's own."""
+        self._server.expected += 1
+
     async def read(self) -> None:
         """Read the return path to SHUT 0; raises as :meth:`RequestServer.run`."""
         await self._loop.run_in_executor(self._executor, self._server.run)

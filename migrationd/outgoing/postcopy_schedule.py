@@ -155,16 +155,18 @@ class PageSchedule:
             # A host page of which a part was not sent goes as a whole.
             rows = kept.reshape(-1, state.host_pages)
             kept = np.repeat(np.all(rows, axis=1), state.host_pages)
-        bounds = np.concatenate(([-1], np.flatnonzero(kept), [count]))
-        missing = np.concatenate(([0], np.cumsum(state.wanted & ~kept)))
-        firsts, ends = bounds[:-1] + 1, bounds[1:]
-        is_needed = missing[ends] > missing[firsts]
+        edges = np.flatnonzero(kept[1:] != kept[:-1]) + 1
+        bounds = np.concatenate(([0], edges, [count]))[int(kept[0]) :]
+        firsts, ends = bounds[:-1:2], bounds[1::2]
+        # Of each run between kept pages and the kept ones behind it, which want nothing.
+        is_needed = np.logical_or.reduceat(state.wanted & ~kept, firsts)
         runs = np.stack((firsts[is_needed], (ends - firsts)[is_needed]), axis=1)
-        edges = np.zeros(count + 1, np.int8)
-        edges[runs[:, 0]] = 1
-        edges[runs.sum(axis=1)] -= 1
+        is_forgotten = np.zeros(count + 1, np.int8)
+        is_forgotten[runs[:, 0]] = 1
+        is_forgotten[runs.sum(axis=1)] -= 1
+        np.cumsum(is_forgotten, out=is_forgotten)
         with self._lock:
-            state.sent[np.cumsum(edges[:-1], dtype=np.int8).view(np.bool_)] = False
+            state.sent &= ~is_forgotten[:-1].view(np.bool_)
             state.remaining = int(np.count_nonzero(state.wanted & ~state.sent))
         return runs
 

@@ -114,6 +114,8 @@ class RequestServer:
         self._on_message = on_message
         self._may_end = may_end
         self._messages = 0
+        self.expected = 0
+        """Answers to more PINGs than a postcopy's own."""
         self._last_block: int | None = None
         self.writer: PageWriter | None = None
         """Where requested pages go; None as long as none may be asked for."""
@@ -156,7 +158,7 @@ class RequestServer:
                 raise PeerFailed(f"Sibling indicated error {value}")
             case Pong() | SwitchoverAck() | RecvBitmap() | ResumeAck():
                 self._messages += 1
-                if self._messages > MESSAGES_MAX + len(self._blocks):
+                if self._messages > MESSAGES_MAX + len(self._blocks) + self.expected:
                     raise StreamCorrupt(f"more than {MESSAGES_MAX} messages", section="return path")
                 self._on_message(message)
         return False

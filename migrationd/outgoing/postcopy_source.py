@@ -24,6 +24,8 @@ from migrationd.codec.constants import (
 )
 from migrationd.codec.encode import StreamEncoder
 from migrationd.codec.postcopy import (
+    DISCARD_RANGES_MANY,
+    DISCARD_RANGES_MAX,
     PING_PACKAGE_LOADED,
     encode_advise,
     encode_discards,
@@ -256,7 +258,8 @@ class PostcopySource:
         parts += [self._device(d) for d in self._late() if not _waits_for_postcopy(d)]
         for index, block in enumerate(self.guest.ram):
             ranges = self.schedule.discards(index)
-            parts.append(encode_discards(block.idstr, ranges, block.page_size))
+            most = DISCARD_RANGES_MAX if self.guest.live is None else DISCARD_RANGES_MANY
+            parts.append(encode_discards(block.idstr, ranges, block.page_size, most))
         devices = [
             self._device(device)
             for device in self.guest.devices

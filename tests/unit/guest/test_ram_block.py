@@ -118,15 +118,26 @@ def test_discarded_pages_are_zero_and_did_not_come() -> None:
     block = make_block(16)
     block.track_received()
     block.place_batch(np.arange(16), contents(16), True)
-    block.discard(4, 8)
-    block.discard(0, 0)
+    block.discard(np.array([[4, 8], [0, 0]]))
     assert np.flatnonzero(block.present).tolist() == [0, 1, 2, 3, 12, 13, 14, 15]
     assert block.missing_count == 8
     assert not block.memory.view[4 * PAGE : 12 * PAGE].any()
     assert block.page(12)[0] == 13
     for first, count in ((16, 1), (15, 2), (-1, 1)):
         with pytest.raises(GuestError, match="outside RAM block"):
-            block.discard(first, count)
+            block.discard(np.array([[0, 1], [first, count]]))
+
+
+def test_many_runs_are_discarded_as_few_are() -> None:
+    block = make_block(64)
+    block.track_received()
+    block.place_batch(np.arange(64), contents(64), True)
+    block.discard(np.array([[2 * n, 1] for n in range(32)]))
+    assert np.flatnonzero(block.present).tolist() == list(range(1, 64, 2))
+    assert block.missing_count == 32
+    # Runs that overlap may name more pages than there are.
+    block.discard(np.array([[0, 63]] * 1000))
+    assert np.flatnonzero(block.present).tolist() == [63]
 
 
 @pytest.mark.parametrize("pages", [1, 7, 8, 9, 64, 1000])

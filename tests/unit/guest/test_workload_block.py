@@ -15,6 +15,7 @@ from migrationd.guest.memory import SharedMemory
 from migrationd.guest.ram_block import RamBlockSpec
 from migrationd.guest.workload_block import WorkloadBlock
 from migrationd.linux.page_faults import MODE_MINOR, MODE_MISSING, read_faults, unregister
+from migrationd.linux.pagemap import WrittenScanner
 from migrationd.linux.userfaultfd import (
     FEATURE_MINOR_SHMEM,
     FEATURE_MISSING_SHMEM,
@@ -49,9 +50,9 @@ class Here:
         self.block = WorkloadBlock(RamBlockSpec("heap", PAGES * PAGE, PAGE), memory, self.address)
         self.block.track_received()
 
-    def watch(self) -> None:
+    def watch(self, scanner: WrittenScanner | None = None) -> None:
         register(self.faults, self.address, PAGES * PAGE, MODE_MISSING | MODE_MINOR)
-        self.block.show_pages(self.faults, self._count)
+        self.block.show_pages(self.faults, self._count, scanner)
 
     def read(self, page: int) -> "Callable[[], bytes]":
         """Begin to read a page; the result waits for its content."""
@@ -165,7 +166,7 @@ def test_what_came_before_is_shown_with_what_is_around_it(here: Here) -> None:
 
 def test_a_discarded_page_is_missing_again(here: Here) -> None:
     here.block.place_batch(np.arange(8, 16), content(3).repeat(8, 0), True)
-    here.block.discard(10, 2)
+    here.block.discard(np.array([[10, 2]]))
     here.watch()
     result = here.read(10)
     assert here.wanted() == [10]
@@ -173,6 +174,47 @@ def test_a_discarded_page_is_missing_again(here: Here) -> None:
     assert not here.block.received[10]
     here.block.place_batch(np.array([10]), content(4), True)
     assert result() == bytes([4]) * PAGE
+
+
+def test_a_discarded_page_is_missing_where_the_workload_has_seen_it(here: Here) -> None:
+    here.block.place_batch(np.arange(8, 16), content(3).repeat(8, 0), True)
+    assert here.read(11)() == bytes([3]) * PAGE
+    here.block.discard(np.array([[10, 3]]))
+    with open("/proc/self/pagemap", "rb") as pagemap:
+        scanner = WrittenScanner(pagemap.fileno())
+        ((begin, end),) = scanner.mapped(here.address, PAGES * PAGE).tolist()
+        assert begin <= here.address + 11 * PAGE < end <= here.address + 16 * PAGE
+        here.watch(scanner)
+    for page in (10, 11):
+        result = here.read(page)
+        assert here.wanted() == [page]
+        here.block.place_batch(np.array([page]), content(4), True)
+        assert result() == bytes([4]) * PAGE
+
+
+def test_a_discarded_page_that_does_not_come_again_is_zero(here: Here) -> None:
+    here.block.place_batch(np.arange(8, 16), content(3).repeat(8, 0), True)
+    here.block.discard(np.array([[8, 4]]))
+    here.watch()
+    result = here.read(8)
+    assert here.wanted() == [8]
+    here.block.zero_batch(np.array([8]))  # as a zero page
+    assert result() == bytes(PAGE)
+    here.block.place_batch(np.array([9]), content(4), True)
+    here.block.show_no_pages()  # not at all
+    unregister(here.faults, here.address, PAGES * PAGE)
+    for page, expected in ((8, 0), (9, 4), (10, 0), (11, 0), (12, 3)):
+        assert here.read(page)() == bytes([expected]) * PAGE
+
+
+def test_discarded_pages_of_a_guest_that_does_not_run_yet(here: Here) -> None:
+    here.block.place_batch(np.arange(8, 16), content(3).repeat(8, 0), True)
+    here.block.discard(np.array([[8, 4]]))
+    here.block.zero_batch(np.array([8]))
+    here.block.place_batch(np.array([9]), content(4), True)
+    here.block.settle_discarded()
+    for page, expected in ((8, 0), (9, 4), (10, 0), (11, 0), (12, 3)):
+        assert here.read(page)() == bytes([expected]) * PAGE
 
 
 def test_a_page_that_is_there_although_it_did_not_come_is_replaced(here: Here) -> None:

@@ -47,6 +47,9 @@ class Guest:
     def touched_runs(self, block: RamBlock) -> Pages:
         return np.array([[0, block.page_count]], np.int64)
 
+    def know_present(self) -> None:
+        self.calls.append("know")
+
     def throttle(self, percentage: int) -> None:
         self.calls.append(f"throttle {percentage}")
 
@@ -140,6 +143,23 @@ def test_a_guest_that_is_lost_while_it_stands_is_let_go_on(block: RamBlock) -> N
     with pytest.raises(GuestError, match="gone"):
         live_saver.stop()
     assert guest.is_running
+
+
+def test_what_a_postcopy_leaves_is_known_before_the_guest_stops(block: RamBlock) -> None:
+    guest = Guest(400, 3)
+    live_saver, line = saver(guest, block)
+    is_wanted: list[bool] = []
+    live_saver._should_stop = lambda: bool(is_wanted)
+    live_saver._on_pass = lambda: is_wanted.append(True)
+    live_saver.converge()
+    block.present[:] = False
+    line.lag_s = 1.0
+    begin_s = line.now_s
+    assert live_saver.stop()
+    assert line.now_s == begin_s + 1, "the destination took in what was sent"
+    live_saver.leave_rest()
+    assert guest.calls == ["start", "know", "stop"]
+    assert np.flatnonzero(block.present).tolist() == [0, 1, 2], "written since it was known"
 
 
 def test_it_does_not_end_before_the_destination_agrees(block: RamBlock) -> None:
