@@ -113,6 +113,13 @@ class GuestError(MigrationdError):
     """The guest's memory or devices cannot be used as asked."""
 
 
+class WorkloadGone(GuestError):
+    """The process that is the guest has ended."""
+
+    def __init__(self) -> None:
+        super().__init__("the workload is gone")
+
+
 class MigrationError(MigrationdError):
     """A migration cannot go on."""
 

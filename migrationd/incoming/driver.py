@@ -24,11 +24,11 @@ from migrationd.codec.stream import StreamDecoder, StreamLimits
 from migrationd.errors import (
     ChannelClosed,
     ChannelError,
-    GuestError,
     MigrationdError,
     MigrationError,
     StreamTruncated,
     StreamUnsupported,
+    WorkloadGone,
 )
 from migrationd.guest.attached import AttachedGuest
 from migrationd.guest.held import HeldGuest
@@ -92,7 +92,7 @@ class IncomingMigration:
         self._cpr = cpr
         self._on_whole = on_whole
         self._on_running = on_running
-        self._loss: GuestError | None = None
+        self._loss: WorkloadGone | None = None
         self._farewell: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop
         self._settings_now = settings
@@ -314,8 +314,8 @@ class IncomingMigration:
                         raise loading.lazy.error from error
                 if self._loss is not None:
                     raise self._loss from error
-                if not postcopy.owns_guest:
-                    raise
+                if not postcopy.owns_guest or isinstance(error, WorkloadGone):
+                    raise  # its socket may say so later than its memory
                 if isinstance(error, MigrationdError):
                     failure = error
                 else:
@@ -432,7 +432,7 @@ class IncomingMigration:
 
     def guest_gone(self) -> None:
         """The workload that takes the guest is gone: there is nothing left to wait for."""
-        self._loss = GuestError("the workload is gone")
+        self._loss = WorkloadGone()
         self._door.give_up(self._loss)
         if self._channels is not None:
             self._farewell = asyncio.create_task(self._refuse(self._channels))

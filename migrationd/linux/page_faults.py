@@ -15,7 +15,7 @@ import mmap
 import os
 import struct
 
-from migrationd.errors import GuestError
+from migrationd.errors import GuestError, WorkloadGone
 
 MODE_MISSING = 1 << 0
 MODE_MINOR = 1 << 2
@@ -196,5 +196,5 @@ def _ioctl(fd: int, request: int, pointer: int, length: int) -> int:
 
 def _error(what: str, number: int) -> GuestError:
     if number == errno.ESRCH:
-        return GuestError("the workload is gone")
+        return WorkloadGone()
     return GuestError(f"userfaultfd: {what}: {os.strerror(number)}")
