@@ -108,7 +108,7 @@ GUESTS: dict[str, str] = {
     "caps_conflicts": "none",
     "caps_each": "none",
     "caps_each_incoming": "none",
-    "dirty_rate": "parked",
+    "dirty_rate": "recorded",
 }
 """Scenario to what it is played with, if not a workload: that one can be slowed down, as a QEMU's
 guest can with KVM and a dirty ring, and the recorded ones ran without."""

@@ -2,14 +2,15 @@
 
 The recorder starts its programs as a QEMU and expects a guest in them. Here it is a live
 workload (``replay_guest``) of the size that ``-m`` says, which writes all the time where the
-script brings a firmware that does so; or, with ``--guest parked``, one that a real QEMU of
-the same options has just handed over. The monitors appear under the recorder's paths once
-the guest is there. The daemon keeps the process number, so that what kills "the QEMU" kills
-it.
+script brings a firmware that does so; with ``--guest parked`` one that a real QEMU of the same
+options has just handed over; with ``--guest recorded`` one out of a recorded file. The monitors
+appear under the recorder's paths once the guest is there. The daemon keeps the process number,
+so that what kills "the QEMU" kills it.
 """
 
 import argparse
 import ctypes
+import gzip
 import json
 import os
 import signal
@@ -22,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+RECORDED = ROOT / "tests" / "conformance" / "captures" / "111-mapped-ram-pc.bin.gz"
 WAIT_S = 20.0
 
 VALUED = ("machine", "accel", "display", "m", "bios", "drive", "device", "global", "boot")
@@ -180,7 +182,9 @@ def park(wanted: Wanted, qemu: str, directory: Path) -> None:
 def main() -> None:
     """Become migrationd."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--guest", choices=("none", "attached", "parked"), default="attached")
+    parser.add_argument(
+        "--guest", choices=("none", "attached", "parked", "recorded"), default="attached"
+    )
     parser.add_argument("--qemu", default="qemu-system-x86_64", help="where a parked one is from")
     own, rest = parser.parse_known_args()
     wanted = parse(rest)
@@ -191,10 +195,13 @@ def main() -> None:
     if own.guest == "attached":
         guest_socket = str(directory / f"{side}.guest")
         arguments += ["-guest", f"attach:{guest_socket}"]
-    elif own.guest == "parked" and not wanted.is_incoming:
+    elif own.guest in ("parked", "recorded") and not wanted.is_incoming:
         rest_at = directory / f"{side}.ram"
         rest_at.mkdir()
-        park(wanted, own.qemu, rest_at)
+        if own.guest == "parked":
+            park(wanted, own.qemu, rest_at)
+        else:
+            (rest_at / "guest.mapped-ram").write_bytes(gzip.decompress(RECORDED.read_bytes()))
         arguments += ["-name", "guest", "-ram-dir", str(rest_at)]
     for path in wanted.monitors:
         arguments += ["-qmp", f"unix:{hidden(path)},server=on,wait=off"]
