@@ -63,8 +63,10 @@ async def test_every_second_has_its_rate(
     if TABLE not in request.config.stash.get(TABLES, {}):
         add_row(request.config, TABLE, HEAD)
     add_row(request.config, TABLE, (str(channels or "main"), f"{least:.3f}", f"{most:.3f}"))
-    # More is never right; less for a moment is what a busy machine does.
-    assert most <= 1.03
+    # More is never right, but for what the socket held while this process did not run; less for
+    # a moment is what a busy machine does.
+    held = int(Path("/proc/sys/net/core/wmem_default").read_text()) / RATE_BYTES_PER_S
+    assert most <= 1.03 + held
     assert statistics.median(rates) / RATE_BYTES_PER_S >= 0.97
 
 
