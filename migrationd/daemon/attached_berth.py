@@ -4,11 +4,12 @@ import threading
 from collections.abc import Sequence
 
 from migrationd.errors import GuestError
-from migrationd.guest.attached import DECLARATIONS, AttachedGuest
+from migrationd.guest.attached import AttachedGuest
 from migrationd.guest.base import GuestIdentity
 from migrationd.guest.device import DeviceState
 from migrationd.guest.held import HeldGuest
 from migrationd.guest.ram_block import RamBlockSpec
+from migrationd.guest.workload_devices import DECLARATIONS
 from migrationd.incoming.mapped_ram import complete_guest, load_pages, map_guest, specs_of
 from migrationd.store.mapped_ram_reader import Contents
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from migrationd.codec.cpr import decode_workload_tail
 from migrationd.daemon.attached_berth import AttachedBerth, WorkloadSlot
 from migrationd.errors import GuestError
-from migrationd.guest.attached import DECLARATIONS, AttachedGuest
+from migrationd.guest.attached import AttachedGuest
 from migrationd.guest.base import GuestIdentity
 from migrationd.guest.device import DeviceState
 from migrationd.guest.handed import HandedMemory, map_handed
@@ -18,6 +18,7 @@ from migrationd.guest.held import HeldGuest
 from migrationd.guest.memory import Memory
 from migrationd.guest.parked import ParkedGuest
 from migrationd.guest.ram_block import RamBlockSpec
+from migrationd.guest.workload_devices import DECLARATIONS, declarations_section
 from migrationd.store.mapped_ram_reader import Contents
 
 log = logging.getLogger(__name__)
@@ -110,8 +111,8 @@ class AttachedCprBerth(AttachedBerth):
         with contextlib.closing(handed):
             told = _told(handed)
             identity = GuestIdentity(machine=told.machine)
-            self._declared = json.dumps(told.devices).encode()
-            early = DeviceState(DECLARATIONS, 0, 1, self._declared, 4, 0, is_early=True)
+            early = declarations_section(told.devices)
+            self._declared = early.body
             guest = self._taken = super().allocate(identity, (early,), told.blocks)
             guest.adopt(handed)
 

@@ -1,15 +1,13 @@
 """A live process as a guest: it runs under our eyes, shares its memory and obeys.
 
-Reference: the guest socket, ``guest/protocol.py``. On the wire it looks like any guest:
-its devices are FULL sections in VMState form, its declarations travel early, so that a
-destination which cannot load them refuses before the source stops.
+Reference: the guest socket, ``guest/protocol.py``. On the wire it looks like any guest.
 """
 
 import contextlib
 import json
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 
 from migrationd.codec.cpr import CprEntry, CprState, encode_workload_tail
 from migrationd.errors import GuestError
@@ -22,7 +20,7 @@ from migrationd.guest.handed import HandedMemory, empty_memfd
 from migrationd.guest.instant import MemoryAtInstant
 from migrationd.guest.memory import Pages, SharedMemory
 from migrationd.guest.owner_note import OwnerNote, decode_note, encode_note
-from migrationd.guest.protocol import Begin, Check, Keep, Remap, Saved, SavedDevice, Throttle
+from migrationd.guest.protocol import Begin, Check, Keep, Remap, Throttle
 from migrationd.guest.ram_block import RamBlock, RamBlockSpec
 from migrationd.guest.run_state import (
     GLOBAL_STATE,
@@ -31,19 +29,17 @@ from migrationd.guest.run_state import (
     RUNNING,
     Owned,
     decode_run_state,
-    encode_run_state,
 )
 from migrationd.guest.workload_block import WorkloadBlock
+from migrationd.guest.workload_devices import (
+    declarations_section,
+    declared_keys,
+    devices_to_load,
+    saved_sections,
+    workload_description,
+)
 from migrationd.guest.workload_link import Introduced, WorkloadLink
 from migrationd.guest.write_faults import WriteFaults
-
-DECLARATIONS = "migrationd/declarations"
-"""Section with the declarations of a workload's devices, as JSON; sent before RAM."""
-
-_TAKEN = (DECLARATIONS, GLOBAL_STATE, "ram")
-_FULL = 0x04
-_FIRST_SECTION = 2
-"""Section id of the first device; 0 is that of the declarations, 1 is left for RAM."""
 
 LAZY_LOAD_WAIT_S = 60.0
 """Longest wait for devices to be loaded by a workload that waits for pages meanwhile."""
@@ -73,13 +69,13 @@ class AttachedGuest(Owned):
         self._link = link
         self._introduced = introduced
         hello = introduced.hello
-        self._keys = _keys(hello.devices)
+        self._keys = declared_keys(hello.devices)
         self.name = hello.name
         self.has_guest = hello.has_guest
         self.is_running = hello.running
         self.never_ran = False
         self.identity = GuestIdentity(machine=f"migrationd-{hello.name}")
-        self.devices: tuple[DeviceState, ...] = (self.declarations(),)
+        self.devices: tuple[DeviceState, ...] = (declarations_section(hello.devices),)
         self.vmdescription: bytes | None = None
         self.seen = SeenOnArrival()
         self._page_size = hello.page_size
@@ -190,9 +186,9 @@ class AttachedGuest(Owned):
             self.is_running = True
             self.never_ran = False
 
-    def run_state_held(self) -> contextlib.AbstractContextManager[None]:
+    def run_state_held(self) -> contextlib.AbstractContextManager[object]:
         """While it is entered, only this thread stops and starts the guest; others wait."""
-        return _held(self._run_state_lock)
+        return self._run_state_lock
 
     def watch_writes(self) -> DirtyTracker:
         """Which pages it writes, for somebody else than :attr:`tracker`.
@@ -242,11 +238,6 @@ class AttachedGuest(Owned):
         """
         self._link.request("throttle", Throttle(percentage=percentage))
 
-    def declarations(self) -> DeviceState:
-        """The section that tells a destination what will come."""
-        body = json.dumps(self._introduced.hello.devices).encode()
-        return DeviceState(DECLARATIONS, 0, 1, body, _FULL, 0, is_early=True)
-
     def check_declarations(self, body: bytes) -> None:
         """Whether devices so declared can be loaded here.
 
@@ -268,52 +259,12 @@ class AttachedGuest(Owned):
         """
         saved, bodies = self._link.save()
         stopped = PRELAUNCH if self.never_ran else PAUSED
-        state = encode_run_state(bytes(104), RUNNING if was_running else stopped)
-        devices = [DeviceState(GLOBAL_STATE, 0, 1, state, _FULL, _FIRST_SECTION)]
-        described: list[object] = [
-            {
-                "name": GLOBAL_STATE,
-                "instance_id": 0,
-                "vmsd_name": GLOBAL_STATE,
-                "version": 1,
-                "fields": [
-                    {"name": "size", "type": "uint32", "size": 4},
-                    {"name": "runstate", "type": "buffer", "size": len(state) - 4},
-                ],
-            }
-        ]
-        declarations = self.declarations()
-        early = {
-            "name": DECLARATIONS,
-            "instance_id": 0,
-            "size": len(declarations.body),
-            "fields": [{"name": "data", "size": len(declarations.body), "type": "buffer"}],
-        }
-        keys = [(device.name, device.instance_id) for device in saved.devices]
-        if keys != self._keys:
-            raise GuestError(f"the workload saves devices {keys} and has declared {self._keys}")
-        at = 0
-        pairs = zip(saved.devices, saved.description, strict=True)
-        for number, (device, description) in enumerate(pairs, _FIRST_SECTION + 1):
-            body = bodies[at : at + device.length]
-            at += device.length
-            devices.append(
-                DeviceState(device.name, device.instance_id, device.version_id, body, _FULL, number)
-            )
-            described.append(description)
-        self.devices = (declarations, *devices)
-        name = {"name": "name", "type": "buffer", "size": len(self.identity.machine or "")}
-        configuration = {
-            "vmsd_name": "configuration",
-            "version": 1,
-            "fields": [{"name": "len", "type": "uint32", "size": 4}, name],
-        }
-        document = {
-            "configuration": configuration,
-            "page_size": self._page_size,
-            "devices": [early, *described],
-        }
-        self.vmdescription = json.dumps(document).encode()
+        sections = saved_sections(saved, bodies, self._keys, RUNNING if was_running else stopped)
+        declarations = declarations_section(self._introduced.hello.devices)
+        self.devices = (declarations, *sections)
+        self.vmdescription = workload_description(
+            saved, declarations, self.identity.machine, self._page_size
+        )
 
     def complete(
         self,
@@ -402,19 +353,8 @@ class AttachedGuest(Owned):
                 block.present[first : first + count] = True
 
     def _load(self, devices: Sequence[DeviceState], timeout_s: float | None) -> None:
-        own = [item for item in devices if item.idstr not in (DECLARATIONS, GLOBAL_STATE)]
-        saved = Saved(
-            devices=[
-                SavedDevice(
-                    name=item.idstr,
-                    instance_id=item.instance_id,
-                    version_id=item.version_id,
-                    length=len(item.body),
-                )
-                for item in own
-            ]
-        )
-        self._link.load(saved, b"".join(item.body for item in own), timeout_s=timeout_s)
+        saved, bodies = devices_to_load(devices)
+        self._link.load(saved, bodies, timeout_s=timeout_s)
 
     def offer_memory(self) -> HandedMemory:
         """Its memory for another process, with what a destination has to know beforehand.
@@ -530,26 +470,3 @@ class AttachedGuest(Owned):
         except GuestError:
             # It is in its queue: a workload that only was slow takes both in order.
             return
-
-
-@contextlib.contextmanager
-def _held(lock: "threading.RLock") -> Iterator[None]:
-    with lock:
-        yield
-
-
-def _keys(devices: Sequence[Mapping[str, object]]) -> list[tuple[str, int]]:
-    """Names and instances of declared devices.
-
-    Raises:
-        GuestError: A name is taken, or none.
-    """
-    keys: list[tuple[str, int]] = []
-    for device in devices:
-        name, instance_id = device.get("name"), device.get("instance_id")
-        if not isinstance(name, str) or not isinstance(instance_id, int):
-            raise GuestError("the workload declares a device without name or instance_id")
-        if name in _TAKEN or (name, instance_id) in keys:
-            raise GuestError(f"device '{name}' instance {instance_id}: the name is taken")
-        keys.append((name, instance_id))
-    return keys

@@ -88,7 +88,7 @@ class Live(Protocol):
             GuestError: It does not.
         """
 
-    def run_state_held(self) -> AbstractContextManager[None]:
+    def run_state_held(self) -> AbstractContextManager[object]:
         """While it is entered, only this thread stops and starts the guest; others wait."""
 
     def memory_at_instant(self) -> MemoryAtInstant:

@@ -133,7 +133,7 @@ class ScriptedGuest:
     def throttle(self, percentage: int) -> None:
         """It does as the script says."""
 
-    def run_state_held(self) -> contextlib.AbstractContextManager[None]:
+    def run_state_held(self) -> contextlib.AbstractContextManager[object]:
         """Nobody else stops it."""
         return contextlib.nullcontext()
 

@@ -91,7 +91,7 @@ def test_it_introduces_itself(
         ("spare", 4096),
     ]
     assert guest.is_running
-    [declared] = json.loads(guest.declarations().body)
+    [declared] = json.loads(guest.devices[0].body)
     assert declared["name"] == "counter"
 
 
@@ -170,7 +170,7 @@ def test_messages_longer_than_a_socket_takes_by_default(
     introduce: Callable[[str], AttachedGuest],
 ) -> None:
     guest = introduce(WIDE % 2900)
-    declared = guest.declarations().body
+    declared = guest.devices[0].body
     assert len(declared) > 212_992, "net.core.wmem_default"
     guest.check_declarations(declared)
     guest.stop()
@@ -198,7 +198,7 @@ def test_devices_that_do_not_fit_are_named(
     attached: "tuple[AttachedGuest, subprocess.Popen[str]]",
 ) -> None:
     guest, _ = attached
-    body = guest.declarations().body
+    body = guest.devices[0].body
     guest.check_declarations(body)
     with pytest.raises(GuestError, match="device 'counter': field 'count': type uint32 is uint64"):
         guest.check_declarations(body.replace(b"uint64", b"uint32"))
