@@ -10,6 +10,7 @@ from migrationd.errors import GuestError
 from migrationd.guest.base import GuestIdentity, SeenOnArrival
 from migrationd.guest.handed import HandedMemory, empty_memfd
 from migrationd.guest.ram_block import RamBlockSpec
+from tests.support.descriptors import open_count
 
 SPECS = [RamBlockSpec("pc.ram", 8192, 4096), RamBlockSpec("pc.rom", 4096, 4096)]
 STATE = CprState((CprEntry("pc.rom"), CprEntry("pc.ram"), CprEntry("tap", 3)))
@@ -18,10 +19,6 @@ STATE = CprState((CprEntry("pc.rom"), CprEntry("pc.ram"), CprEntry("tap", 3)))
 def handed() -> HandedMemory:
     sizes = (4096, 8192, 4096)
     return HandedMemory(STATE, [empty_memfd("x", size) for size in sizes])
-
-
-def open_count() -> int:
-    return len(os.listdir("/proc/self/fd"))
 
 
 def test_every_descriptor_stays_with_the_guest() -> None:

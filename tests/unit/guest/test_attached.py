@@ -1,7 +1,6 @@
 """A real workload process behind the guest socket."""
 
 import contextlib
-import gc
 import json
 import os
 import socket
@@ -22,6 +21,7 @@ from migrationd.guest.base import SeenOnArrival
 from migrationd.guest.workload_link import WorkloadLink
 from migrationd.linux.pagemap import can_scan
 from tests.support.deadline import wait_until
+from tests.support.descriptors import open_count
 
 needs_scan = pytest.mark.skipif(not can_scan(), reason="PAGEMAP_SCAN needs Linux 6.7")
 
@@ -309,8 +309,7 @@ def test_a_workload_that_hangs_is_an_error_and_goes_on_later(
 def test_a_workload_that_lies_is_refused_and_leaks_nothing(
     messages: list[bytes], text: str
 ) -> None:
-    gc.collect()  # or what an earlier test left is closed in between
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_count()
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     memfd = os.memfd_create("test", os.MFD_ALLOW_SEALING)
     os.ftruncate(memfd, 4096)
@@ -324,7 +323,7 @@ def test_a_workload_that_lies_is_refused_and_leaks_nothing(
     link.close()
     theirs.close()
     os.close(memfd)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert open_count() == before
 
 
 def test_a_memfd_that_could_shrink_is_refused() -> None:

@@ -11,16 +11,13 @@ from migrationd.guest.handed import CopiedMemory, HandedMemory, empty_memfd, map
 from migrationd.guest.memory import Memory, SharedMemory
 from migrationd.guest.parked import ParkedGuest
 from migrationd.guest.ram_block import RamBlockSpec
+from tests.support.descriptors import open_count
 
 STATE = CprState((CprEntry("a"), CprEntry("a", 1)), b"\x05tail")
 
 
 def handed() -> HandedMemory:
     return HandedMemory(STATE, [empty_memfd("a", 8192), empty_memfd("a/1", 4096)])
-
-
-def open_count() -> int:
-    return len(os.listdir("/proc/self/fd"))
 
 
 def test_a_block_is_found_by_its_name_and_first_number() -> None:

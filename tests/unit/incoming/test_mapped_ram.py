@@ -13,6 +13,7 @@ from migrationd.incoming.mapped_ram import load_mapped_ram, load_pages, map_gues
 from migrationd.store.libvirt_image import LibvirtImage, encode_libvirt_image
 from migrationd.store.mapped_ram_reader import read_contents
 from migrationd.transport.channel import Channel
+from tests.support.descriptors import open_count
 from tests.unit.store.guests import BLOCKS, EARLY, LATE, PAGE, page, present_pages, store_guest
 
 
@@ -62,7 +63,7 @@ def test_what_is_no_mapped_ram_file_is_refused(tmp_path: Path) -> None:
 
 def test_a_refused_configuration_maps_nothing(tmp_path: Path) -> None:
     path = store_guest(tmp_path)
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_count()
 
     def refuse(_: Configuration) -> None:
         raise GuestError("another guest")
@@ -74,7 +75,7 @@ def test_a_refused_configuration_maps_nothing(tmp_path: Path) -> None:
             ram_limit_bytes=None,
             check=refuse,
         )
-    assert len(os.listdir("/proc/self/fd")) <= before + 2  # the channel that stays open here
+    assert open_count() <= before + 2  # the channel that stays open here
 
 
 def test_the_sparse_save_image_of_libvirt(tmp_path: Path) -> None:

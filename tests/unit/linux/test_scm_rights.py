@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import pytest
 
 from migrationd.linux.scm_rights import close_all, recv_with_fds, send_with_fds
+from tests.support.descriptors import open_count
 
 Pair = tuple[socket.socket, socket.socket]
 
@@ -15,10 +16,6 @@ def pair() -> Iterator[Pair]:
     yield ours, theirs
     ours.close()
     theirs.close()
-
-
-def open_count() -> int:
-    return len(os.listdir("/proc/self/fd"))
 
 
 def test_descriptors_arrive_with_the_bytes(pair: Pair) -> None:

@@ -22,6 +22,7 @@ from migrationd.qmp.fds import FdTable, RequestFds
 from migrationd.qmp.monitor_spec import MonitorSpec, parse_monitor_spec
 from migrationd.qmp.server import Dispatch, MonitorServer
 from migrationd.qmp.session import Request, RequestError, Session, failure, success
+from tests.support.descriptors import open_count
 
 LOOPS = (uvloop.new_event_loop, asyncio.new_event_loop)
 GETFD = b'{"execute": "getfd", "arguments": {"fdname": "x"}}'
@@ -142,24 +143,21 @@ def test_one_client_at_a_time_and_events_only_after_negotiation(
 def test_descriptors_are_taken_or_closed(
     loop: Callable[[], asyncio.AbstractEventLoop], tmp_path: Path
 ) -> None:
-    def count() -> int:
-        return len(os.listdir("/proc/self/fd"))
-
     async def talk(bus: EventBus, path: Path) -> None:
         client = await asyncio.to_thread(Client, path)
         await asyncio.to_thread(client.negotiate)
         reading, writing = os.pipe()
-        before = count()
+        before = open_count()
         for _ in range(1000):
             send_with_fds(client.sock, b'{"execute": "stop"}', [reading, writing])
             await asyncio.to_thread(client.recv)
-        assert count() == before
+        assert open_count() == before
         for _ in range(50):
             send_with_fds(
                 client.sock, b'{"execute": "getfd", "arguments": {"fdname": "x"}}', [reading]
             )
             assert "return" in await asyncio.to_thread(client.recv)
-        assert count() == before + 1
+        assert open_count() == before + 1
         for fd in (reading, writing):
             os.close(fd)
         client.close()

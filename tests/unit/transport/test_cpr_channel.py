@@ -11,6 +11,7 @@ from migrationd.errors import AddressError, ChannelClosed, ConnectFailed
 from migrationd.transport import cpr_channel
 from migrationd.transport.address import InetAddress, UnixAddress
 from migrationd.transport.cpr_channel import CprSender, listen_cpr
+from tests.support.descriptors import open_count
 
 
 @pytest.fixture
@@ -59,7 +60,7 @@ async def test_too_much_is_refused_and_nothing_stays_open(
 ) -> None:
     listener = await listen_cpr(address)
     fds = [memfd(b"a"), memfd(b"b")]
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_count()
     handing = asyncio.create_task(CprSender(address).hand_over([b"h" * 20, b"", b"t" * 20], fds))
     with pytest.raises(ChannelClosed, match="more than"):
         await listener.receive(limit_bytes, limit_fds)
@@ -69,7 +70,7 @@ async def test_too_much_is_refused_and_nothing_stays_open(
     handing.exception()
     for fd in fds:
         os.close(fd)
-    assert len(os.listdir("/proc/self/fd")) == before - 2
+    assert open_count() == before - 2
     listener.close()
 
 
