@@ -23,7 +23,6 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 from migrationd.errors import GuestError, MigrationdError
@@ -36,30 +35,20 @@ from migrationd.linux.userfaultfd import (
 )
 from migrationd.workload.block import Block, Origin
 from migrationd.workload.compare import problems
+from migrationd.workload.devices import RESERVED_INSTANCE_ID, Devices
+from migrationd.workload.gate import Gate
 from migrationd.workload.lifeline import Lifeline
 from migrationd.workload.vmstate import VMState
 
 VERSION = 1
 MAX_PACKET_BYTES = 256 << 10
-RESERVED_INSTANCE_ID = 0xFFFFFFFF
-"""Means "the next free one"; no device has it."""
-
 LOST_STATUS = 75
 """Exit status of a workload whose daemon was gone before all of its memory had come."""
 
-_SLICE_S = 0.01
-"""A throttled workload may run for this long, then rests in proportion."""
 _RECONNECT_WAIT_S = 60.0
 
 _REFUSED_WAIT_S = 1.0
 """Pause before a daemon that refused this workload is asked again."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Device:
-    state: VMState
-    instance_id: int
-    target: object
 
 
 class Workload:
@@ -99,8 +88,8 @@ class Workload:
         self._on_reset = on_reset
         self._on_powerdown = on_powerdown
         self._blocks: list[Block] = []
-        self._devices: list[_Device] = []
-        self._gate = _Gate()
+        self._devices = Devices()
+        self._gate = Gate()
         self._path = ""
         self._is_attached = False
         self._begun = threading.Event()
@@ -152,19 +141,11 @@ class Workload:
         """
         if self._is_attached:
             raise GuestError("devices are added before the workload is attached")
-        taken = {item.instance_id for item in self._devices if item.state.name == state.name}
-        if instance_id == RESERVED_INSTANCE_ID:
-            instance_id = max(taken, default=-1) + 1
-        if instance_id in taken:
-            raise GuestError(f"there is a device '{state.name}' instance {instance_id} already")
-        self._devices.append(_Device(state, instance_id, target))
-        return instance_id
+        return self._devices.add(state, target, instance_id)
 
     def declarations(self) -> list[dict[str, Any]]:
         """Declarations of all devices, for the daemon and for comparing versions."""
-        return [
-            item.state.declaration() | {"instance_id": item.instance_id} for item in self._devices
-        ]
+        return self._devices.declarations()
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
@@ -334,7 +315,8 @@ class Workload:
                 if found := problems(arguments["devices"], self.declarations()):
                     raise GuestError("; ".join(found))
             case "save":
-                return self._save()
+                saved, body = self._devices.save()
+                return {"return": saved}, [body]
             case "load":
                 self._load_on_lifeline(arguments["devices"], fds[0])
             case "remap":
@@ -433,109 +415,14 @@ class Workload:
             if was_open:
                 self._gate.open()
 
-    def _save(self) -> tuple[dict[str, Any], list[int]]:
-        saved = []
-        description = []
-        bodies = []
-        for item in self._devices:
-            if item.state.unmigratable is not None:
-                raise GuestError(
-                    f"device '{item.state.name}' cannot migrate: {item.state.unmigratable}"
-                )
-            body, described = item.state.encode(item.target)
-            bodies.append(body)
-            saved.append(
-                {
-                    "name": item.state.name,
-                    "instance_id": item.instance_id,
-                    "version_id": item.state.version_id,
-                    "length": len(body),
-                }
-            )
-            description.append(
-                {"name": item.state.name, "instance_id": item.instance_id} | described
-            )
-        fd = os.memfd_create("migrationd-devices", os.MFD_CLOEXEC)
-        with os.fdopen(os.dup(fd), "wb") as file:
-            file.write(b"".join(bodies))
-        return {"return": {"devices": saved, "description": description}}, [fd]
-
     def _load(self, saved: list[dict[str, Any]], fd: int) -> None:
-        by_key = {(item.state.name, item.instance_id): item for item in self._devices}
-        at = 0
-        for entry in saved:
-            item = by_key.get((entry["name"], entry["instance_id"]))
-            if item is None:
-                raise GuestError(
-                    f"device '{entry['name']}' instance {entry['instance_id']} does not exist here"
-                )
-            body = os.pread(fd, entry["length"], at)
-            if len(body) != entry["length"]:
-                raise GuestError(f"device '{entry['name']}': the state is cut short")
-            at += len(body)
-            item.state.decode(body, item.target, entry["version_id"])
+        self._devices.load(saved, fd)
         if self._on_loaded is not None:
             self._on_loaded()
         self._has_guest = True
         for block in self._blocks:
             if block.origin is Origin.LENT:
                 block.origin = Origin.CAME
-
-
-class _Gate:
-    """Lets threads in while it is open; closing waits until the last is out."""
-
-    def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._inside = 0
-        self._percentage = 0
-        self.is_open = True
-
-    def enter(self) -> None:
-        """Wait until the gate is open and go in."""
-        self._rest()
-        with self._changed:
-            while not self.is_open:
-                self._changed.wait()
-            self._inside += 1
-
-    def try_enter(self) -> bool:
-        """Go in if the gate is open."""
-        with self._changed:
-            self._inside += self.is_open
-            return self.is_open
-
-    def leave(self) -> None:
-        """Go out."""
-        with self._changed:
-            self._inside -= 1
-            self._changed.notify_all()
-
-    def close(self) -> None:
-        """Let nobody in, and wait until everybody is out."""
-        with self._changed:
-            self.is_open = False
-            while self._inside:
-                self._changed.wait()
-
-    def open(self) -> None:
-        """Let everybody in."""
-        with self._changed:
-            self.is_open = True
-            self._changed.notify_all()
-
-    def throttle(self, percentage: int) -> None:
-        """Be shut for this share of the time from now on."""
-        self._percentage = min(99, max(0, percentage))
-
-    def _rest(self) -> None:
-        """Wait where a throttled gate is shut: after each slice, in proportion."""
-        share = self._percentage / 100
-        if share:
-            cycle_s = _SLICE_S / (1 - share)
-            at_s = time.monotonic() % cycle_s
-            if at_s > _SLICE_S:
-                time.sleep(cycle_s - at_s)
 
 
 def _connect(path: str, timeout_s: float) -> socket.socket:
