@@ -6,7 +6,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from migrationd.ctl.peer_process import DEFAULT_TIMEOUT_S, PeerError
@@ -72,12 +71,7 @@ class DirtierProcess:
         self.process = await asyncio.create_subprocess_exec(*self._command)
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         """Kill it."""
         if self.process.returncode is None:
             self.process.kill()

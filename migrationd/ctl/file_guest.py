@@ -4,12 +4,11 @@ A mapped-ram file is mapped where it is. A stream is loaded: into memory if it i
 enough, else into a file without a name.
 """
 
+import contextlib
 import os
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from migrationd.codec.constants import (
     MIG_CMD_OPEN_RETURN_PATH,
@@ -40,7 +39,7 @@ _HARMLESS = (MIG_CMD_OPEN_RETURN_PATH, MIG_CMD_PING, MIG_CMD_POSTCOPY_ADVISE)
 """Commands of a stream that was recorded on its way: nobody is there to answer."""
 
 
-class FileGuest:
+class FileGuest(contextlib.AbstractContextManager["FileGuest"]):
     """An open file and its guest.
 
     Args:
@@ -76,15 +75,7 @@ class FileGuest:
         finally:
             os.close(fd)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.guest.close()
 
 

@@ -1,9 +1,10 @@
 """Follow a migration: a live bar on a terminal, plain lines elsewhere."""
 
 import asyncio
+import contextlib
+from abc import abstractmethod
 from collections.abc import Awaitable, Callable, Mapping
-from types import TracebackType
-from typing import Protocol, Self
+from typing import Self
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -29,28 +30,18 @@ _LINE_EVERY_S = 1.0
 Query = Callable[[], Awaitable[Mapping[str, object]]]
 
 
-class Display(Protocol):
+class Display(contextlib.AbstractContextManager["Display"]):
     """Where progress is shown."""
 
-    def __enter__(self) -> Self:
-        """Begin to show."""
-        ...
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Leave the last state on the screen."""
-        ...
 
+    @abstractmethod
     def show(self, now_s: float, progress: Progress, note: str = "") -> None:
         """Show one look, with a note beside it."""
-        ...
 
 
-class LineDisplay:
+class LineDisplay(Display):
     """A line per second, and one whenever the status changes."""
 
     def __init__(self, console: Console, label: str = "") -> None:
@@ -58,17 +49,6 @@ class LineDisplay:
         self._label = f"{label} " if label else ""
         self._status = ""
         self._next_s = 0.0
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        pass
 
     def show(self, now_s: float, progress: Progress, note: str = "") -> None:
         """Show one look."""
@@ -80,7 +60,7 @@ class LineDisplay:
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-class LiveDisplay:
+class LiveDisplay(Display):
     """A bar with the status, and under it sizes, rate and ETA; fits 80 columns."""
 
     def __init__(self, console: Console, label: str = "") -> None:
@@ -91,12 +71,7 @@ class LiveDisplay:
         self._live.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._live.stop()
 
     def show(self, now_s: float, progress: Progress, note: str = "") -> None:

@@ -9,16 +9,14 @@ Reference: stream format 2.6. The first page of a block goes plainly, as its nam
 
 import os
 import zlib
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from itertools import chain
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 
 from migrationd.guest.memory import Pages
 from migrationd.guest.ram_block import RamBlock
-from migrationd.outgoing.ram_save import RamSaver
+from migrationd.outgoing.ram_save import EncodingSaver, RamSaver
 
 BATCH_PAGES = 1024
 SLICE_PAGES = 64
@@ -27,8 +25,8 @@ SLICE_PAGES = 64
 THREADS_MAX = 8
 
 
-class CompressSaver:
-    """Sends RAM through a :class:`RamSaver`; used by the outgoing thread only.
+class CompressSaver(EncodingSaver):
+    """Sends RAM deflated; used by the outgoing thread only.
 
     Args:
         ram: Puts records on the wire.
@@ -40,33 +38,11 @@ class CompressSaver:
     def __init__(
         self, ram: RamSaver, blocks: list[RamBlock], *, page_size: int, level: int
     ) -> None:
-        self._ram = ram
+        super().__init__(ram)
         self._blocks = blocks
         self._page_size = page_size
         self._level = level
         self._named: RamBlock | None = None
-        self._threads = ThreadPoolExecutor(
-            min(os.cpu_count() or 1, THREADS_MAX), thread_name_prefix="compress"
-        )
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._threads.shutdown(wait=True, cancel_futures=True)
-
-    def setup_bytes(self) -> bytes:
-        """START with the block list."""
-        return self._ram.setup_bytes()
-
-    def end_bytes(self) -> bytes:
-        """END."""
-        return self._ram.end_bytes()
 
     def save_all(self) -> None:
         """Send every page of every block once.
@@ -74,22 +50,23 @@ class CompressSaver:
         Raises:
             ChannelClosed: The peer went away, or the channel was shut down.
         """
-        with self:
+        count = min(os.cpu_count() or 1, THREADS_MAX)
+        with ThreadPoolExecutor(count, thread_name_prefix="compress") as threads:
             self._ram.begin_parts()
             for block in self._blocks:
                 self._ram.send(block, np.flatnonzero(~block.present), is_zero=True)
-                self._send(block, np.flatnonzero(block.present))
+                self._send(threads, block, np.flatnonzero(block.present))
             self._ram.end_parts()
 
-    def _send(self, block: RamBlock, pages: Pages) -> None:
+    def _send(self, threads: Executor, block: RamBlock, pages: Pages) -> None:
         if len(pages) and block is not self._named:
             # A first record names its block, which a deflated page never does.
             self._ram.send(block, pages[:1], is_zero=False)
             self._named, pages = block, pages[1:]
         for start in range(0, len(pages), BATCH_PAGES):
-            self._send_batch(block, pages[start : start + BATCH_PAGES])
+            self._send_batch(threads, block, pages[start : start + BATCH_PAGES])
 
-    def _send_batch(self, block: RamBlock, pages: Pages) -> None:
+    def _send_batch(self, threads: Executor, block: RamBlock, pages: Pages) -> None:
         content = block.memory.view.reshape(-1, self._page_size)
 
         def deflate(part: Pages) -> list[bytes]:
@@ -97,7 +74,7 @@ class CompressSaver:
             return [zlib.compress(content[page], level) for page in part.tolist()]
 
         slices = [pages[at : at + SLICE_PAGES] for at in range(0, len(pages), SLICE_PAGES)]
-        deflated = list(chain.from_iterable(self._threads.map(deflate, slices)))
+        deflated = list(chain.from_iterable(threads.map(deflate, slices)))
         is_smaller = np.array([len(data) < self._page_size for data in deflated])
         self._ram.send_deflated(
             block,

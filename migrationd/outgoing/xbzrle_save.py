@@ -16,15 +16,15 @@ from migrationd.guest.memory import Pages
 from migrationd.guest.ram_block import RamBlock
 from migrationd.migration.info import XbzrleStats
 from migrationd.migration.stats import OutgoingStats
-from migrationd.outgoing.ram_save import RamSaver
+from migrationd.outgoing.ram_save import EncodingSaver, RamSaver
 from migrationd.pageops.xbzrle_cache import XbzrleCache, XbzrleCounters
 
 BATCH_PAGES = 512
 """Pages that are looked up together: 2 MiB of copies stay in the processor's cache."""
 
 
-class XbzrleSaver:
-    """Sends RAM through a :class:`RamSaver`; used by the outgoing thread only.
+class XbzrleSaver(EncodingSaver):
+    """Sends RAM with edits; used by the outgoing thread only.
 
     Args:
         ram: Puts records on the wire.
@@ -43,7 +43,7 @@ class XbzrleSaver:
         cache_bytes: Callable[[], int],
         stats: OutgoingStats,
     ) -> None:
-        self._ram = ram
+        super().__init__(ram)
         self._page_size = page_size
         self._wanted_bytes = cache_bytes
         self._stats = stats
@@ -59,14 +59,6 @@ class XbzrleSaver:
         self._cache_bytes = 0
         self._cache: XbzrleCache
         self._make_cache()
-
-    def setup_bytes(self) -> bytes:
-        """START with the block list."""
-        return self._ram.setup_bytes()
-
-    def end_bytes(self) -> bytes:
-        """END."""
-        return self._ram.end_bytes()
 
     def save_all(self) -> None:
         """Send every page of every block once; of a guest that writes nothing none goes twice.

@@ -4,13 +4,13 @@ zstd, gzip, bzip2 and xz are read, zstd is written; members that follow one anot
 """
 
 import bz2
+import contextlib
 import lzma
 import os
 import threading
 import zlib
 from collections.abc import Callable
-from types import TracebackType
-from typing import Protocol, Self
+from typing import Protocol
 
 from migrationd.errors import StoreError, StreamError
 from migrationd.pageops.zstandard import zstd
@@ -21,7 +21,7 @@ _INPUT_BYTES = 1 << 20
 _OUTPUT_BYTES = 1 << 20
 
 
-class PlainStream:
+class PlainStream(contextlib.AbstractContextManager["PlainStream"]):
     """The stream of a container as a channel; the work of a decompressor is a thread.
 
     Args:
@@ -57,15 +57,7 @@ class PlainStream:
         """What the decompressor could not do; the channel ended there."""
         return self._error
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         self.channel.close()
         if self._thread is not None:
             self._thread.join()
