@@ -13,7 +13,6 @@ Reference: stream format 6.7; QEMU's events are active, STOP, RESUME, completed.
 
 import asyncio
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 
 import numpy as np
 
@@ -23,7 +22,7 @@ from migrationd.guest.instant import MemoryAtInstant, Piece
 from migrationd.guest.ram_block import RamBlock
 from migrationd.migration.status import Cause
 from migrationd.outgoing.device_save import stream_tail
-from migrationd.outgoing.file_save import FileSave, FileSettings
+from migrationd.outgoing.file_save import FileSettings
 from migrationd.outgoing.phases import Phases
 from migrationd.outgoing.ram_save import RamSaver
 
@@ -31,12 +30,12 @@ from migrationd.outgoing.ram_save import RamSaver
 class SnapshotPhases(Phases):
     """What one background snapshot sends; as :class:`Phases`, but the guest stays."""
 
+    has_switchover = False
     _memory: MemoryAtInstant | None = None
 
     async def send(self) -> None:
         """The stream from its first to its last byte, phase by phase."""
         self._guest.check_unchanged()
-        self._dialect = replace(self._dialect, send_switchover_start=False)
         if self._guest.live is not None:
             self._memory = self._guest.live.memory_at_instant()
         if self._settings.file is not None:
@@ -71,7 +70,7 @@ class SnapshotPhases(Phases):
         await on_thread(self._write, tail)
 
     async def _send_file(self, settings: FileSettings) -> None:
-        save: FileSave = self._file_save(settings)
+        save = self._savers.file(self._connection, settings)
         self._stats.dirty_sync_count = 1
         on_thread = self._connection.on_thread
         await on_thread(save.set_up)

@@ -13,19 +13,15 @@ Reference: QEMU's source; sequences in stream format 6.1-6.6, events in QEMU 11.
 import asyncio
 import logging
 import threading
-from collections.abc import Callable
-
-import numpy as np
-import numpy.typing as npt
+from dataclasses import replace
+from functools import partial
 
 from migrationd.clock import Clock
 from migrationd.codec.constants import FILE_HEADER_BYTES
 from migrationd.errors import ChannelError, GuestError
 from migrationd.guest.base import Guest, Live
 from migrationd.guest.run_state import LazyHandOver
-from migrationd.migration.convergence import Convergence
 from migrationd.migration.dialect import Dialect
-from migrationd.migration.dirty_limit import DirtyLimit
 from migrationd.migration.stats import OutgoingStats
 from migrationd.migration.status import Cause, StatusMachine
 from migrationd.outgoing.compress_save import CompressSaver
@@ -33,28 +29,19 @@ from migrationd.outgoing.connection import OutgoingConnection
 from migrationd.outgoing.contract import Observer, OutgoingSettings
 from migrationd.outgoing.departing import advise_bitmaps, departing
 from migrationd.outgoing.device_save import (
-    free_section_id,
     ready_ping,
     stream_head,
     stream_tail,
 )
-from migrationd.outgoing.file_save import FileSave, FileSettings
+from migrationd.outgoing.file_save import FileSettings
 from migrationd.outgoing.live_save import UNACKNOWLEDGED, LiveSaver
-from migrationd.outgoing.multifd_connect import OutgoingMultifd
-from migrationd.outgoing.multifd_save import MultifdSaver
-from migrationd.outgoing.multifd_send import MultifdSettings
 from migrationd.outgoing.postcopy import PostcopyLink
 from migrationd.outgoing.postcopy_source import PostcopySource
 from migrationd.outgoing.progress import OutgoingProgress
-from migrationd.outgoing.ram_save import PART_BYTES, RamSaver
-from migrationd.outgoing.xbzrle_save import XbzrleSaver
+from migrationd.outgoing.savers import Saver, Savers
 from migrationd.transport.rate_limit import RateLimiter
 
 log = logging.getLogger(__name__)
-
-Saver = RamSaver | MultifdSaver | XbzrleSaver | CompressSaver
-Sent = dict[str, npt.NDArray[np.bool_]]
-"""By block name one bool per page, set for pages that went out."""
 
 
 class Phases:
@@ -80,6 +67,9 @@ class Phases:
     keeps_guest = False
     """Whether the guest stays, whatever the destination gets."""
 
+    has_switchover = True
+    """Whether the stream tells of one."""
+
     def __init__(
         self,
         guest: Guest,
@@ -90,6 +80,8 @@ class Phases:
         status: StatusMachine,
     ) -> None:
         self._guest = guest = departing(guest, settings.sent_bitmaps)
+        if not self.has_switchover:
+            dialect = replace(dialect, send_switchover_start=False)
         self._dialect = dialect
         self._settings = settings
         self._clock = clock
@@ -108,6 +100,17 @@ class Phases:
         self.postcopy: PostcopySource | None = None
         if settings.postcopy is not None:
             self.postcopy = PostcopySource(guest, dialect, settings.postcopy, self._stats, clock)
+        self._savers = Savers(
+            guest,
+            dialect,
+            settings,
+            stats=self._stats,
+            limiter=self._limiter,
+            clock=clock,
+            postcopy=self.postcopy,
+            should_stop=self._is_postcopy_requested,
+            xbzrle_cache_bytes=lambda: self.xbzrle_cache_bytes,
+        )
         self.tail_started = threading.Event()
         self._continue = asyncio.Event()
         self._live_saver: LiveSaver | None = None
@@ -181,7 +184,7 @@ class Phases:
         await self._pause_before_switchover()
         is_lazy = self._is_postcopy_requested()
         if is_lazy and self._connection.link is not None and self._settings.multifd is None:
-            await self._connection.link.lead(self._ram_saver)
+            await self._connection.link.lead(partial(self._savers.ram, self._connection))
         await self._begin_switchover(is_lazy=is_lazy)
         if is_lazy:
             link = self._connection.link
@@ -217,34 +220,6 @@ class Phases:
         self.progress.error = None
         self._observer.running_there()
 
-    def _ram_saver(self, should_stop: Callable[[], bool] | None = None) -> RamSaver:
-        return RamSaver(
-            self._connection.channel,
-            list(self._guest.ram),
-            section_id=free_section_id(list(self._guest.devices)),
-            has_footers=self._dialect.send_section_footers,
-            page_size=self._guest.page_size,
-            stats=self._stats,
-            limiter=self._limiter,
-            clock=self._clock,
-            wait=self._connection.wait,
-            should_stop=should_stop or self._is_postcopy_requested,
-            sent=self._sent_pages(),
-            names_page_sizes=self.postcopy is not None,
-            part_bytes=PART_BYTES if self._settings.multifd is None else None,
-            detects_zeros=self._settings.detects_zero_pages,
-            names_addresses=self._settings.ignores_shared,
-        )
-
-    def _xbzrle_saver(self, ram: RamSaver) -> XbzrleSaver:
-        return XbzrleSaver(
-            ram,
-            self._guest.ram,
-            page_size=self._guest.page_size,
-            cache_bytes=lambda: self.xbzrle_cache_bytes,
-            stats=self._stats,
-        )
-
     def _asks_for_postcopy(self) -> bool:
         return self.postcopy is not None and self.postcopy.is_requested
 
@@ -252,11 +227,6 @@ class Phases:
         """Whether it is to begin now: as at QEMU, not before the destination agrees to it."""
         is_agreed = self._guest.live is None or self._may_switch_over()
         return is_agreed and self._asks_for_postcopy()
-
-    def _sent_pages(self) -> Sent | None:
-        if self.postcopy is None:
-            return None
-        return {block.idstr: block.sent for block in self.postcopy.schedule.blocks}
 
     async def _set_up(self) -> Saver:
         """Phase 1: what the destination must know before the first page."""
@@ -269,23 +239,17 @@ class Phases:
             capabilities=self._settings.validated_capabilities,
         )
         self._stats.dirty_sync_count = 1
-        ram = self._ram_saver()
-        saver: Saver = ram
+        ram = self._savers.ram(self._connection)
+        saver: Saver
         if self._settings.multifd is not None:
             # A destination of 8.0 and later waits for the first bytes of each connection, in turn.
             await self._connection.on_thread(self._write, head[:FILE_HEADER_BYTES])
             head = head[FILE_HEADER_BYTES:]
-            self._connection.multifd = self._make_multifd(self._settings.multifd)
-            saver = await self._connection.multifd.connect(ram, self._guest, self._dialect)
-        elif self._settings.xbzrle_cache_bytes is not None and self._guest.live is not None:
-            saver = self._xbzrle_saver(ram)
-        elif self._settings.compress_level is not None and self._guest.live is None:
-            saver = CompressSaver(
-                ram,
-                list(self._guest.ram),
-                page_size=self._guest.page_size,
-                level=self._settings.compress_level,
-            )
+            multifd = self._savers.multifd(self._connection, self._settings.multifd)
+            self._connection.multifd = multifd
+            saver = await multifd.connect(ram, self._guest, self._dialect)
+        else:
+            saver = self._savers.encoding(ram)
         start = await self._connection.on_thread(saver.setup_bytes)
         if self._asks_first:
             start += ready_ping()
@@ -313,18 +277,6 @@ class Phases:
             await self._connection.wait_peer_ready()
         if self._settings.stops_first and self._guest.live is not None:
             await self._stop_guest(self._guest.live)
-
-    def _make_multifd(self, settings: MultifdSettings) -> OutgoingMultifd:
-        return OutgoingMultifd(
-            self._connection.open_channel,
-            settings,
-            stats=self._stats,
-            limiter=self._limiter,
-            clock=self._clock,
-            wait=self._connection.wait,
-            should_stop=self._is_postcopy_requested,
-            sent=self._sent_pages(),
-        )
 
     async def _save_ram(self, saver: Saver) -> None:
         """Phase 2: every page once, for a held guest dirties none; or pass after pass."""
@@ -394,7 +346,7 @@ class Phases:
             saver,
             live,
             list(self._guest.ram),
-            self._make_convergence(),
+            self._savers.convergence(),
             stats=self._stats,
             clock=self._clock,
             downtime_limit_s=lambda: self.downtime_limit_ms / 1000,
@@ -403,21 +355,8 @@ class Phases:
             wait_for_peer=self._wait_for_peer,
             on_pass=on_pass,
             wait=self._connection.wait,
-            sent=self._sent_pages(),
+            sent=self._savers.sent,
             should_stop=self._is_postcopy_requested,
-        )
-
-    def _make_convergence(self) -> Convergence:
-        settings = self._settings
-        limit = None
-        if settings.dirty_limit_bytes_per_s is not None:
-            limit = DirtyLimit(settings.dirty_limit_bytes_per_s)
-        return Convergence(
-            settings.throttle,
-            limit,
-            settings.throttle_trigger_threshold,
-            has_edits=settings.xbzrle_cache_bytes is not None,
-            has_postcopy=self.postcopy is not None,
         )
 
     def _wait_for_peer(self) -> None:
@@ -460,7 +399,7 @@ class Phases:
 
     async def _save_file(self, settings: FileSettings) -> None:
         """The same phases into a mapped-ram file."""
-        save = self._file_save(settings)
+        save = self._savers.file(self._connection, settings)
         self._stats.dirty_sync_count = 1
         await self._connection.on_thread(save.set_up)
         self.progress.mark_set_up()
@@ -478,19 +417,6 @@ class Phases:
             await self._connection.on_thread(self._save_devices, live)
         self.tail_started.set()
         await self._connection.on_thread(save.switch_over)
-
-    def _file_save(self, settings: FileSettings) -> FileSave:
-        return FileSave(
-            self._connection.channel,
-            self._guest,
-            self._dialect,
-            settings,
-            uuid=self._settings.uuid,
-            stats=self._stats,
-            limiter=self._limiter,
-            clock=self._clock,
-            wait=self._connection.wait,
-        )
 
     def _leave_rest(self, live: Live) -> None:
         """A postcopy sends what is left of a guest that executed."""
