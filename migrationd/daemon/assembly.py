@@ -52,7 +52,7 @@ async def assemble(
         if not _offer_saved_guest(config, control):
             await _start_incoming(config, control)
             if config.ram_prealloc_bytes:
-                control.make_memory_ready()
+                control.incoming.make_memory_ready()
     except BaseException:
         await control.aclose()
         raise
@@ -109,7 +109,7 @@ async def _start_incoming(config: DaemonConfig, control: GuestControl) -> None:
     if not channels:
         return
     try:
-        await control.migrate_incoming(channels, exit_on_error=True, fds=_number_fd)
+        await control.incoming.start(channels, exit_on_error=True, fds=_number_fd)
     except MigrationdError as error:
         text = error.desc if isinstance(error, QMPError) else str(error)
         raise MigrationdError(f"-incoming {config.incoming[-1]}: {text}") from error
@@ -119,7 +119,7 @@ async def _open_cpr(config: DaemonConfig, control: GuestControl, channel: Migrat
     if config.ram_dir is not None:
         raise ConfigError("-ram-dir: memory that comes over a cpr channel stays where it is")
     try:
-        await control.open_cpr(channel.address)
+        await control.incoming.open_cpr(channel.address)
     except MigrationdError as error:
         raise MigrationdError(f"-incoming: cpr channel: {error}") from error
 

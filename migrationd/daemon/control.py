@@ -16,10 +16,11 @@ from uuid import UUID
 from migrationd.clock import Clock
 from migrationd.config import DaemonConfig
 from migrationd.daemon.guest_socket import GuestSocket
+from migrationd.daemon.incoming_control import IncomingControl
 from migrationd.daemon.machine import Machine
 from migrationd.daemon.outgoing_observer import MigrationEvents, OutgoingObserver
 from migrationd.daemon.run_control import RunControl
-from migrationd.daemon.settings import incoming_settings, number, outgoing_settings
+from migrationd.daemon.settings import number, outgoing_settings
 from migrationd.daemon.shelter import Shelter
 from migrationd.daemon.tls import MigrationTls
 from migrationd.errors import GuestError, MigrationdError, QMPError
@@ -27,9 +28,6 @@ from migrationd.guest.attached import AttachedGuest
 from migrationd.guest.held import HeldGuest
 from migrationd.guest.parked import ParkedGuest
 from migrationd.guest.run_state import LazyHandOver, Owner
-from migrationd.incoming.berth import Berth, IncomingSettings
-from migrationd.incoming.cpr import CprArrival
-from migrationd.incoming.driver import IncomingMigration
 from migrationd.migration.dialect import dialect_of
 from migrationd.migration.info import MigrationInfo
 from migrationd.migration.options import MigrationOptions
@@ -44,8 +42,7 @@ from migrationd.qmp.event_bus import EventBus
 from migrationd.transport.address import Address, describe
 from migrationd.transport.channel import Channel
 from migrationd.transport.connect import connect, is_opened_now, open_now
-from migrationd.transport.cpr_channel import CprListener, CprSender, listen_cpr
-from migrationd.transport.listen import listen
+from migrationd.transport.cpr_channel import CprSender
 
 log = logging.getLogger(__name__)
 
@@ -84,22 +81,28 @@ class GuestControl:
         self._clock = clock
         self._shelter = shelter
         self._on_quit = on_quit
-        self._on_fatal = on_fatal
         self._outgoing: OutgoingMigration | None = None
-        self._incoming: IncomingMigration | None = None
-        self._incoming_started = False
         self._guest_socket: GuestSocket | None = None
-        self._cpr: CprListener | None = None
         self._tasks: set[asyncio.Future[None]] = set()
         self._run = RunControl(config, bus, shelter, self._spawn)
         self._events = MigrationEvents(bus, options)
+        self.incoming = IncomingControl(
+            config,
+            options,
+            shelter,
+            self._run,
+            self._events,
+            self._tls,
+            spawn=self._spawn,
+            on_fatal=on_fatal,
+        )
         self.machine = Machine(
             bus,
             clock,
             chardevs or {},
             shelter,
             guest=lambda: self._run.guest,
-            migrations=lambda: (self._outgoing, self._incoming),
+            migrations=lambda: (self._outgoing, self.incoming.migration),
             adopt=self.adopt,
             spawn=self._spawn,
         )
@@ -125,8 +128,7 @@ class GuestControl:
     @property
     def run_state(self) -> str:
         """QMP RunState."""
-        incoming = self._incoming
-        return self._run.run_state(is_arriving=incoming is not None and incoming.owns_guest)
+        return self._run.run_state(is_arriving=self.incoming.owns_guest)
 
     @property
     def running(self) -> bool:
@@ -170,10 +172,6 @@ class GuestControl:
         dialect = dialect_of(guest.identity.machine, guest.seen)
         self._outgoing = OutgoingMigration(guest, dialect, settings, self._clock, observer)
         self._spawn(self._outgoing.run(None))
-
-    def make_memory_ready(self) -> None:
-        """Touch the memory of ``-ram-prealloc`` while nobody waits for it."""
-        self._spawn(asyncio.to_thread(self._shelter.make_ready))
 
     def open_guest_socket(self, path: str) -> None:
         """Listen for the workload of ``-guest attach``.
@@ -224,9 +222,7 @@ class GuestControl:
     def detached(self, guest: AttachedGuest) -> None:
         """The workload is gone; what it was doing fails by itself."""
         self._shelter.slot.put(None)
-        is_loading = self._incoming is not None and self._incoming.has_begun(guest)
-        if is_loading and self._incoming is not None:
-            self._incoming.guest_gone()
+        is_loading = self.incoming.lose(guest)
         if self._run.guest is guest:
             self._run.guest = None
             self._run.in_switchover = False
@@ -259,7 +255,8 @@ class GuestControl:
             raise QMPError("There is no guest to migrate: start with -incoming or a guest at rest")
         if guest.owner is not Owner.HELD:
             raise QMPError("Can't migrate the vm that was paused due to previous migration")
-        if self._incoming is not None and self._incoming.is_running:
+        incoming = self.incoming.migration
+        if incoming is not None and incoming.is_running:
             raise QMPError("Guest's memory is still on its way here")
         if blockers := self.machine.blockers:
             raise QMPError(f"State blocked by non-migratable device '{blockers[-1]}'")
@@ -289,7 +286,8 @@ class GuestControl:
         self._outgoing = migration
         migration.begin()
         try:
-            open_channel = self._opener(guest, address, fds)
+            keep = guest.file.identity if guest.file is not None else None
+            open_channel = self._opener(address, fds, keep)
             if settings.hands_memory_over:
                 assert cpr is not None
                 open_channel = after_hand_over(guest, CprSender(cpr), open_channel)
@@ -299,22 +297,17 @@ class GuestControl:
             raise
         self._spawn(migration.run(open_channel))
 
-    def _opener(self, guest: HeldGuest, address: Address, fds: FdLookup) -> OpenChannel:
+    def _opener(self, address: Address, fds: FdLookup, keep: tuple[int, int] | None) -> OpenChannel:
         """What opens the main channel; what is opened at once is open when this returns."""
         if not is_opened_now(address):
             return self._tls.outgoing(lambda: connect(address), address)
-        keep = guest.file.identity if guest.file is not None else None
         channel = open_now(address, fds, keep=keep)
         return self._tls.outgoing(lambda: _ready(channel), address)
 
     def _resume(self, address: Address, fds: FdLookup) -> None:
         if self._outgoing is None or self._outgoing.status != "postcopy-paused":
             raise QMPError("Cannot resume if there is no paused migration")
-        if is_opened_now(address):
-            channel = open_now(address, fds)
-            self._outgoing.resume(self._tls.outgoing(lambda: _ready(channel), address))
-        else:
-            self._outgoing.resume(self._tls.outgoing(lambda: connect(address), address))
+        self._outgoing.resume(self._opener(address, fds, None))
 
     def migrate_start_postcopy(self) -> None:
         """``migrate-start-postcopy``.
@@ -340,126 +333,13 @@ class GuestControl:
         if self._outgoing is not None and self._outgoing.status in PAUSABLE:
             self._outgoing.pause()
             return
-        if self._incoming is not None and self._incoming.pause():
+        incoming = self.incoming.migration
+        if incoming is not None and incoming.pause():
             return
         raise QMPError(
             "migrate-pause is currently only supported during postcopy-active or "
             "postcopy-recover state"
         )
-
-    def check_incoming_may_start(self) -> None:
-        """One incoming migration at a time, and only into a process that waits for it.
-
-        Raises:
-            QMPError: None can begin now.
-        """
-        if self._incoming_started:
-            raise QMPError("The incoming migration has already been started")
-        if self.run_state != "inmigrate":
-            raise QMPError("'-incoming' was not specified on the command line")
-
-    async def migrate_incoming(
-        self,
-        channels: Sequence[MigrationChannel],
-        *,
-        exit_on_error: bool,
-        fds: FdLookup,
-    ) -> None:
-        """Open the listener and load the guest as a task.
-
-        Raises:
-            QMPError: The state forbids it.
-            ChannelError: The address cannot be bound or opened.
-        """
-        self.check_incoming_may_start()
-        address = channels[0].address
-        check_transport(address, self.options.capabilities, self.options.parameters)
-        if self._incoming is not None and self._incoming.status != "failed":
-            raise QMPError(f"Illegal migration incoming state: {self._incoming.status}")
-        self.options.check_built()
-        berth: Berth = self._shelter.berth()
-        cpr = None
-        if self._cpr is not None:
-            berth = cpr_berth = self._shelter.cpr_berth()
-            cpr = CprArrival(self._cpr, cpr_berth)
-        replica = self._shelter.replica_berth() if self.options.capabilities["x-colo"] else None
-
-        def settings() -> IncomingSettings:
-            found = self._incoming_settings()
-            if replica is not None and not found.colo:
-                raise QMPError("Capability 'x-colo' was on when the listener was opened")
-            return found
-
-        async def arrived(guest: HeldGuest) -> None:
-            if replica is not None:
-                guest = await asyncio.to_thread(replica.take_over, guest)
-            await self._run.arrived(guest)
-
-        incoming = IncomingMigration(
-            replica or berth,
-            settings,
-            self._events.status,
-            arrived,
-            cpr,
-            self._run.runs_lazily,
-            lambda reason: self._events.colo_exit("secondary", reason),
-        )
-        self._incoming = incoming
-        incoming.begin()
-        # As in QEMU: where this fails, the status stays ``setup`` and the process is spent.
-        incoming.listen_on(self._tls.incoming(await listen(address, fds)))
-        self._incoming_started = True
-        self.options.is_listening = True
-
-        async def load() -> None:
-            try:
-                guest = await incoming.run()
-            finally:
-                self.options.is_listening = False
-            if guest is not None:
-                return
-            if exit_on_error and incoming.error is not None:
-                self._on_fatal(incoming.error)
-            else:
-                # Differs from QEMU: a bad source costs its own migration, the next may come.
-                self._incoming_started = False
-                self.make_memory_ready()
-
-        self._spawn(load())
-
-    async def open_cpr(self, address: Address) -> None:
-        """Listen for the memory that comes before the stream of every incoming migration.
-
-        Raises:
-            ChannelError: The address cannot be bound.
-        """
-        self._cpr = await listen_cpr(address)
-
-    def check_recovery_may_start(self) -> None:
-        """Only a postcopy that is paused can be recovered.
-
-        Raises:
-            QMPError: None is.
-        """
-        self._paused_incoming()
-
-    async def migrate_recover(self, address: Address, *, fds: FdLookup) -> None:
-        """Let the source of a paused postcopy in again.
-
-        Raises:
-            QMPError: None is paused here.
-            ChannelError: The address cannot be bound or opened.
-        """
-        incoming = self._paused_incoming()
-        listener = self._tls.incoming(await listen(address, fds))
-        if incoming.status != "postcopy-paused":
-            listener.close()
-        self._paused_incoming().recover_on(listener)
-
-    def _paused_incoming(self) -> IncomingMigration:
-        if self._incoming is None or self._incoming.status != "postcopy-paused":
-            raise QMPError("Migrate recover can only be run when postcopy is paused.")
-        return self._incoming
 
     def migrate_cancel(self) -> None:
         """``migrate_cancel``: succeeds also when there is nothing to cancel.
@@ -492,7 +372,8 @@ class GuestControl:
         """Of ``query-colo-status``."""
         if self._outgoing is not None and self._outgoing.status == "colo":
             return "primary"
-        is_secondary = self._incoming is not None and self._incoming.status == "colo"
+        incoming = self.incoming.migration
+        is_secondary = incoming is not None and incoming.status == "colo"
         return "secondary" if is_secondary else "none"
 
     @property
@@ -509,8 +390,8 @@ class GuestControl:
         match self.colo_mode:
             case "primary" if self._outgoing is not None:
                 self._outgoing.give_up_replica()
-            case "secondary" if self._incoming is not None:
-                self._incoming.fail_over()
+            case "secondary" if self.incoming.migration is not None:
+                self.incoming.migration.fail_over()
             case _:
                 raise QMPError("VM is not in COLO mode")
 
@@ -539,10 +420,6 @@ class GuestControl:
     def outgoing_info(self) -> MigrationInfo | None:
         """The source's part of ``query-migrate``."""
         return self._outgoing.info() if self._outgoing is not None else None
-
-    def incoming_info(self) -> MigrationInfo | None:
-        """The destination's part of ``query-migrate``."""
-        return self._incoming.info() if self._incoming is not None else None
 
     async def stop(self) -> None:
         """Stop the guest; of a parked one, choose that it is stopped where it goes next.
@@ -590,8 +467,7 @@ class GuestControl:
             guest.close()
         if self._guest_socket is not None:
             await self._guest_socket.aclose()
-        if self._cpr is not None:
-            self._cpr.close()
+        self.incoming.close()
         self._shelter.close()
 
     def _cancel_outgoing(self) -> None:
@@ -606,11 +482,6 @@ class GuestControl:
             is_clone=self._config.keep,
             compress_level=self._config.compress_level,
             learned=self._run.learned_order(),
-        )
-
-    def _incoming_settings(self) -> IncomingSettings:
-        return incoming_settings(
-            self.options, self._config.uuid, ram_limit_bytes=self._config.ram_limit_bytes
         )
 
     def _spawn(self, work: "Coroutine[None, None, None] | asyncio.Future[None]") -> None:

@@ -41,6 +41,13 @@ REQUEST_WAIT_S = 10.0
 """A connection that says nothing for this long is closed."""
 
 
+class Informed(Protocol):
+    """One half of the control."""
+
+    def info(self) -> MigrationInfo | None:
+        """Its part of ``query-migrate``."""
+
+
 class Gauged(Protocol):
     """What is measured; read on the event loop."""
 
@@ -59,8 +66,9 @@ class Gauged(Protocol):
     def outgoing_info(self) -> MigrationInfo | None:
         """The source's part of ``query-migrate``."""
 
-    def incoming_info(self) -> MigrationInfo | None:
-        """The destination's part of ``query-migrate``."""
+    @property
+    def incoming(self) -> Informed:
+        """Knows the destination's part."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +168,7 @@ class _GuestCollector(Collector):
             ram_bytes=guest.ram_bytes if guest else 0,
             present_bytes=guest.present_bytes if guest else 0,
             outgoing=gauged.outgoing_info(),
-            incoming=gauged.incoming_info(),
+            incoming=gauged.incoming.info(),
         )
 
 

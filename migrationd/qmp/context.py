@@ -255,6 +255,27 @@ class Machine(Protocol):
         """Cut the connections of the migration off."""
 
 
+class IncomingControl(Protocol):
+    """Commands on the incoming migration; called on the event loop."""
+
+    def check_may_start(self) -> None:
+        """Raise if no incoming migration can begin; asked before its address is parsed."""
+
+    async def start(
+        self, channels: Sequence[MigrationChannel], *, exit_on_error: bool, fds: FdLookup
+    ) -> None:
+        """Open the listener of an incoming migration."""
+
+    def check_recovery_may_start(self) -> None:
+        """Raise if no paused postcopy waits here; asked before the address is parsed."""
+
+    async def recover(self, address: Address, *, fds: FdLookup) -> None:
+        """Let the source of a paused postcopy in again."""
+
+    def info(self) -> MigrationInfo | None:
+        """The destination's part of ``query-migrate``."""
+
+
 class Control(Protocol):
     """Commands on the one guest of the process; called on the event loop."""
 
@@ -263,6 +284,10 @@ class Control(Protocol):
     @property
     def objects(self) -> Objects:
         """Objects that users made."""
+
+    @property
+    def incoming(self) -> IncomingControl:
+        """The incoming half."""
 
     @property
     def machine(self) -> Machine:
@@ -291,14 +316,6 @@ class Control(Protocol):
     def migrate(self, channels: Sequence[MigrationChannel], *, resume: bool, fds: FdLookup) -> None:
         """Start an outgoing migration."""
 
-    def check_incoming_may_start(self) -> None:
-        """Raise if no incoming migration can begin; asked before its address is parsed."""
-
-    async def migrate_incoming(
-        self, channels: Sequence[MigrationChannel], *, exit_on_error: bool, fds: FdLookup
-    ) -> None:
-        """Open the listener of an incoming migration."""
-
     def migrate_cancel(self) -> None:
         """Cancel the outgoing migration, if there is one."""
 
@@ -322,12 +339,6 @@ class Control(Protocol):
     def migrate_pause(self) -> None:
         """Break the connection of a postcopy."""
 
-    def check_recovery_may_start(self) -> None:
-        """Raise if no paused postcopy waits here; asked before the address is parsed."""
-
-    async def migrate_recover(self, address: Address, *, fds: FdLookup) -> None:
-        """Let the source of a paused postcopy in again."""
-
     def check_capabilities_may_change(self) -> None:
         """Raise if a running migration forbids it."""
 
@@ -336,9 +347,6 @@ class Control(Protocol):
 
     def outgoing_info(self) -> MigrationInfo | None:
         """The source's part of ``query-migrate``."""
-
-    def incoming_info(self) -> MigrationInfo | None:
-        """The destination's part of ``query-migrate``."""
 
     async def stop(self) -> None:
         """Stop the guest."""

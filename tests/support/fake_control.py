@@ -95,12 +95,50 @@ class FakeMachine:
 
 
 @dataclass
+class FakeIncoming:
+    """Implements ``migrationd.qmp.context.IncomingControl``; keeps what it was asked.
+
+    Attributes:
+        refusal: What ``migrate-incoming`` is told before its address is read.
+        migration: Of ``query-migrate``.
+        calls: As those of the :class:`FakeControl` that it belongs to.
+    """
+
+    refusal: str | None = "'-incoming' was not specified on the command line"
+    migration: MigrationInfo | None = None
+    calls: list[tuple[object, ...]] = field(default_factory=list)
+
+    def check_may_start(self) -> None:
+        """Refuse as told."""
+        if self.refusal is not None:
+            raise QMPError(self.refusal)
+
+    async def start(
+        self, channels: Sequence[MigrationChannel], *, exit_on_error: bool, fds: FdLookup
+    ) -> None:
+        """Only remember it."""
+        addresses = tuple(channel.address for channel in channels)
+        self.calls.append(("migrate_incoming", addresses, exit_on_error))
+
+    def check_recovery_may_start(self) -> None:
+        """Nothing is paused."""
+        raise QMPError("Migrate recover can only be run when postcopy is paused.")
+
+    async def recover(self, address: Address, *, fds: FdLookup) -> None:
+        """Only remember it."""
+        self.calls.append(("migrate_recover", address))
+
+    def info(self) -> MigrationInfo | None:
+        """The destination's part."""
+        return self.migration
+
+
+@dataclass
 class FakeControl:
     """Implements ``migrationd.qmp.context.Control``; keeps what it was asked.
 
     Attributes:
         calls: Name of each method that was called, with what matters of its arguments.
-        incoming_refusal: What ``migrate-incoming`` is told before its address is read.
     """
 
     options: MigrationOptions = field(default_factory=MigrationOptions)
@@ -110,29 +148,19 @@ class FakeControl:
     running: bool = False
     only_migratable: bool = False
     outgoing: MigrationInfo | None = None
-    incoming: MigrationInfo | None = None
-    incoming_refusal: str | None = "'-incoming' was not specified on the command line"
     calls: list[tuple[object, ...]] = field(default_factory=list)
+    incoming: FakeIncoming = field(default_factory=FakeIncoming)
     machine: FakeMachine = field(default_factory=FakeMachine)
     objects: ObjectRegistry = field(default_factory=ObjectRegistry)
+
+    def __post_init__(self) -> None:
+        self.incoming.calls = self.calls
 
     def migrate(self, channels: Sequence[MigrationChannel], *, resume: bool, fds: FdLookup) -> None:
         """Only remember it."""
         if resume:
             raise QMPError("Cannot resume if there is no paused migration")
         self.calls.append(("migrate", tuple(channel.address for channel in channels)))
-
-    def check_incoming_may_start(self) -> None:
-        """Refuse as told."""
-        if self.incoming_refusal is not None:
-            raise QMPError(self.incoming_refusal)
-
-    async def migrate_incoming(
-        self, channels: Sequence[MigrationChannel], *, exit_on_error: bool, fds: FdLookup
-    ) -> None:
-        """Only remember it."""
-        addresses = tuple(channel.address for channel in channels)
-        self.calls.append(("migrate_incoming", addresses, exit_on_error))
 
     def migrate_cancel(self) -> None:
         """Only remember it."""
@@ -172,14 +200,6 @@ class FakeControl:
             "postcopy-recover state"
         )
 
-    def check_recovery_may_start(self) -> None:
-        """Nothing is paused."""
-        raise QMPError("Migrate recover can only be run when postcopy is paused.")
-
-    async def migrate_recover(self, address: Address, *, fds: FdLookup) -> None:
-        """Only remember it."""
-        self.calls.append(("migrate_recover", address))
-
     def check_capabilities_may_change(self) -> None:
         """They may."""
 
@@ -190,10 +210,6 @@ class FakeControl:
     def outgoing_info(self) -> MigrationInfo | None:
         """The source's part."""
         return self.outgoing
-
-    def incoming_info(self) -> MigrationInfo | None:
-        """The destination's part."""
-        return self.incoming
 
     async def stop(self) -> None:
         """Only remember it."""

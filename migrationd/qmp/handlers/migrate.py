@@ -35,14 +35,14 @@ def migrate(call: Invocation, arguments: Migrate) -> None:
 
 async def migrate_incoming(call: Invocation, arguments: MigrateIncoming) -> None:
     """``migrate-incoming``."""
-    call.control.check_incoming_may_start()
+    call.control.incoming.check_may_start()
     if _has_uri(arguments):
         channels = [MigrationChannel("main", parse_uri(arguments.uri))]
     else:
         if len(arguments.channels) > 1 or arguments.channels[0].channel_type != "main":
             raise QMPError("Channel list must have only one entry, for type 'main'")
         channels = _channels(arguments.channels)
-    await call.control.migrate_incoming(
+    await call.control.incoming.start(
         channels, exit_on_error=arguments.exit_on_error, fds=call.fds.take
     )
 
@@ -69,14 +69,14 @@ def migrate_pause(call: Invocation, _: object) -> None:
 
 async def migrate_recover(call: Invocation, arguments: MigrateRecover) -> None:
     """``migrate-recover``."""
-    call.control.check_recovery_may_start()
-    await call.control.migrate_recover(parse_uri(arguments.uri), fds=call.fds.take)
+    call.control.incoming.check_recovery_may_start()
+    await call.control.incoming.recover(parse_uri(arguments.uri), fds=call.fds.take)
 
 
 def query_migrate(call: Invocation, _: object) -> MigrationInfoModel:
     """``query-migrate``: the destination's part first, the source's over it."""
     members: dict[str, object] = {}
-    for info in (call.control.incoming_info(), call.control.outgoing_info()):
+    for info in (call.control.incoming.info(), call.control.outgoing_info()):
         if info is not None:
             members |= _info_members(info)
     if blockers := call.control.machine.blockers:

@@ -18,6 +18,16 @@ from migrationd.guest.run_state import Owner
 from migrationd.migration.info import MigrationInfo, RamStats
 
 
+class Informed:
+    """The incoming half."""
+
+    def __init__(self) -> None:
+        self.migration: MigrationInfo | None = None
+
+    def info(self) -> MigrationInfo | None:
+        return self.migration
+
+
 class Gauged:
     """A guest and migrations of the test's choice."""
 
@@ -26,13 +36,10 @@ class Gauged:
         self.run_state = "inmigrate"
         self.guest_name: str | None = 'a "name"'
         self.outgoing: MigrationInfo | None = None
-        self.incoming: MigrationInfo | None = None
+        self.incoming = Informed()
 
     def outgoing_info(self) -> MigrationInfo | None:
         return self.outgoing
-
-    def incoming_info(self) -> MigrationInfo | None:
-        return self.incoming
 
 
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]

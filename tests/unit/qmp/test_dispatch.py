@@ -11,13 +11,13 @@ from pydantic import TypeAdapter
 from migrationd.migration.info import MigrationInfo, RamStats
 from migrationd.qmp.handlers.table import COMMANDS
 from migrationd.transport.address import ExecAddress, FileAddress, InetAddress, UnixAddress
-from tests.support.fake_control import FakeControl
+from tests.support.fake_control import FakeControl, FakeIncoming
 from tests.support.monitor import Monitor
 
 
 @pytest.fixture
 def control() -> FakeControl:
-    return FakeControl(incoming_refusal=None)
+    return FakeControl(incoming=FakeIncoming(refusal=None))
 
 
 @pytest.fixture
@@ -121,7 +121,7 @@ async def test_refused_migrations(monitor: Monitor, arguments: object, text: str
 async def test_incoming_asks_for_its_state_before_its_address(
     monitor: Monitor, control: FakeControl
 ) -> None:
-    control.incoming_refusal = "no"
+    control.incoming.refusal = "no"
     reply = await ask(monitor, "migrate-incoming", {"uri": "bogus"})
     assert reply["error"]["desc"] == "no"
 
@@ -129,7 +129,7 @@ async def test_incoming_asks_for_its_state_before_its_address(
 async def test_both_parts_of_query_migrate(monitor: Monitor, control: FakeControl) -> None:
     assert (await ask(monitor, "query-migrate"))["return"] == {}
     address: dict[str, object] = {"type": "inet", "host": "::1", "port": "4", "ipv6": True}
-    control.incoming = MigrationInfo(status="setup", socket_address=(address,))
+    control.incoming.migration = MigrationInfo(status="setup", socket_address=(address,))
     assert (await ask(monitor, "query-migrate"))["return"] == {
         "status": "setup",
         "socket-address": [address],
