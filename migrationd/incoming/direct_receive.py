@@ -33,6 +33,9 @@ LEAST_RUN_PAGES = 512
 LEAST_USUAL_PAGES = 96
 """A run is guessed to become as long as the one before, if that had this many pages."""
 
+GATHER_BYTES = 256 << 10
+"""A read waits a moment for so much. Twice as much costs the cache more than it saves calls."""
+
 _HEADER_BYTES = 8
 _PAGE_CONTINUE = RAM_SAVE_FLAG_PAGE | RAM_SAVE_FLAG_CONTINUE
 
@@ -165,7 +168,10 @@ class DirectReceiver:
             return 0, 0
         self._vector[1 : 2 * count : 2, 0] = self._steps[:count] + np.uint64(address_of(target))
         _scatter(pending, self._headers, target, size)
-        total = self._read(len(pending), expected)
+        try:
+            total = self._read(len(pending), expected)
+        finally:
+            self._channel.gather_no_more()
         complete = total // (_HEADER_BYTES + size)
         wrong = np.flatnonzero(self._headers[:complete].view(">u8")[:, 0] != expected[:complete])
         good = int(wrong[0]) if len(wrong) else complete
@@ -197,10 +203,12 @@ class DirectReceiver:
         """
         record_bytes = _HEADER_BYTES + self._size
         count = len(expected)
+        end = count * record_bytes
+        comes_fast = True
         vector = self._vector[: 2 * count]
         words = self._headers.view(">u8")[:, 0]
         checked = 0
-        while total < count * record_bytes:
+        while total < end:
             record, inside = divmod(total, record_bytes)
             first = 2 * record + (inside >= _HEADER_BYTES)
             done_of_first = inside - _HEADER_BYTES if inside >= _HEADER_BYTES else inside
@@ -208,6 +216,7 @@ class DirectReceiver:
             vector[first, 0] += np.uint64(done_of_first)
             vector[first, 1] -= np.uint64(done_of_first)
             try:
+                comes_fast = comes_fast and self._channel.gather(min(end - total, GATHER_BYTES))
                 done = self._channel.recv_vector(vector[first:], self._timeout_s)
             except TimeoutError:
                 break

@@ -162,13 +162,19 @@ class _Worker:
         self._points = points
         self._decoder = PacketDecoder(number, page_size, method)
         self._header = np.zeros(self._decoder.header_bytes, np.uint8)
-        self._header_row = (address_of(self._header), len(self._header))
+        self._size = len(self._header)
+        self._header_view = self._header.data
+        self._header_row = (address_of(self._header), self._size)
+        # Of a run and the header behind it, which nearly every packet of a large guest is.
+        self._run_vector = np.array(((0, 0), self._header_row), np.uint64)
+        self._run_vector_at = address_of(self._run_vector.view(np.uint8))
         self._has_header = False
         self._has_ended = False
         self._decompressor: Decompressor | None = decompressor(method)
         self._buffer = np.empty(0, np.uint8)
         self._last_raw = b""
         self._last_block: RamBlock | None = None
+        self._last_start = 0
         self.has_unsynced_pages = False
 
     def run(self) -> None:
@@ -201,7 +207,7 @@ class _Worker:
         if self._has_ended:
             return False
         self._has_header = False
-        packet = self._decoder.decode(self._header.data)
+        packet = self._decoder.decode(self._header_view)
         if packet.normal_pages or packet.zero_pages:
             self.has_unsynced_pages = True
             self._place(packet)
@@ -211,10 +217,6 @@ class _Worker:
             self.has_unsynced_pages = False
         return True
 
-    @property
-    def _size(self) -> int:
-        return len(self._header)
-
     def _take_header(self, received: int) -> None:
         self._has_header = received == self._size
         self._has_ended = not received
@@ -223,14 +225,12 @@ class _Worker:
 
     def _place(self, packet: Packet) -> None:
         block = self._block(packet)
-        data = self._header.data
+        data = self._header_view
         first = self._decoder.run(data, packet, block.used_length)
         if first >= 0:
             count = packet.normal_pages
             if self._decompressor is None and block.memory.view.flags.writeable:
-                # The shortest way; nearly all of a large guest takes it.
-                start = address_of(block.memory.view) + first * self._page_size
-                self._receive(packet, (start, packet.data_bytes), looks_ahead=not packet.is_sync)
+                self._receive_run(packet, self._last_start + first * self._page_size)
                 block.mark_placed(slice(first, first + count))
                 return
             pages = np.arange(first, first + count)
@@ -277,6 +277,7 @@ class _Worker:
                     f"a page of block {name!r}, which is not in the list", section=self.name
                 )
             self._last_raw, self._last_block = packet.ramblock, block
+            self._last_start = address_of(block.memory.view)
         return self._last_block
 
     def _into_buffer(self, packet: Packet, capacity: int) -> npt.NDArray[np.uint8]:
@@ -286,25 +287,28 @@ class _Worker:
         self._receive(packet, (address_of(part), len(part)))
         return part
 
-    def _receive(self, packet: Packet, *rows: tuple[int, int], looks_ahead: bool = False) -> None:
-        """Receive the data of a packet.
+    def _receive_run(self, packet: Packet, start: int) -> None:
+        """Receive the data of a packet to one place, and the next header by the same call.
 
-        Args:
-            packet: Its header.
-            rows: Address and length of each place.
-            looks_ahead: Receive the header of the next packet by the same call. Not behind a
-                SYNC: what follows may come only after the main stream's mark.
+        Not behind a SYNC: what follows may come only after the main stream's mark.
         """
         size = packet.data_bytes
-        if not looks_ahead:
-            received = self._channel.recv_exactly(_vector(*rows), size)
-        else:
-            vector = _vector(*rows, self._header_row)
-            received = self._channel.recv_exactly(vector, size + self._size)
+        if packet.is_sync:
+            self._receive(packet, (start, size))
+            return
+        vector = self._run_vector
+        vector[0, 0], vector[0, 1] = start, size
+        received = self._channel.recv_window(vector, self._run_vector_at, size + self._size)
         if received < size:
             raise self._truncated(f"{received} of {size} bytes of page data")
-        if looks_ahead:
-            self._take_header(received - size)
+        self._take_header(received - size)
+
+    def _receive(self, packet: Packet, *rows: tuple[int, int]) -> None:
+        """Receive the data of a packet to these places, address and length each."""
+        size = packet.data_bytes
+        received = self._channel.recv_exactly(_vector(*rows), size)
+        if received < size:
+            raise self._truncated(f"{received} of {size} bytes of page data")
 
     def _truncated(self, what: str) -> StreamTruncated:
         return StreamTruncated(f"the channel ended after {what}", section=self.name)

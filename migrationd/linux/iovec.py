@@ -295,6 +295,23 @@ def recv_vector_all(fd: int, vector: Vector) -> int:
     return _result(_recvmsg(fd, ctypes.byref(head), _MSG_WAITALL))
 
 
+def recv_entries(fd: int, address: int, count: int) -> int:
+    """:func:`recv_vector_all` of a vector whose address is known; for short ones.
+
+    Args:
+        fd: Socket.
+        address: Of the first entry.
+        count: Entries, at most ``IOV_MAX``.
+
+    Returns:
+        Bytes received; fewer than asked for at the end of the input or after a signal.
+
+    Raises:
+        OSError: As the call.
+    """
+    return _result(_recvmsg(fd, ctypes.byref(_Msghdr(iov=address, iovlen=count)), _MSG_WAITALL))
+
+
 def send_entries(fd: int, address: int, count: int) -> int:
     """``sendmsg`` of a vector whose address is known; for short ones, where finding it counts.
 

@@ -28,6 +28,7 @@ from migrationd.linux.iovec import (
     Vector,
     address_of,
     page_vector,
+    recv_entries,
     recv_vector,
     recv_vector_all,
     rest_of,
@@ -37,6 +38,9 @@ from migrationd.linux.iovec import (
 )
 from migrationd.transport.command import Command
 from migrationd.transport.shared_descriptor import SharedDescriptor
+
+GATHER_MS = 1
+"""Longest wait for more than a byte; a slower peer is read as its bytes come."""
 
 
 class Channel(SharedDescriptor):
@@ -66,6 +70,8 @@ class Channel(SharedDescriptor):
         super().__init__(fd, command)
         self._is_durable = is_durable
         self._writable: select.poll | None = None
+        self._readable: select.poll | None = None
+        self._low_water = 1
         self.bytes_sent = 0
         self.bytes_received = 0
 
@@ -89,6 +95,43 @@ class Channel(SharedDescriptor):
                 self._wait(select.POLLIN, timeout_s)
                 self._must_wait_for_writer = False
             return self._receive(lambda: self._try_recv(view), timeout_s)
+
+    def gather(self, size_bytes: int) -> bool:
+        """Wait a moment until so much has come, until :meth:`gather_no_more`. Sockets only.
+
+        A reader that is faster than its peer is woken for each segment, which costs both ends
+        more than to copy it. Only TCP knows how to wait for more than a byte.
+
+        Returns:
+            Whether it came in time; what waits from now on waits for a byte again if not.
+
+        Raises:
+            ChannelClosed: The channel was shut down.
+        """
+        with self._in_use:
+            self._set_low_water(size_bytes)
+            if self._readable is None:
+                self._readable = select.poll()
+                self._readable.register(self._fd, select.POLLIN)
+            if self._readable.poll(GATHER_MS):
+                return True
+            self._set_low_water(1)
+            return False
+
+    def gather_no_more(self) -> None:
+        """Wait for a byte again. Sockets only.
+
+        Raises:
+            ChannelClosed: The channel was shut down.
+        """
+        with self._in_use:
+            self._set_low_water(1)
+
+    def _set_low_water(self, size_bytes: int) -> None:
+        if self._low_water != size_bytes and self._socket is not None:
+            self._low_water = size_bytes
+            with contextlib.suppress(OSError):  # a peer may be gone
+                self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, size_bytes)
 
     def recv_vector(self, vector: Vector, timeout_s: float | None) -> int:
         """Receive what is there into a scatter vector; sockets only.
@@ -129,6 +172,32 @@ class Channel(SharedDescriptor):
                 if not count or total == size:
                     return total
                 vector = rest_of(vector, count)
+
+    def recv_window(self, vector: Vector, address: int, size_bytes: int) -> int:
+        """:meth:`recv_exactly` of a short vector of which more is known; sockets only.
+
+        Args:
+            vector: Addresses and lengths, at most ``IOV_MAX`` entries; stays as it is.
+            address: Of the vector.
+            size_bytes: Sum of its lengths.
+
+        Returns:
+            Bytes received; fewer than asked for at the end of the input.
+
+        Raises:
+            ChannelClosed: The channel was shut down, or the peer broke it.
+        """
+        with self._in_use:
+            try:
+                done = recv_entries(self._fd, address, len(vector))
+            except InterruptedError:
+                done = 0
+            except OSError as error:
+                raise self._broken("read from", error) from error
+            self.bytes_received += done
+            if done == size_bytes:
+                return done
+            return done + self.recv_exactly(rest_of(vector.copy(), done), size_bytes - done)
 
     def recv_some(self, max_bytes: int) -> bytes:
         """Receive without waiting; for the event loop.

@@ -126,6 +126,11 @@ class TlsChannel(Channel):
             if not self._feed(self._cipher[:size]):
                 return 0
 
+    def gather(self, size_bytes: int) -> bool:
+        """As :meth:`Channel.gather`; nobody knows how much of it is here already."""
+        del size_bytes
+        return False
+
     def recv_vector(self, vector: Vector, timeout_s: float | None) -> int:
         """As :meth:`Channel.recv_vector`."""
         room = min(int(vector[:, 1].sum()), _CHUNK_BYTES)
@@ -149,6 +154,11 @@ class TlsChannel(Channel):
             total += count
             vector = rest_of(vector, count)
         return total
+
+    def recv_window(self, vector: Vector, address: int, size_bytes: int) -> int:
+        """As :meth:`Channel.recv_window`."""
+        del address
+        return self.recv_exactly(vector.copy(), size_bytes)
 
     def recv_some(self, max_bytes: int) -> bytes:
         """As :meth:`Channel.recv_some`."""

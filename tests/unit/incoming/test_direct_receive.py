@@ -3,6 +3,7 @@
 import random
 import socket
 import threading
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -30,9 +31,12 @@ from migrationd.incoming.direct_receive import (
 )
 from migrationd.incoming.loader import Pause, StreamLoader
 from migrationd.transport.channel import Channel
+from tests.unit.transport.support import tcp_pair
 
 SIZE = 4096
 PAGES = 2048
+
+SocketPair = Callable[[], tuple[socket.socket, socket.socket]]
 
 
 def page_records(pages: np.ndarray, contents: np.ndarray) -> bytes:
@@ -72,14 +76,15 @@ def stream(rng: np.random.Generator, kinds: list[str]) -> tuple[bytes, np.ndarra
     return b"".join(out), memory
 
 
-def load(data: bytes, cuts: list[int]) -> tuple[ParkedGuest, int]:
-    """Load a stream that arrives in pieces."""
-    ours, theirs = socket.socketpair()
+def load(
+    data: bytes, cuts: list[int], make_pair: SocketPair = socket.socketpair
+) -> tuple[ParkedGuest, int]:
+    """Load a stream that arrives in pieces, over a connection that stays open behind its end."""
+    ours, theirs = make_pair()
 
     def send() -> None:
-        with theirs:
-            for begin, end in zip([0, *cuts], [*cuts, len(data)], strict=True):
-                theirs.sendall(data[begin:end])
+        for begin, end in zip([0, *cuts], [*cuts, len(data)], strict=True):
+            theirs.sendall(data[begin:end])
 
     sender = threading.Thread(target=send)
     sender.start()
@@ -98,13 +103,17 @@ def load(data: bytes, cuts: list[int]) -> tuple[ParkedGuest, int]:
     finally:
         channel.shutdown()
         sender.join()
+        theirs.close()
         channel.close()
     assert guest is not None
     return guest, loader.position
 
 
+@pytest.mark.parametrize("make_pair", [socket.socketpair, tcp_pair])
 @pytest.mark.parametrize("seed", range(12))
-def test_any_mixture_in_any_pieces(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_mixture_in_any_pieces(
+    seed: int, make_pair: SocketPair, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rng = np.random.default_rng(seed)
     choose = random.Random(seed)
     kinds = choose.choices(["run", "run", "zero", "scattered", "section"], k=8)
@@ -120,7 +129,7 @@ def test_any_mixture_in_any_pieces(seed: int, monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(direct_receive.DirectReceiver, "receive", counted)
     monkeypatch.setattr(direct_receive, "LEAST_RUN_PAGES", 32)
-    guest, position = load(data, cuts)
+    guest, position = load(data, cuts, make_pair)
     assert position == len(data)
     block = guest.ram[0]
     np.testing.assert_array_equal(block.memory.view.reshape(PAGES, SIZE), memory)
@@ -129,7 +138,8 @@ def test_any_mixture_in_any_pieces(seed: int, monkeypatch: pytest.MonkeyPatch) -
         assert sum(used) > 0
 
 
-def test_a_long_run_goes_directly_and_its_end_waits_for_nothing() -> None:
+@pytest.mark.parametrize("make_pair", [socket.socketpair, tcp_pair])
+def test_a_long_run_goes_directly_and_its_end_waits_for_nothing(make_pair: SocketPair) -> None:
     rng = np.random.default_rng(99)
     pages = np.arange(PAGES, dtype=np.int64)
     contents = np.zeros((PAGES, SIZE), np.uint8)
@@ -138,7 +148,7 @@ def test_a_long_run_goes_directly_and_its_end_waits_for_nothing() -> None:
     tail = bytes.fromhex("0000000000000010")
     at = head.index(tail + encode_section_footer(1) + encode_section_header(3, 1))
     data = head[:at] + page_records(pages, contents) + head[at:]
-    guest, position = load(data, [])
+    guest, position = load(data, [], make_pair)
     assert position == len(data)
     assert guest.ram[0].present.all()
     np.testing.assert_array_equal(guest.ram[0].memory.view.reshape(PAGES, SIZE), contents)

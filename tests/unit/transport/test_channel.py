@@ -438,3 +438,57 @@ def test_a_send_timeout_set_by_somebody_else_is_no_error() -> None:
     channel.close()
     assert len(received.result()) == 4 << 20
     theirs.close()
+
+
+def test_gathered_bytes_come_at_once_and_later_ones_one_by_one() -> None:
+    ours, theirs = tcp_pair()
+    channel = channel_of(ours)
+    view = memoryview(bytearray(2000))
+    with theirs:
+        theirs.sendall(bytes(100))
+        assert not channel.gather(1000), "100 bytes are not 1,000"
+        assert channel.recv_into(view, WAKE_S) == 100, "and nobody waits for more than one then"
+        theirs.sendall(bytes(1000))
+        wait_for(lambda: channel.gather(1000))
+        assert channel.recv_into(view, WAKE_S) == 1000
+        assert ours_low_water(channel) == 1000
+        channel.gather_no_more()
+        theirs.sendall(b"x")
+        assert channel.recv_into(view, WAKE_S) == 1
+        theirs.shutdown(socket.SHUT_WR)
+        wait_for(lambda: channel.gather(1000))
+        assert channel.recv_into(view, WAKE_S) == 0, "the end is worth a look, too"
+    channel.close()
+    with pytest.raises(ChannelClosed):
+        channel.gather(1000)
+
+
+def ours_low_water(channel: Channel) -> int:
+    with channel.descriptor() as fd, socket.socket(fileno=os.dup(fd)) as sock:
+        return sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT)
+
+
+@pairs
+@pytest.mark.parametrize("step", [1, 700, 5000])
+def test_a_window_is_filled_in_any_pieces(make_pair: SocketPair, step: int) -> None:
+    ours, theirs = make_pair()
+    channel = channel_of(ours)
+    data = np.random.default_rng(step).integers(0, 256, 5000, dtype=np.uint8)
+    target = np.zeros(5000, np.uint8)
+    at = iovec.address_of(target)
+    vector = np.array(((at, 4000), (at + 4000, 1000)), np.uint64)
+    before = vector.copy()
+    address = iovec.address_of(vector.view(np.uint8))
+    with theirs:
+        received = in_thread(lambda: channel.recv_window(vector, address, 5000))
+        for begin in range(0, 5000, step):
+            theirs.sendall(data[begin : begin + step])
+        assert received.result(WAKE_S * 10) == 5000
+        np.testing.assert_array_equal(target, data)
+        np.testing.assert_array_equal(vector, before)
+        theirs.sendall(data[:4100])
+        theirs.shutdown(socket.SHUT_WR)
+        assert channel.recv_window(vector, address, 5000) == 4100
+        assert channel.recv_window(vector, address, 5000) == 0
+    assert channel.bytes_received == 9100
+    channel.close()
