@@ -66,7 +66,7 @@ class BlockPages:
         self.remaining = int(np.count_nonzero(self.wanted))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Batch:
     """Pages of one block for the background push; none of them is claimed yet.
 
@@ -78,6 +78,7 @@ class Batch:
         is_first: Whether it goes before everything else; a restart does not break it off.
         is_learned: Whether the guest asked for these pages the last time.
         walk: The walk that it belongs to.
+        done: How many of its pages the push has dealt with.
     """
 
     block: int
@@ -87,6 +88,7 @@ class Batch:
     is_first: bool = False
     is_learned: bool = False
     walk: Walk | None = None
+    done: int = 0
 
 
 class PageSchedule:
@@ -111,6 +113,7 @@ class PageSchedule:
         self._turns: deque[Walk] = deque(maxlen=_WALKED_AT_ONCE)
         self._walked: list[Walk] = []
         self._first: list[Batch] = []
+        self._broken_off: Batch | None = None
 
     @property
     def remaining_pages(self) -> int:
@@ -190,6 +193,7 @@ class PageSchedule:
             state.sent[:] = received
             state.remaining = int(np.count_nonzero(state.wanted & ~state.sent))
         self._block = self._page = 0
+        self._broken_off = None
         self._turns.clear()
         self._walked.clear()
         self._walks = Walks()
@@ -245,12 +249,16 @@ class PageSchedule:
             self.strays += not walk.is_sure
             self._turns.append(walk)
 
-    def broken_off(self, batch: Batch, done: int) -> None:
+    def broken_off(self, batch: Batch) -> None:
         """Take back what of a batch was not sent; called by the thread that takes batches."""
-        if batch.walk is not None and done < len(batch.pages):
-            page = int(batch.pages[done])
-            batch.walk.left += abs(batch.walk.cursor - page)
-            batch.walk.cursor = page
+        if batch.done == len(batch.pages):
+            return
+        if batch.walk is None:
+            self._broken_off = batch
+            return
+        page = int(batch.pages[batch.done])
+        batch.walk.left += abs(batch.walk.cursor - page)
+        batch.walk.cursor = page
 
     def next_batch(self, limit: int) -> Batch | None:
         """The next pages of the background push.
@@ -262,13 +270,13 @@ class PageSchedule:
             None when every page that must be sent is claimed.
         """
         while self._first:
-            batch = self._first.pop()
-            pages = batch.pages[~self.blocks[batch.block].sent[batch.pages]]
+            first = self._first.pop()
+            pages = first.pages[~self.blocks[first.block].sent[first.pages]]
             if len(pages) > limit:
-                self._first.append(Batch(batch.block, pages[limit:], batch.is_zero))
+                self._first.append(Batch(first.block, pages[limit:], first.is_zero))
                 pages = pages[:limit]
             if len(pages):
-                return Batch(batch.block, pages, batch.is_zero, is_first=True, is_learned=True)
+                return Batch(first.block, pages, first.is_zero, is_first=True, is_learned=True)
         while self._turns:
             self._walked = [*self._walked[1 - _WALKED_AT_ONCE :], self._turns.popleft()]
         while self._walked:
@@ -277,6 +285,9 @@ class PageSchedule:
             if found is not None:
                 return Batch(walk.block, found, is_wanted=True, walk=walk)
             self._walked.pop()
+        batch, self._broken_off = self._broken_off, None
+        if batch is not None:
+            return batch  # its gather vector is made already
         while any(block.remaining for block in self.blocks):
             state = self.blocks[self._block]
             found = self._scan(state, limit) if state.remaining else None

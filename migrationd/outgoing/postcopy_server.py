@@ -40,9 +40,6 @@ RECEIVE_BYTES = 16 << 10
 BATCH_PAGES = 256
 """Pages whose gather vector is made at once."""
 
-RESTART_PAGES = 64
-"""The same behind a request: it is soon broken off by the next one."""
-
 REQUESTS_KEPT = 1 << 20
 """Requests of which the order is remembered."""
 
@@ -266,29 +263,23 @@ class Push:
         Raises:
             ChannelClosed: The channel ended, or the connection was given up.
         """
-        limit = BATCH_PAGES
-        while (batch := self._schedule.next_batch(limit)) is not None:
-            is_done = self._push(batch)
-            limit = min(limit * 2, BATCH_PAGES) if is_done else RESTART_PAGES
+        while (batch := self._schedule.next_batch(BATCH_PAGES)) is not None:
+            self._push(batch)
         if self._with_zeros:
             for batch in self._schedule.zero_batches(ZERO_WINDOW_PAGES):
                 self._push(batch)
 
-    def _push(self, batch: Batch) -> bool:
-        """Push a batch; False when it was broken off for what follows a request."""
-        done = 0
-        while done < len(batch.pages):
+    def _push(self, batch: Batch) -> None:
+        """Push a batch, or as much of it as goes before what follows a request."""
+        while batch.done < len(batch.pages):
             if not self._may_push(batch):
-                self._schedule.broken_off(batch, done)
-                return False
+                break
             self._wait(batch)
-            pages, sent, size = self._writer.push(batch, self._window_pages(batch))
-            done += pages
+            sent, size = self._writer.push(batch, self._window_pages(batch))
             self._account(size, sent, batch)
             if self._schedule.has_restart and not batch.is_first:
-                self._schedule.broken_off(batch, done)
-                return False
-        return True
+                break
+        self._schedule.broken_off(batch)
 
     def _window_pages(self, batch: Batch) -> int:
         """Pages of the next write."""

@@ -56,7 +56,7 @@ class PageWriter:
         self._turn = threading.Lock()
         self._lock = threading.Lock()
         self._is_open = False
-        self._batch: _Prepared | None = None
+        self._recent: list[_Prepared] = []
 
     def open(self, lead: bytes) -> None:
         """Write what comes before the first page; pages may follow.
@@ -102,34 +102,32 @@ class PageWriter:
             pages = self._schedule.claim(block, np.arange(first, first + count))
             return len(pages), self._write_pages(block, pages)
 
-    def push(self, batch: Batch, window_pages: int) -> tuple[int, int, int]:
+    def push(self, batch: Batch, window_pages: int) -> tuple[int, int]:
         """Send the next window of a batch.
 
         Args:
-            batch: Pages; the same object until it is done.
+            batch: Pages; what is done of them is noted there.
             window_pages: Most pages of this window.
 
         Returns:
-            Pages of the batch that are done, pages of these that were sent here, and bytes.
+            Pages that were sent here, and bytes.
 
         Raises:
             ChannelClosed: The channel ended.
         """
-        if self._batch is None or self._batch.batch is not batch:
-            self._batch = self._prepare(batch)
-        prepared = self._batch
-        begin = prepared.done
+        prepared = self._prepared(batch)
+        begin = batch.done
         # A host page is put together at the destination: nothing may come between its parts.
         window_pages = max(window_pages, self._schedule.blocks[batch.block].host_pages)
         pages = batch.pages[begin : begin + window_pages]
-        prepared.done += len(pages)
+        batch.done += len(pages)
         self._turn.acquire()
         self._lock.acquire()
         self._turn.release()
         try:
             if prepared.vector is not None and self._claim_all(batch, pages):
                 size = self._write_window(prepared, begin, len(pages))
-                return len(pages), len(pages), size
+                return len(pages), size
             claimed = self._schedule.claim(batch.block, pages)
             if prepared.vector is not None and len(claimed) == len(pages):
                 size = self._write_window(prepared, begin, len(pages))
@@ -139,7 +137,7 @@ class PageWriter:
                 size = self._write_zeros(batch.block, claimed)
             else:
                 size = self._write_pages(batch.block, claimed)
-            return len(pages), len(claimed), size
+            return len(claimed), size
         finally:
             self._lock.release()
 
@@ -160,6 +158,16 @@ class PageWriter:
         size = len(header) + count * self._page_size + (count - 1) * 8
         address = prepared.address + 2 * begin * _IOVEC_BYTES
         return self.channel.send_window(window, address, size)
+
+    def _prepared(self, batch: Batch) -> "_Prepared":
+        """A batch with its vector; that of one that was broken off for a walk is kept."""
+        for prepared in self._recent:
+            if prepared.batch is batch:
+                return prepared
+        prepared = self._prepare(batch)
+        kept = [one for one in self._recent if one.batch.walk is None and batch.walk is not None]
+        self._recent = [*kept, prepared]
+        return prepared
 
     def _prepare(self, batch: Batch) -> "_Prepared":
         """Make the gather vector of a whole batch at once."""
@@ -214,11 +222,10 @@ class PageWriter:
 class _Prepared:
     """A batch with its gather vector; ``headers`` is what the vector points to."""
 
-    __slots__ = ("address", "batch", "done", "headers", "vector")
+    __slots__ = ("address", "batch", "headers", "vector")
 
     def __init__(self, batch: Batch, vector: Vector | None, headers: object) -> None:
         self.batch = batch
         self.vector = vector
         self.address = 0 if vector is None else int(vector.__array_interface__["data"][0])
         self.headers = headers
-        self.done = 0

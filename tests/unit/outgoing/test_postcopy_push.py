@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from migrationd.clock import SystemClock
+from migrationd.codec.constants import RAM_SAVE_FLAG_CONTINUE
 from migrationd.errors import ChannelClosed
 from migrationd.guest.memory import AnonymousMemory
 from migrationd.guest.ram_block import RamBlock, RamBlockSpec
@@ -24,14 +25,38 @@ _RECORD_BYTES = PAGE + 8
 _NAME_BYTES = 2
 
 
+def numbered_block() -> RamBlock:
+    """A block ``m`` of which each page begins with its number and one."""
+    size = PAGES * PAGE
+    block = RamBlock(RamBlockSpec("m", size, PAGE), AnonymousMemory(size, PAGE))
+    block.memory.view[::PAGE] = np.arange(PAGES, dtype=np.uint8) + 1
+    block.present[:] = True
+    return block
+
+
+def take_pages(there: socket.socket, count: int, windows: int) -> list[int]:
+    """The next pages that arrive, each with the content that belongs to it."""
+    left = count * _RECORD_BYTES + windows * _NAME_BYTES
+    data = bytearray()
+    while len(data) < left:
+        part = there.recv(left - len(data))
+        assert part, "the push ended too soon"
+        data += part
+    found, at = [], 0
+    while at < len(data):
+        word = int.from_bytes(data[at : at + 8], "big")
+        at += 8 if word & RAM_SAVE_FLAG_CONTINUE else 8 + _NAME_BYTES
+        assert data[at] == word // PAGE + 1
+        found.append(word // PAGE)
+        at += PAGE
+    return found
+
+
 class Pushed:
     """A push of one block ``m``, and the destination's end of its socket."""
 
     def __init__(self, learned: list[int], bytes_per_s: int) -> None:
-        size = PAGES * PAGE
-        block = RamBlock(RamBlockSpec("m", size, PAGE), AnonymousMemory(size, PAGE))
-        block.memory.view[::PAGE] = np.arange(PAGES, dtype=np.uint8) + 1
-        block.present[:] = True
+        block = numbered_block()
         here, self.there = socket.socketpair()
         self.there.settimeout(20)
         self.channel = Channel(here.detach())
@@ -41,9 +66,10 @@ class Pushed:
         writer.open(b"")
         self.stop = threading.Event()
         self.errors: list[Exception] = []
+        stats = OutgoingStats(PAGE, PAGES * PAGE)
         shares = Shares(has_own_channel=False)
         self._push = Push(
-            writer, self.schedule, OutgoingStats(PAGE, size), Pacer(bytes_per_s), GivesWay(0),
+            writer, self.schedule, stats, Pacer(bytes_per_s), GivesWay(0),
             SystemClock(), self.stop, shares=shares, with_zeros=False,
         )  # fmt: skip
         self.thread = threading.Thread(target=self._run)
@@ -56,21 +82,8 @@ class Pushed:
             self.errors.append(error)
 
     def pages(self, count: int, windows: int) -> list[int]:
-        """The next pages that arrive, by their content."""
-        left = count * _RECORD_BYTES + windows * _NAME_BYTES
-        data = bytearray()
-        while len(data) < left:
-            part = self.there.recv(left - len(data))
-            assert part, "the push ended too soon"
-            data += part
-        found, at = [], 0
-        while at < len(data):
-            word = int.from_bytes(data[at : at + 8], "big")
-            at += 8 if word & 0x20 else 8 + _NAME_BYTES
-            assert data[at] == word // PAGE + 1
-            found.append(word // PAGE)
-            at += PAGE
-        return found
+        """The next pages that arrive."""
+        return take_pages(self.there, count, windows)
 
     def close(self) -> None:
         """End the push, however far it came."""
@@ -112,3 +125,33 @@ def test_without_a_limit_all_pages_come_once(pushed: Pushed) -> None:
     pushed.thread.join(20)
     assert not pushed.errors
     assert pushed.schedule.remaining_pages == 0
+
+
+def test_a_batch_that_was_broken_off_goes_on_with_its_own_pages() -> None:
+    block = numbered_block()
+    here, there = socket.socketpair()
+    there.settimeout(20)
+    channel = Channel(here.detach())
+    schedule = PageSchedule([BlockPages("m", block.present)])
+    writer = PageWriter(channel, [block], schedule, PAGE)
+    writer.open(b"")
+    with there:
+        batch = schedule.next_batch(32)
+        assert batch is not None
+        assert writer.push(batch, 4)[0] == 4
+        for page in (40, 8):
+            assert writer.answer(0, page, 1)[0] == 1
+            schedule.requested(0, page, 1)
+            schedule.broken_off(batch)
+            walk = schedule.next_batch(4)
+            assert walk is not None
+            assert walk is not batch
+            assert writer.push(walk, 4)[0] == 4
+            schedule.broken_off(walk)
+            assert walk.walk is not None
+            walk.walk.left = 0
+        assert schedule.next_batch(32) is batch
+        assert [writer.push(batch, count)[0] for count in (4, 8, 16)] == [0, 7, 16]
+        sent = [*range(4), 40, *range(41, 45), 8, 7, 6, 5, 4, *range(9, 32)]
+        assert take_pages(there, len(sent), windows=7) == sent
+    channel.close()

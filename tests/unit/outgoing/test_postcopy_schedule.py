@@ -175,8 +175,8 @@ def test_a_window_never_divides_a_host_page() -> None:
         writer.open(b"")
         batch = schedule.next_batch(1)
         assert batch is not None
-        pages, sent, size = writer.push(batch, 2)
-        assert (pages, sent) == (4, 4)
+        sent, size = writer.push(batch, 2)
+        assert (batch.done, sent) == (4, 4)
         # Zero, whole, and two zero pages: in this order, whole records.
         assert size == len(theirs.recv(1 << 20)) == (8 + 2 + 1) + (8 + 2 + 4096) + (8 + 2 + 1) + 9
         channel.close()

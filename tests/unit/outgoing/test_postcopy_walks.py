@@ -78,9 +78,26 @@ def test_what_is_broken_off_is_not_forgotten() -> None:
     schedule.claim(0, batch.pages[:8])
     serve(schedule, 100)
     assert schedule.has_restart
-    schedule.broken_off(batch, 8)
+    batch.done = 8
+    schedule.broken_off(batch)
     assert push_one(schedule) == list(range(101, 101 + NEIGHBOUR_PAGES))
     assert push_one(schedule) == list(range(5009, 5001 + NEIGHBOUR_PAGES))
+
+
+def test_what_no_walk_was_behind_goes_on_where_it_was() -> None:
+    schedule = full(10_000)
+    batch = schedule.next_batch(64)
+    assert batch is not None
+    schedule.claim(0, batch.pages[:8])
+    batch.done = 8
+    serve(schedule, 5000)
+    schedule.broken_off(batch)
+    assert push_one(schedule) == list(range(5001, 5001 + NEIGHBOUR_PAGES))
+    assert schedule.next_batch(64) is batch
+    schedule.claim(0, batch.pages)
+    batch.done = 64
+    schedule.broken_off(batch)
+    assert push_one(schedule, 2) == [64, 65]
 
 
 @pytest.mark.parametrize("order", [1, -1])
