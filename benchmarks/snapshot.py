@@ -3,8 +3,8 @@
     python -m benchmarks.snapshot [--mib 1024] [--rates 0,204,819] [--reps N] [--qemu VERSION]
 
 All memory holds random bytes. The workload writes words into pages in random order, at a rate,
-and looks at the clock all the time: the longest gap is what it noticed, of its being stopped
-and of each write that waited; beside it the longest gap of as long a time without a snapshot,
+and looks at the clock after each 16 of them: the longest gap is what it noticed, of its being
+stopped and of writes that waited; beside it the longest gap of as long a time without a snapshot,
 which is the machine's. QEMU's guest is its own: there only its own ``downtime`` is known.
 """
 
@@ -55,8 +55,14 @@ threading.Thread(target=serve, daemon=True).start()
 workload.attach(path)
 print("ready", flush=True)
 at, last = 0, time.monotonic_ns()
-begin = last
+step = last
 owed = 0.0
+
+def look(step):
+    after = time.monotonic_ns()
+    longest[0] = max(longest[0], after - step)
+    return after
+
 while True:
     with workload.active():
         now = time.monotonic_ns()
@@ -65,9 +71,9 @@ while True:
         owed -= count
         for start in range(at, at + count, 16):
             words[order[np.arange(start, min(start + 16, at + count)) % len(order)], 0] += 1
+            step = look(step)
         at = (at + count) % len(order)
-    after = time.monotonic_ns()
-    longest[0] = max(longest[0], after - last)
+    step = look(step)
     last = now
     time.sleep(0.0002)
 """

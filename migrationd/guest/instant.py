@@ -3,7 +3,8 @@
     arm      all pages are protected while the guest runs; a write is let through and noted,
              and its page protected again, until few are left that were written
     freeze   the guest stands still: those few are protected again. It may run on
-    pieces   every page once: what the guest is about to write is copied first and let through
+    pieces   every page once: what the guest is about to write is copied first and let through,
+             with its neighbours: a fault costs as much as the copy of many pages
 
 So the guest stands still for no longer than its devices take, whatever its size; a write
 waits for a copy of its page, not for the page to be sent.
@@ -30,7 +31,7 @@ TAKE_BYTES = 1 << 20
 """Copied and let through at once, in order, while the guest writes nothing."""
 
 AHEAD_PAGES = 64
-"""Most pages that are copied at one write, of a guest that goes through them in order."""
+"""Pages that are copied at one write, while there is room for them to wait."""
 
 WAITING_SLABS = 64
 """More copies than these, of ``TAKE_BYTES`` each, do not wait to be sent: the guest does."""
@@ -68,17 +69,20 @@ class Piece:
 class _Slab:
     """Copies of pages of one block, in the order in which they were written to."""
 
-    def __init__(self, block: int, content: Bytes) -> None:
+    def __init__(self, block: int, content: Bytes, pages: int, page_size: int) -> None:
         self.block = block
-        self.content = content
-        self.pages = np.empty(len(content), np.int64)
+        self.memory = content
+        self.content = content[: pages * page_size].reshape(pages, page_size)
+        self.pages = np.empty(pages, np.int64)
         self.used = 0
 
-    def piece(self) -> Piece:
+    def piece(self, content: Bytes) -> Piece:
+        """In the order of the pages, put into this memory."""
         pages = self.pages[: self.used]
         order = np.argsort(pages)
-        ascending = pages[order]
-        return Piece(self.block, ascending, np.arange(self.used), self.content[order])
+        content = content[: self.used * self.content.shape[1]].reshape(self.used, -1)
+        np.take(self.content, order, axis=0, out=content, mode="clip")
+        return Piece(self.block, pages[order], np.arange(self.used), content)
 
 
 class MemoryAtInstant:
@@ -107,11 +111,12 @@ class MemoryAtInstant:
         self._taken = self._bools()
         self._slabs: deque[_Slab] = deque()
         self._next = (0, 0)
-        self._expected = (-1, -1)
-        self._ahead = 1
+        self._taking = (-1, 0, 0)
         self._early_faults = 0
         most = max(map(self._take_pages, range(len(blocks))), default=1)
-        self._bounce = _aligned(most * max((block.page_size for block in blocks), default=1))
+        self._slab_bytes = most * max((block.page_size for block in blocks), default=1)
+        self._bounce = _aligned(self._slab_bytes)
+        self._spare: list[Bytes] = []
 
     def arm(self) -> None:
         """Protect all pages of the guest, which may run.
@@ -181,15 +186,35 @@ class MemoryAtInstant:
             if not self._is_frozen:
                 self._let_through_early(index, page)
                 return
-            is_next = (index, page) == self._expected
-            self._ahead = min(2 * self._ahead, AHEAD_PAGES) if is_next else 1
-            first = page // grain * grain
-            end = first + max(grain, self._ahead // grain * grain)
-            end = min(end, self._blocks[index].page_count)
-            self._expected = index, end
-            for at in range(first, end, grain):
-                self._keep(index, at, min(at + grain, end))
+            has_room = len(self._slabs) <= WAITING_SLABS // 2
+            count = max(grain, min(AHEAD_PAGES, self._take_pages(index)) if has_room else 1)
+            first = page // count * count
+            end = min(first + count, self._blocks[index].page_count)
+            while not (is_taking := self._is_taking(index, page)) and self._must_wait(
+                index, first, end
+            ):
+                self._changed.wait()
+            if is_taking:
+                return  # the other thread copies it, and lets it through then
+            self._keep(index, first, end)
             self._faults.allow(index, first, end - first)
+
+    def _is_taking(self, index: int, page: int) -> bool:
+        """Whether a page is just being copied in its turn.
+
+        Its neighbours are as well then, or none of them: a turn is of whole neighbourhoods.
+        """
+        block, first, end = self._taking
+        return index == block and first <= page < end
+
+    def _must_wait(self, index: int, first: int, end: int) -> bool:
+        """Whether there is no room for copies of pages, of which some are needed."""
+        return (
+            not self._is_closed
+            and len(self._slabs) >= WAITING_SLABS
+            and self._room(index) < end - first
+            and not self._taken[index][first:end].all()
+        )
 
     def _let_through_early(self, index: int, page: int) -> None:
         """Note a write before the instant, and that its neighbours may be written too."""
@@ -203,26 +228,33 @@ class MemoryAtInstant:
         self._faults.allow(index, first, end - first)
 
     def _keep(self, index: int, first: int, end: int) -> None:
-        """Copy pages that are about to be written, unless that was done."""
-        while (
-            not self._taken[index][first]
-            and len(self._slabs) >= WAITING_SLABS
-            and self._room(index) < end - first
-            and not self._is_closed
-        ):
-            self._changed.wait()
-        if self._taken[index][first] or self._is_closed:
+        """Copy pages that are about to be written, as far as that was not done."""
+        taken = self._taken[index][first:end]
+        if self._is_closed or not (count := int(np.count_nonzero(~taken))):
             return
-        if self._room(index) < end - first:
+        if self._room(index) < count:
+            memory = self._spare.pop() if self._spare else _aligned(self._slab_bytes)
             size = self._blocks[index].page_size
-            rows = np.empty((self._take_pages(index), size), np.uint8)
-            self._slabs.append(_Slab(index, rows))
+            self._slabs.append(_Slab(index, memory, self._take_pages(index), size))
         slab = self._slabs[-1]
-        rows = slab.content[slab.used : slab.used + end - first]
-        rows[:] = self._pages(index, first, end) if self._held[index][first:end].any() else 0
-        slab.pages[slab.used : slab.used + end - first] = np.arange(first, end)
-        slab.used += end - first
-        self._taken[index][first:end] = True
+        rows = slab.content[slab.used : slab.used + count]
+        self._copy(index, first, end, rows, ~taken)
+        slab.pages[slab.used : slab.used + count] = np.flatnonzero(~taken) + first
+        slab.used += count
+        taken[:] = True
+
+    def _copy(
+        self, index: int, first: int, end: int, rows: Bytes, is_wanted: npt.NDArray[np.bool_]
+    ) -> None:
+        """Copy wanted pages; a look at what was never touched would give it memory."""
+        held = self._held[index][first:end]
+        if held.all() and is_wanted.all():
+            rows[:] = self._pages(index, first, end)
+            return
+        held = held[is_wanted]
+        if held.any():
+            rows[held] = self._pages(index, first, end)[np.flatnonzero(is_wanted)[held]]
+        rows[~held] = 0
 
     def _room(self, index: int) -> int:
         """Pages that the last slab can still take of a block."""
@@ -232,14 +264,17 @@ class MemoryAtInstant:
     def _next_piece(self) -> Piece | None:
         """Copies that wait, or the next pages in order that nobody took; None at the end."""
         with self._changed:
-            if self._slabs:
-                slab = self._slabs.popleft()
-                self._changed.notify_all()
-            else:
-                return self._take()
-        return slab.piece()
+            slab = self._slabs.popleft() if self._slabs else None
+            found = self._next_pages() if slab is None else None
+            self._changed.notify_all()
+        if slab is not None:
+            piece = slab.piece(self._bounce)
+            self._spare.append(slab.memory)
+            return piece
+        return None if found is None else self._take(*found)
 
-    def _take(self) -> Piece | None:
+    def _next_pages(self) -> tuple[int, int, int, Pages] | None:
+        """The next range of which nobody took all, and what is to be taken; it is from now on."""
         index, first = self._next
         while index < len(self._blocks):
             taken = self._taken[index]
@@ -250,20 +285,21 @@ class MemoryAtInstant:
             index, first = (index, end) if end < len(taken) else (index + 1, 0)
         else:
             return None
-        size = self._blocks[index].page_size
-        content = None
-        if self._held[index][first:end].any():
-            # A look at what was never touched would give it memory.
-            content = self._bounce[: (end - first) * size].reshape(-1, size)
-            held = self._held[index][first:end]
-            if held.all():
-                content[:] = self._pages(index, first, end)
-            else:
-                content[held] = self._pages(index, first, end)[held]
-                content[~held] = 0
         taken[first:end] = True
         self._next = index, end
+        self._taking = index, first, end
+        return index, first, end, free
+
+    def _take(self, index: int, first: int, end: int, free: Pages) -> Piece:
+        """Copy a range, which the guest cannot write meanwhile; other writes go on."""
+        content = None
+        if self._held[index][first:end].any():
+            size = self._blocks[index].page_size
+            content = self._bounce[: (end - first) * size].reshape(-1, size)
+            self._copy(index, first, end, content, np.ones(end - first, np.bool_))
         self._let_through(index, first, end - first)
+        with self._changed:
+            self._taking = (-1, 0, 0)
         return Piece(index, free + first, free, content)
 
     def _pages(self, index: int, first: int, end: int) -> Bytes:

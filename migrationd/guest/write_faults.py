@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from migrationd.errors import GuestError
 from migrationd.guest.ram_block import RamBlock
 from migrationd.linux.faults import FaultReader
+from migrationd.linux.priority import urgent_thread
 from migrationd.linux.userfaultfd import MODE_WP, register, unregister, write_protect
 
 _SLICE_BYTES = 32 << 20
@@ -121,7 +122,7 @@ class WriteFaults:
     def _serve(self) -> None:
         assert self._reader is not None
         # A workload that is gone waits for nothing.
-        with contextlib.suppress(GuestError):
+        with contextlib.suppress(GuestError), urgent_thread():
             while (addresses := self._reader.read()) is not None:
                 for address in addresses.tolist():
                     index = self._order[bisect.bisect_right(self._addresses, address) - 1]

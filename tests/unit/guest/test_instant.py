@@ -139,6 +139,7 @@ def test_a_guest_that_writes_more_than_may_wait_goes_on_when_something_was_sent(
 ) -> None:
     monkeypatch.setattr(instant, "TAKE_BYTES", 4 * PAGE)
     monkeypatch.setattr(instant, "WAITING_SLABS", 4)
+    monkeypatch.setattr(instant, "AHEAD_PAGES", 1)
     guest, _ = attached
     memory = guest.memory_at_instant()
     before = freeze(guest, memory)
