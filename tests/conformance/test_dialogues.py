@@ -10,7 +10,7 @@ import pytest
 from migrationd.qmp.handlers import legacy
 from tests.support.fake_control import FakeChardev, FakeControl
 from tests.support.monitor import Monitor
-from tests.support.results import TABLES, add_row
+from tests.support.results import add_row
 
 DIRECTORY = Path(__file__).parent / "dialogues"
 TABLE = "recorded monitor dialogues, QEMU 11.1"
@@ -72,6 +72,6 @@ async def test_replies_are_those_of_qemu(name: str, request: pytest.FixtureReque
             else:
                 assert is_expected(sent, wanted, reply), (sent, reply, wanted)
     assert compared
-    if TABLE not in request.config.stash.get(TABLES, {}):
-        add_row(request.config, TABLE, ("dialogue", "replies that are equal"))
-    add_row(request.config, TABLE, (name, str(compared)))
+    add_row(
+        request.config, TABLE, (name, str(compared)), head=("dialogue", "replies that are equal")
+    )

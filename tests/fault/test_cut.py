@@ -9,7 +9,7 @@ import pytest
 from migrationd.ctl.daemon_process import DaemonProcess
 from tests.support.moves import Host, check_runs_on, memory_digest, move_on, send
 from tests.support.peers import CuttingProxy, Sink
-from tests.support.results import TABLES, add_row
+from tests.support.results import add_row
 
 pytestmark = pytest.mark.fault
 
@@ -18,9 +18,7 @@ POINTS = 20
 
 
 def report(config: pytest.Config, *row: str) -> None:
-    if TABLE not in config.stash.get(TABLES, {}):
-        add_row(config, TABLE, ("way", "points", "outcomes", "afterwards"))
-    add_row(config, TABLE, row)
+    add_row(config, TABLE, row, head=("way", "points", "outcomes", "afterwards"))
 
 
 def points(size: int, seed: int) -> list[int]:

@@ -10,7 +10,7 @@ import pytest
 from migrationd.ctl.daemon_process import DaemonProcess
 from tests.support.deadline import until
 from tests.support.moves import Host, move_on
-from tests.support.results import TABLES, add_row
+from tests.support.results import add_row
 
 pytestmark = pytest.mark.fault
 
@@ -76,9 +76,7 @@ STREAMS: dict[str, tuple[bytes, str]] = {
 
 
 def report(config: pytest.Config, name: str, text: str) -> None:
-    if TABLE not in config.stash.get(TABLES, {}):
-        add_row(config, TABLE, ("stream", "error-desc"))
-    add_row(config, TABLE, (name, text))
+    add_row(config, TABLE, (name, text), head=("stream", "error-desc"))
 
 
 async def offer(daemon: DaemonProcess, directory: Path, data: bytes) -> dict[str, object]:

@@ -23,7 +23,7 @@ from migrationd.ctl.qemu_process import qemu_version
 from tests.support.channel_cutter import ChannelCutter
 from tests.support.deadline import until
 from tests.support.moves import Host, check_runs_on, memory_digest, move_on, send
-from tests.support.results import TABLES, add_fault, add_row
+from tests.support.results import add_fault, add_row
 
 pytestmark = pytest.mark.fault
 
@@ -141,9 +141,7 @@ CASES: dict[str, Case] = {
 
 
 def report(config: pytest.Config, title: str, head: tuple[str, ...], *row: str) -> None:
-    if title not in config.stash.get(TABLES, {}):
-        add_row(config, title, head)
-    add_row(config, title, row)
+    add_row(config, title, row, head=head)
 
 
 async def offer(daemon: DaemonProcess, directory: Path, case: Case) -> dict[str, object]:

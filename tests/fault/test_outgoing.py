@@ -10,7 +10,7 @@ import pytest
 from migrationd.ctl.daemon_process import DaemonProcess
 from tests.support.deadline import until
 from tests.support.moves import Host, check_runs_on, move_on
-from tests.support.results import TABLES, add_row
+from tests.support.results import add_row
 
 pytestmark = pytest.mark.fault
 
@@ -32,9 +32,12 @@ async def parked(
 
 
 def report(config: pytest.Config, fault: str, status: str, *, moved: bool) -> None:
-    if TABLE not in config.stash.get(TABLES, {}):
-        add_row(config, TABLE, ("fault", "status", "RAM equal in the next QEMU"))
-    add_row(config, TABLE, (fault, status, "yes" if moved else "no"))
+    add_row(
+        config,
+        TABLE,
+        (fault, status, "yes" if moved else "no"),
+        head=("fault", "status", "RAM equal in the next QEMU"),
+    )
 
 
 async def expect_move(

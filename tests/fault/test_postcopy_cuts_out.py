@@ -10,7 +10,7 @@ from migrationd.ctl.qemu_process import QemuProcess
 from tests.support.moves import Host, check_runs_on
 from tests.support.postcopy import recover, send_lazily, start_target, statuses, wait_status
 from tests.support.relay import Relay
-from tests.support.results import TABLES, add_row
+from tests.support.results import add_row
 
 pytestmark = pytest.mark.fault
 
@@ -80,10 +80,8 @@ async def test_cut(
         await daemon.wait_migration("completed")
         await check_runs_on(parked_file[2], again, qemu_host)
     config = request.config
-    if TABLE not in config.stash.get(TABLES, {}):
-        add_row(config, TABLE, HEAD)
     channels = "preempt" if preempt else "plain"
-    add_row(config, TABLE, (str(cut), channels, status, other, after))
+    add_row(config, TABLE, (str(cut), channels, status, other, after), head=HEAD)
 
 
 async def runs_there(target: QemuProcess) -> bool:

@@ -31,7 +31,7 @@ from tests.support.fake_source import (
     part,
     ping,
 )  # fmt: skip
-from tests.support.results import TABLES, add_row
+from tests.support.results import add_row
 
 pytestmark = pytest.mark.fault
 
@@ -39,9 +39,7 @@ TABLE = "bad sources of a postcopy: what query-migrate says"
 
 
 def report(config: pytest.Config, name: str, when: str, text: str) -> None:
-    if TABLE not in config.stash.get(TABLES, {}):
-        add_row(config, TABLE, ("what came", "when", "status, error-desc"))
-    add_row(config, TABLE, (name, when, text))
+    add_row(config, TABLE, (name, when, text), head=("what came", "when", "status, error-desc"))
 
 
 class Destination:

@@ -22,7 +22,7 @@ from tests.support.fake_destination import FakeDestination
 from tests.support.moves import Host, check_runs_on
 from tests.support.postcopy import recover, send_lazily, start_target, statuses, wait_status
 from tests.support.relay import Relay
-from tests.support.results import TABLES, add_row
+from tests.support.results import add_row
 
 pytestmark = pytest.mark.fault
 
@@ -32,9 +32,7 @@ RAM = "pc.ram"
 
 
 def report(config: pytest.Config, name: str, when: str, text: str) -> None:
-    if TABLE not in config.stash.get(TABLES, {}):
-        add_row(config, TABLE, ("what came", "when", "status, error-desc"))
-    add_row(config, TABLE, (name, when, text))
+    add_row(config, TABLE, (name, when, text), head=("what came", "when", "status, error-desc"))
 
 
 def ask(start: int, length: int = 4096, idstr: str | None = RAM) -> bytes:

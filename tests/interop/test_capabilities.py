@@ -11,7 +11,7 @@ from migrationd.ctl.boot_guest import BootGuest
 from migrationd.ctl.daemon_process import DaemonProcess
 from migrationd.ctl.qemu_process import QemuProcess, find_qemu, qemu_version
 from tests.support.moves import Host, check_runs_on, memory_digest, send
-from tests.support.results import TABLES, add_row
+from tests.support.results import add_row
 
 pytestmark = pytest.mark.interop
 
@@ -35,9 +35,12 @@ def host(request: pytest.FixtureRequest) -> Host:
 
 def report(config: pytest.Config, host: Host, capability: str, outcome: str) -> None:
 
-    if TABLE not in config.stash.get(TABLES, {}):
-        add_row(config, TABLE, ("QEMU", "capability", "outcome"))
-    add_row(config, TABLE, (qemu_version(host.binary), capability, outcome))
+    add_row(
+        config,
+        TABLE,
+        (qemu_version(host.binary), capability, outcome),
+        head=("QEMU", "capability", "outcome"),
+    )
 
 
 async def begin(

@@ -14,7 +14,7 @@ from qemu.qmp import ExecuteError
 from migrationd.ctl.daemon_process import DaemonProcess
 from migrationd.ctl.qemu_process import QemuProcess, find_qemu
 from tests.support.moves import Host, check_runs_on, memory_digest, send
-from tests.support.results import TABLES, add_row
+from tests.support.results import add_row
 
 pytestmark = pytest.mark.interop
 
@@ -111,9 +111,7 @@ async def test_the_same_bytes_make_the_same_guest(
 
 
 def report(config: pytest.Config, *row: str) -> None:
-    if TABLE not in config.stash.get(TABLES, {}):
-        add_row(config, TABLE, ("guest", "result", "source"))
-    add_row(config, TABLE, row)
+    add_row(config, TABLE, row, head=("guest", "result", "source"))
 
 
 async def test_out_to_a_qemu_that_takes_it(

@@ -9,7 +9,7 @@ import pytest
 from migrationd.ctl.daemon_process import DaemonProcess
 from migrationd.ctl.qemu_process import find_qemu
 from tests.support.moves import Host, check_runs_on, memory_digest, park, send
-from tests.support.results import TABLES, add_row
+from tests.support.results import add_row
 
 pytestmark = [pytest.mark.interop, pytest.mark.matrix]
 
@@ -45,7 +45,5 @@ async def test_release_changes(
     assert await memory_digest(target, there) == digest
     await target.execute("cont")
     passes = await check_runs_on(source.serial, target, there)
-    if TABLE not in request.config.stash.get(TABLES, {}):
-        add_row(request.config, TABLE, ("machine", "from", "to", "goes on", "RAM equal"))
     row = (machine, older, newer, f"yes, {passes} passes", "yes")
-    add_row(request.config, TABLE, row)
+    add_row(request.config, TABLE, row, head=("machine", "from", "to", "goes on", "RAM equal"))

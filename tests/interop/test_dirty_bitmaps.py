@@ -18,7 +18,7 @@ from migrationd.ctl.daemon_process import DaemonProcess
 from migrationd.ctl.peer_process import PeerProcess
 from migrationd.ctl.qemu_process import QemuProcess, find_qemu, installed_versions
 from tests.support.moves import Host, check_runs_on, memory_digest
-from tests.support.results import TABLES, add_row
+from tests.support.results import add_row
 
 pytestmark = pytest.mark.interop
 
@@ -268,9 +268,7 @@ async def test_all_stay_behind(tmp_path: Path, closing: list[object], is_mapped:
 
 
 def report(config: pytest.Config, version: str, way: str, outcome: str) -> None:
-    if TABLE not in config.stash.get(TABLES, {}):
-        add_row(config, TABLE, ("QEMU", "way", "same bitmaps"))
-    add_row(config, TABLE, (version, way, outcome))
+    add_row(config, TABLE, (version, way, outcome), head=("QEMU", "way", "same bitmaps"))
 
 
 def disk_chunks(path: Path) -> dict[int, bytes]:

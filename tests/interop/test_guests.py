@@ -8,7 +8,7 @@ import pytest
 from migrationd.ctl.daemon_process import DaemonProcess
 from migrationd.ctl.qemu_process import find_qemu
 from tests.support.moves import VIRTIO, Host, check_runs_on, memory_digest, park, send
-from tests.support.results import TABLES, add_row
+from tests.support.results import add_row
 
 pytestmark = pytest.mark.interop
 
@@ -93,7 +93,5 @@ async def test_shape(
         assert await memory_digest(target, host) == await memory_digest(source, host)
     await target.execute("cont")
     passes = await check_runs_on(source.serial, target, host)
-    if TABLE not in request.config.stash.get(TABLES, {}):
-        add_row(request.config, TABLE, ("QEMU", "guest", "return path", "goes on"))
     row = (version, shape, "yes" if return_path else "no", f"yes, {passes} passes")
-    add_row(request.config, TABLE, row)
+    add_row(request.config, TABLE, row, head=("QEMU", "guest", "return path", "goes on"))

@@ -11,7 +11,7 @@ from migrationd.guest.memory import Pages
 from migrationd.outgoing.contract import OutgoingSettings
 from migrationd.outgoing.multifd_send import MultifdSettings
 from tests.support.moves import Host, check_runs_on
-from tests.support.results import TABLES, add_row
+from tests.support.results import add_row
 from tests.support.scripted_guest import Rows, ScriptedGuest, send_live, take_from_qemu
 
 pytestmark = pytest.mark.interop
@@ -130,12 +130,10 @@ async def test_every_byte_arrives(case: Case, tmp_path: Path, pytestconfig: pyte
                 assert counters.overflow > 0
             await qemu.execute("cont")
             passes = await check_runs_on(printed, qemu, host)
-            if TABLE not in pytestconfig.stash.get(TABLES, {}):
-                add_row(pytestconfig, TABLE, HEAD)
             told = ("-", "-", "-")
             if counters is not None:
                 told = (str(counters.pages), str(counters.overflow), str(counters.cache_miss))
             row = (case.version, case.way, str(observer.passes), *told)
-            add_row(pytestconfig, TABLE, (*row, "yes", f"yes, {passes} passes"))
+            add_row(pytestconfig, TABLE, (*row, "yes", f"yes, {passes} passes"), head=HEAD)
     finally:
         guest.close()

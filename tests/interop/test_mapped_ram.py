@@ -13,7 +13,7 @@ from migrationd.ctl.daemon_process import DaemonProcess
 from migrationd.ctl.peer_process import PeerProcess
 from migrationd.ctl.qemu_process import QemuProcess, find_qemu
 from tests.support.moves import Host, check_runs_on, memory_digest
-from tests.support.results import TABLES, add_row
+from tests.support.results import add_row
 
 pytestmark = pytest.mark.interop
 
@@ -120,10 +120,8 @@ async def test_from_qemu_through_migrationd_to_qemu(
     await check_runs_on(source.serial, target, host)
     sizes = [os.stat(path).st_blocks >> 11 for path in (first, second) if path.exists()]
     kept = "its own file" if ram_dir else "QEMU's file"
-    if TABLE not in request.config.stash.get(TABLES, {}):
-        add_row(request.config, TABLE, ("QEMU", "way", "held in", "RAM equal", "MiB on disk"))
     row = (version, way.name, kept, "yes", ", ".join(map(str, sizes)))
-    add_row(request.config, TABLE, row)
+    add_row(request.config, TABLE, row, head=("QEMU", "way", "held in", "RAM equal", "MiB on disk"))
 
 
 async def pass_fd(peer: PeerProcess, fd: int) -> int:

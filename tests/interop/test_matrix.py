@@ -77,11 +77,7 @@ async def test_move_aarch64(
 
 
 def report(config: pytest.Config, row: tuple[str, ...]) -> None:
-    from tests.support.results import TABLES
-
-    if TABLE not in config.stash.get(TABLES, {}):
-        add_row(config, TABLE, HEAD)
-    add_row(config, TABLE, row)
+    add_row(config, TABLE, row, head=HEAD)
 
 
 async def move(

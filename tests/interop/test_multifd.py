@@ -16,7 +16,7 @@ from tests.support.moves import (
     send,
     source_uri,
 )
-from tests.support.results import TABLES, add_row
+from tests.support.results import add_row
 
 pytestmark = pytest.mark.interop
 
@@ -168,8 +168,6 @@ async def test_move(
 
 
 def report(config: pytest.Config, case: Case, passes: int) -> None:
-    if TABLE not in config.stash.get(TABLES, {}):
-        add_row(config, TABLE, HEAD)
     zeros = "zero-copy" if case.zero_copy else case.zeros
     row = (case.source, case.target, case.machine, str(case.channels), case.method, zeros)
-    add_row(config, TABLE, (*row, case.transport, "yes", f"yes, {passes} passes"))
+    add_row(config, TABLE, (*row, case.transport, "yes", f"yes, {passes} passes"), head=HEAD)

@@ -10,7 +10,7 @@ from migrationd.ctl.daemon_process import DaemonProcess
 from migrationd.ctl.qemu_process import QemuProcess
 from tests.support.moves import Host, check_runs_on, park
 from tests.support.postcopy import send_lazily, start_target
-from tests.support.results import TABLES, add_row
+from tests.support.results import add_row
 
 pytestmark = pytest.mark.interop
 
@@ -95,9 +95,7 @@ async def test_the_order_of_requests_is_learned_and_kept(
         for row in (*rows, ram)  # type: ignore[call-overload]
     )
     config = request.config
-    if TABLE not in config.stash.get(TABLES, {}):
-        add_row(config, TABLE, ("run", "requests"))
-    add_row(config, TABLE, ("first", str(first)))
+    add_row(config, TABLE, ("first", str(first)), head=("run", "requests"))
     add_row(config, TABLE, ("second", str(second)))
     add_row(config, TABLE, ("-learn-order off", str(without)))
     # How many requests it saves depends on how fast the guest is beside the push: the table tells.

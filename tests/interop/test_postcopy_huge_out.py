@@ -9,7 +9,7 @@ from migrationd.ctl.qemu_process import find_qemu
 from tests.support import postcopy_in
 from tests.support.moves import VIRTIO, Host, check_runs_on
 from tests.support.postcopy import send_lazily, start_target
-from tests.support.results import TABLES, add_row
+from tests.support.results import add_row
 
 pytestmark = pytest.mark.interop
 
@@ -68,7 +68,10 @@ async def test_huge_pages_go_whole(
     await daemon.wait_migration("completed")
     await target.wait_migration("completed")
     passes = await check_runs_on(before, target, host)
-    if TABLE not in request.config.stash.get(TABLES, {}):
-        add_row(request.config, TABLE, ("QEMU", "channels", "guest in", "counts on"))
     channels = "preempt" if preempt else "plain"
-    add_row(request.config, TABLE, (version, channels, store, f"yes, {passes} passes"))
+    add_row(
+        request.config,
+        TABLE,
+        (version, channels, store, f"yes, {passes} passes"),
+        head=("QEMU", "channels", "guest in", "counts on"),
+    )

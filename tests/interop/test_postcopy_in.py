@@ -8,7 +8,7 @@ from migrationd.ctl.daemon_process import DaemonProcess
 from migrationd.ctl.qemu_process import find_qemu, installed_versions
 from tests.support import postcopy_in
 from tests.support.moves import VIRTIO, Host, check_runs_on, memory_digest, move_on
-from tests.support.results import TABLES, add_row
+from tests.support.results import add_row
 
 pytestmark = pytest.mark.interop
 
@@ -22,9 +22,7 @@ DESTINATION_STATUSES = [
 
 
 def report(request: pytest.FixtureRequest, row: tuple[str, ...]) -> None:
-    if TABLE not in request.config.stash.get(TABLES, {}):
-        add_row(request.config, TABLE, HEAD)
-    add_row(request.config, TABLE, row)
+    add_row(request.config, TABLE, row, head=HEAD)
 
 
 def cases() -> list[object]:

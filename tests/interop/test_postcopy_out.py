@@ -9,7 +9,7 @@ from migrationd.ctl.daemon_process import DaemonProcess
 from migrationd.ctl.qemu_process import find_qemu, installed_versions
 from tests.support.moves import Host, check_runs_on, incoming_uri, memory_digest, park, source_uri
 from tests.support.postcopy import capabilities, send_lazily, start_target, statuses
-from tests.support.results import TABLES, add_row
+from tests.support.results import add_row
 
 pytestmark = pytest.mark.interop
 
@@ -85,10 +85,8 @@ async def test_a_parked_guest_runs_at_once(
     assert ram["precopy-bytes"] < 1 << 20
     assert ram["postcopy-bytes"] > GUEST.filled_pages * 4096
     config = request.config
-    if TABLE not in config.stash.get(TABLES, {}):
-        add_row(config, TABLE, HEAD)
     row = (f"yes, {passes} passes", str(ram["postcopy-requests"]), str(ram["normal"]))
-    add_row(config, TABLE, (version, machine, channels, transport, store, *row))
+    add_row(config, TABLE, (version, machine, channels, transport, store, *row), head=HEAD)
 
 
 @pytest.mark.parametrize("preempt", [False, True], ids=["plain", "preempt"])
@@ -170,8 +168,6 @@ async def test_multifd_until_the_switch(
     await target.execute("cont")
     passes = await check_runs_on(before, target, host)
     config = request.config
-    if TABLE not in config.stash.get(TABLES, {}):
-        add_row(config, TABLE, HEAD)
     channels = "multifd, preempt" if preempt else "multifd, plain"
     row = (f"yes, {passes} passes", str(ram["postcopy-requests"]), str(ram["normal"]))
-    add_row(config, TABLE, ("11.1", "pc", channels, "unix", "memory", *row))
+    add_row(config, TABLE, ("11.1", "pc", channels, "unix", "memory", *row), head=HEAD)

@@ -12,7 +12,7 @@ from tests.support.moves import Host, check_runs_on, park
 from tests.support.peers import Sink
 from tests.support.postcopy import recover, send_lazily, start_target, statuses, wait_status
 from tests.support.relay import Relay
-from tests.support.results import TABLES, add_row
+from tests.support.results import add_row
 
 pytestmark = pytest.mark.interop
 
@@ -42,9 +42,7 @@ def cases() -> list[object]:
 
 
 def report(config: pytest.Config, row: tuple[str, ...]) -> None:
-    if TABLE not in config.stash.get(TABLES, {}):
-        add_row(config, TABLE, HEAD)
-    add_row(config, TABLE, row)
+    add_row(config, TABLE, row, head=HEAD)
 
 
 async def wait_paused(daemon: DaemonProcess, target: QemuProcess, times: int) -> None:

@@ -17,7 +17,7 @@ from migrationd.ctl.qemu_process import QemuProcess, find_qemu, installed_versio
 from tests.support import postcopy_in
 from tests.support.moves import Host, check_runs_on, memory_digest, move_on
 from tests.support.relay import Relay
-from tests.support.results import TABLES, add_row
+from tests.support.results import add_row
 
 pytestmark = pytest.mark.interop
 
@@ -29,9 +29,7 @@ LATE_BYTES_PER_S = 16 << 20
 
 
 def report(request: pytest.FixtureRequest, row: tuple[str, ...]) -> None:
-    if TABLE not in request.config.stash.get(TABLES, {}):
-        add_row(request.config, TABLE, HEAD)
-    add_row(request.config, TABLE, row)
+    add_row(request.config, TABLE, row, head=HEAD)
 
 
 def cases(name: str) -> list[object]:

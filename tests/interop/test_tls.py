@@ -84,11 +84,7 @@ async def test_move(
     await target.wait_migration("completed")
     assert await memory_digest(target, host) == digest
     row = (version, transport, channels, "yes", "both")
-    from tests.support.results import TABLES
-
-    if TABLE not in request.config.stash.get(TABLES, {}):
-        add_row(request.config, TABLE, HEAD)
-    add_row(request.config, TABLE, row)
+    add_row(request.config, TABLE, row, head=HEAD)
 
 
 @pytest.mark.parametrize("version", [pytest.param(v, marks=pytest.mark.matrix) for v in VERSIONS])

@@ -7,9 +7,14 @@ import pytest
 TABLES = pytest.StashKey[dict[str, list[tuple[str, ...]]]]()
 
 
-def add_row(config: pytest.Config, table: str, row: tuple[str, ...]) -> None:
-    """Add a row; the first row of a table is its head."""
-    config.stash.setdefault(TABLES, {}).setdefault(table, []).append(row)
+def add_row(
+    config: pytest.Config, table: str, row: tuple[str, ...], *, head: tuple[str, ...] | None = None
+) -> None:
+    """Add a row, below a head if it is the first; without one, the first row is the head."""
+    rows = config.stash.setdefault(TABLES, {}).setdefault(table, [])
+    if head is not None and not rows:
+        rows.append(head)
+    rows.append(row)
 
 
 def render(rows: list[tuple[str, ...]]) -> list[str]:
@@ -24,7 +29,5 @@ FAULTS = "bad input: typed error, guest intact, next migration works"
 
 def add_fault(config: pytest.Config, trouble: str, said: str, then: str) -> None:
     """Add a row to the table of all that went wrong on purpose."""
-    if FAULTS not in config.stash.get(TABLES, {}):
-        add_row(config, FAULTS, ("trouble", "error-desc", "afterwards"))
     said = said.removeprefix("load of migration failed: ").replace(str(Path.home()), "~")
-    add_row(config, FAULTS, (trouble, said, then))
+    add_row(config, FAULTS, (trouble, said, then), head=("trouble", "error-desc", "afterwards"))
