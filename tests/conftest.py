@@ -10,10 +10,8 @@ from hypothesis import HealthCheck, settings
 from migrationd.ctl.qemu_process import find_qemu, installed_versions, qemu_directory
 from tests.support.moves import Host
 from tests.support.parked_file import save_guest
+from tests.support.releases import RELEASES, how_to_install, qemu_binary
 from tests.support.results import TABLES, render
-
-RELEASES = ("7.2", "10.0", "11.1")
-"""QEMU releases of the full matrix."""
 
 # Examples are the same in every run, and how long one takes is the machine's affair.
 ANY_MACHINE = settings(
@@ -31,17 +29,9 @@ DESELECTED = pytest.StashKey[int]()
 
 def missing_programs() -> list[str]:
     """What this machine lacks, with the way to get it."""
-    missing = []
-    if find_qemu() is None:
-        missing.append("qemu-system-x86_64 (Debian: apt-get install qemu-system-x86)")
-    if find_qemu(architecture="aarch64") is None:
-        missing.append("qemu-system-aarch64 (Debian: apt-get install qemu-system-arm)")
-    missing += [
-        f"QEMU {release} (tests/support/install-qemus)"
-        for release in RELEASES
-        if release not in installed_versions()
-    ]
-    return missing
+    wanted: list[tuple[str | None, str]] = [(None, "x86_64"), (None, "aarch64")]
+    wanted += [(release, "x86_64") for release in RELEASES]
+    return [how_to_install(*qemu) for qemu in wanted if find_qemu(*qemu) is None]
 
 
 def pytest_report_header() -> list[str]:
@@ -78,10 +68,7 @@ def pytest_terminal_summary(
 @pytest.fixture(scope="session")
 def qemu_host() -> Host:
     """The QEMU on the path with a small boot guest."""
-    binary = find_qemu()
-    if binary is None:
-        pytest.skip("qemu-system-x86_64 is not installed (Debian: apt-get install qemu-system-x86)")
-    return Host(binary)
+    return Host(qemu_binary())
 
 
 @pytest.fixture(scope="session")

@@ -11,9 +11,9 @@ import pytest
 
 from migrationd.ctl.daemon_process import DaemonProcess
 from migrationd.ctl.dirtier_process import PROGRAM, DirtierProcess, Progress
-from migrationd.ctl.qemu_process import find_qemu
 from migrationd.linux.userfaultfd import can_serve_faults
 from tests.support.moves import Host, check_runs_on, memory_digest, move_on, park
+from tests.support.releases import qemu_binary
 
 pytestmark = [
     pytest.mark.interop,
@@ -221,10 +221,7 @@ async def test_a_parked_guest_stays_and_qemu_runs_what_was_written(
 async def test_newer_qemus_run_it_too(
     version: str, mapped_ram: bool, tmp_path: Path, closing: list[object]
 ) -> None:
-    binary = find_qemu(version)
-    if binary is None:
-        pytest.skip(f"QEMU {version} is not installed (tests/support/install-qemus brings it)")
-    await snapshot_parked(Host(binary), tmp_path, closing, mapped_ram=mapped_ram)
+    await snapshot_parked(Host(qemu_binary(version)), tmp_path, closing, mapped_ram=mapped_ram)
 
 
 async def snapshot_parked(

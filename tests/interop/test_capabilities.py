@@ -11,6 +11,7 @@ from migrationd.ctl.boot_guest import BootGuest
 from migrationd.ctl.daemon_process import DaemonProcess
 from migrationd.ctl.qemu_process import QemuProcess, find_qemu, qemu_version
 from tests.support.moves import Host, check_runs_on, memory_digest, send
+from tests.support.releases import qemu_binary
 from tests.support.results import add_row
 
 pytestmark = pytest.mark.interop
@@ -27,10 +28,7 @@ OTHER_UUID = "4a4e5f2e-2d5c-4c7b-9d57-0123456789ac"
     ]
 )
 def host(request: pytest.FixtureRequest) -> Host:
-    binary = find_qemu(None if request.param == "path" else request.param)
-    if binary is None:
-        pytest.skip(f"QEMU {request.param} is missing: see tests/support/install-qemus")
-    return Host(binary)
+    return Host(qemu_binary(None if request.param == "path" else request.param))
 
 
 def report(config: pytest.Config, host: Host, capability: str, outcome: str) -> None:

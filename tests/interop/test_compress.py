@@ -12,8 +12,9 @@ import pytest
 from qemu.qmp import ExecuteError
 
 from migrationd.ctl.daemon_process import DaemonProcess
-from migrationd.ctl.qemu_process import QemuProcess, find_qemu
+from migrationd.ctl.qemu_process import QemuProcess
 from tests.support.moves import Host, check_runs_on, memory_digest, send
+from tests.support.releases import qemu_binary
 from tests.support.results import add_row
 
 pytestmark = pytest.mark.interop
@@ -23,10 +24,7 @@ TABLE = "compress, with QEMU 7.2"
 
 @pytest.fixture
 def host() -> Host:
-    binary = find_qemu("7.2")
-    if binary is None:
-        pytest.skip("QEMU 7.2 is missing; later ones have no compress")
-    return Host(binary)
+    return Host(qemu_binary("7.2"))
 
 
 async def record(

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 from migrationd.ctl.daemon_process import DaemonProcess
-from migrationd.ctl.qemu_process import QemuProcess, find_qemu
+from migrationd.ctl.qemu_process import QemuProcess
 from tests.support.cpr import channel, incoming_arguments
 from tests.support.deadline import until
 from tests.support.moves import SMALL_GUEST, VIRTIO, Host, check_runs_on, memory_digest
+from tests.support.releases import qemu_binary
 
 pytestmark = pytest.mark.interop
 
@@ -20,11 +21,8 @@ SHARED = ("-object", f"memory-backend-memfd,id=ram0,size={MEMORY_MIB}M,share=on"
 
 def host(version: str, machine: str, arguments: tuple[str, ...] = SHARED) -> Host:
     """A QEMU whose memory is shared, all of it."""
-    binary = find_qemu(version)
-    if binary is None:
-        pytest.skip(f"QEMU {version} is not installed (tests/support/install-qemus brings it)")
     options = f"{machine},aux-ram-share=on,memory-backend=ram0"
-    return Host(binary, options, SMALL_GUEST, MEMORY_MIB, arguments)
+    return Host(qemu_binary(version), options, SMALL_GUEST, MEMORY_MIB, arguments)
 
 
 async def hand_over(source: QemuProcess | DaemonProcess, main: Path, cpr: Path) -> None:

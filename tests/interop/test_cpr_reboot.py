@@ -9,9 +9,9 @@ from qemu.qmp import QMPError
 from migrationd.ctl.daemon_process import DaemonProcess
 from migrationd.ctl.dirtier_process import DirtierProcess
 from migrationd.ctl.peer_process import PeerProcess
-from migrationd.ctl.qemu_process import find_qemu
 from tests.interop.test_cpr import names
 from tests.support.moves import SMALL_GUEST, VIRTIO, Host, check_runs_on, memory_digest
+from tests.support.releases import qemu_binary
 
 pytestmark = pytest.mark.interop
 
@@ -22,9 +22,7 @@ IN_ORDER = ["setup", "STOP", "active", "device", "completed"]
 
 def host(version: str, directory: Path, *, is_shared: bool) -> Host:
     """A QEMU, with its memory in a file of the directory if it is shared."""
-    binary = find_qemu(version)
-    if binary is None:
-        pytest.skip(f"QEMU {version} is not installed (tests/support/install-qemus brings it)")
+    binary = qemu_binary(version)
     if not is_shared:
         return Host(binary, "pc", SMALL_GUEST, MEMORY_MIB, VIRTIO)
     backend = f"memory-backend-file,id=ram0,size={MEMORY_MIB}M,share=on,mem-path={directory}/memory"

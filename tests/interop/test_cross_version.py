@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from migrationd.ctl.daemon_process import DaemonProcess
-from migrationd.ctl.qemu_process import find_qemu
 from tests.support.moves import Host, check_runs_on, memory_digest, park, send
+from tests.support.releases import RELEASES, qemu_binary
 from tests.support.results import add_row
 
 pytestmark = [pytest.mark.interop, pytest.mark.matrix]
@@ -19,19 +19,15 @@ TABLE = "from one release to another"
 @pytest.mark.parametrize("machine", ["pc-i440fx-7.2", "pc-q35-7.2"])
 @pytest.mark.parametrize(
     ("older", "newer"),
-    list(permutations(("7.2", "10.0", "11.1"), 2)),
+    list(permutations(RELEASES, 2)),
     ids=lambda value: str(value),
 )
 async def test_release_changes(
     older: str, newer: str, machine: str, tmp_path: Path, closing: list[object],
     request: pytest.FixtureRequest,
 ) -> None:  # fmt: skip
-    binaries = {version: find_qemu(version) for version in (older, newer)}
-    for version, binary in binaries.items():
-        if binary is None:
-            pytest.skip(f"QEMU {version} is missing: see tests/support/install-qemus")
-    here = Host(str(binaries[older]), machine)
-    there = replace(here, binary=str(binaries[newer]))
+    here = Host(qemu_binary(older), machine)
+    there = replace(here, binary=qemu_binary(newer))
     source = await here.start("QEMU A")
     closing.append(source)
     daemon = await DaemonProcess.start(incoming=f"unix:{tmp_path}/in.sock")

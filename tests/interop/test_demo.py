@@ -8,23 +8,16 @@ from rich.console import Console
 from migrationd.ctl.boot_guest import BootGuest, check_run
 from migrationd.ctl.demo import DemoPlan, run_demo
 from migrationd.ctl.demo_workload import run_workload_demo
-from migrationd.ctl.qemu_process import QemuProcess, find_qemu
+from migrationd.ctl.qemu_process import QemuProcess
 from migrationd.linux.pagemap import can_scan
+from tests.support.releases import qemu_binary
 
 pytestmark = pytest.mark.interop
 
 
-def need_qemu(architecture: str = "x86_64") -> str:
-    binary = find_qemu(architecture=architecture)
-    if binary is None:
-        package = "arm" if architecture == "aarch64" else "x86"
-        pytest.skip(f"qemu-system-{architecture} is missing: apt-get install qemu-system-{package}")
-    return binary
-
-
 @pytest.mark.parametrize("machine", ["pc", "q35"])
 async def test_demo_proves_that_nothing_is_lost(machine: str) -> None:
-    need_qemu()
+    qemu_binary()
     console = Console(file=io.StringIO(), width=100)
     await run_demo(DemoPlan(machine=machine, bandwidth_bytes_per_s=0, fill_bytes=8 << 20), console)
     assert isinstance(console.file, io.StringIO)
@@ -46,7 +39,7 @@ async def test_demo_without_qemu_moves_a_process() -> None:
     ("machine", "architecture"), [("pc", "x86_64"), ("q35", "x86_64"), ("virt", "aarch64")]
 )
 async def test_boot_guest_moves_between_two_qemus(machine: str, architecture: str) -> None:
-    binary = need_qemu(architecture)
+    binary = qemu_binary(architecture=architecture)
     guest = BootGuest(architecture, counted_pages=512, pages_per_s=20_000, filled_pages=256)
     async with (
         await QemuProcess.start(binary, machine=machine, guest=guest, name="A") as source,

@@ -16,14 +16,14 @@ from migrationd.codec.records import OpaqueSection
 from migrationd.codec.stream import StreamDecoder
 from migrationd.ctl.daemon_process import DaemonProcess
 from migrationd.ctl.peer_process import PeerProcess
-from migrationd.ctl.qemu_process import QemuProcess, find_qemu, installed_versions
+from migrationd.ctl.qemu_process import QemuProcess
 from tests.support.moves import Host, check_runs_on, memory_digest
+from tests.support.releases import RELEASES, default_release, qemu_binary
 from tests.support.results import add_row
 
 pytestmark = pytest.mark.interop
 
 TABLE = "dirty bitmaps: QEMU -> migrationd -> QEMU"
-VERSIONS = ("7.2", "10.0", "11.1")
 DISK_BYTES = 64 << 20
 WRITES = ("write 0 64k", "write 1M 4k", "write 40M 512k", "write 67107840 1k")
 
@@ -70,22 +70,19 @@ CASES = (
 
 def cases() -> list[object]:
     """The default run uses the QEMU on the path; the rest is the full matrix."""
-    default = next(iter(installed_versions()), VERSIONS[0])
+    default = default_release()
     return [
         pytest.param(
             version, case, id=f"{version}-{case.name}",
             marks=[] if version == default else [pytest.mark.matrix],
         )
-        for version in VERSIONS
+        for version in RELEASES
         for case in CASES
         if float(version) >= float(case.since)
     ]  # fmt: skip
 
 
 def host_with_disk(version: str, directory: Path, *, form: str = "raw") -> Host:
-    binary = find_qemu(version)
-    if binary is None:
-        pytest.skip(f"QEMU {version} is not installed (tests/support/install-qemus brings it)")
     disk = directory / f"disk.{form}"
     if form == "raw":
         disk.touch()
@@ -96,7 +93,7 @@ def host_with_disk(version: str, directory: Path, *, form: str = "raw") -> Host:
     node = f"driver={form},node-name=disk,file.driver=file,file.filename={disk}"
     # Both QEMUs are there at once, as on two hosts with one storage.
     arguments = ("-blockdev", node, "-device", "virtio-blk-pci,drive=disk,share-rw=on")
-    return Host(binary, arguments=arguments)
+    return Host(qemu_binary(version), arguments=arguments)
 
 
 async def make_bitmaps(qemu: QemuProcess, *, persistent: bool) -> None:
@@ -213,7 +210,7 @@ def mapping(node: str, alias: str, names: dict[str, str], **persistent: bool) ->
 
 @pytest.mark.parametrize(
     "version",
-    ["7.2", *(pytest.param(version, marks=pytest.mark.matrix) for version in VERSIONS[1:])],
+    ["7.2", *(pytest.param(version, marks=pytest.mark.matrix) for version in RELEASES[1:])],
 )
 async def test_a_mapping_at_every_end(
     version: str, tmp_path: Path, closing: list[object], request: pytest.FixtureRequest

@@ -8,34 +8,22 @@ import pytest
 
 from migrationd.ctl.boot_guest import BootGuest
 from migrationd.ctl.daemon_process import DaemonProcess
-from migrationd.ctl.qemu_process import QemuProcess, find_qemu, installed_versions
+from migrationd.ctl.qemu_process import QemuProcess
 from tests.support.moves import Host, check_runs_on
+from tests.support.releases import qemu_binary, release_cases
 from tests.support.results import add_row
 
 pytestmark = pytest.mark.interop
 
-VERSIONS = ("7.2", "10.0", "11.1")
 TABLE = "escrow: source -> copy -> destination, source killed behind the switchover"
 GUEST = BootGuest(counted_pages=512, filled_pages=16384, pages_per_s=20000)
 
 
-def cases() -> list[object]:
-    """The default run uses the QEMU on the path; the rest is the full matrix."""
-    default = next(iter(installed_versions()), VERSIONS[0])
-    return [
-        pytest.param(version, marks=[] if version == default else [pytest.mark.matrix])
-        for version in VERSIONS
-    ]
-
-
-@pytest.mark.parametrize("version", cases())
+@pytest.mark.parametrize("version", release_cases())
 async def test_the_source_dies_behind_the_switchover(
     version: str, tmp_path: Path, closing: list[object], request: pytest.FixtureRequest
 ) -> None:
-    binary = find_qemu(version)
-    if binary is None:
-        pytest.skip(f"QEMU {version} is not installed (tests/support/install-qemus brings it)")
-    host = Host(binary, guest=GUEST, memory_mib=128)
+    host = Host(qemu_binary(version), guest=GUEST, memory_mib=128)
     source = await host.start("QEMU A")
     closing.append(source)
     target = await host.start("QEMU B", incoming="defer")

@@ -21,12 +21,12 @@ from tests.interop.test_tls import objects
 from tests.support.certificates import make_directory
 from tests.support.deadline import until
 from tests.support.moves import Host, check_runs_on, memory_digest, source_uri
+from tests.support.releases import RELEASES
 from tests.support.results import add_row
 
 pytestmark = [pytest.mark.interop, pytest.mark.matrix]
 
 TABLE = "RAM by feature, QEMU and direction (in: QEMU -> migrationd, out: migrationd -> QEMU)"
-VERSIONS = ("7.2", "10.0", "11.1")
 DIRECTIONS = ("in", "out")
 EQUAL = "equal"
 NO_MAPPED_RAM = "not in this QEMU (9.0)"
@@ -106,7 +106,7 @@ def table(request: pytest.FixtureRequest) -> Iterator[None]:
     """Make a table of all cells at the end."""
     CELLS.clear()
     yield
-    columns = [(version, direction) for version in VERSIONS for direction in DIRECTIONS]
+    columns = [(version, direction) for version in RELEASES for direction in DIRECTIONS]
     add_row(request.config, TABLE, ("feature", *(" ".join(column) for column in columns)))
     for feature in FEATURES:
         cells = [CELLS.get((feature.name, *column), "-") for column in columns]
@@ -115,7 +115,7 @@ def table(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("version", RELEASES)
 @pytest.mark.parametrize("feature", FEATURES, ids=lambda feature: feature.name)
 async def test_cell(
     feature: Feature, version: str, direction: str, tmp_path: Path, closing: list[object]

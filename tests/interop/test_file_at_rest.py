@@ -8,24 +8,14 @@ import pytest
 
 from migrationd.ctl.boot_guest import BootGuest, check_run
 from migrationd.ctl.daemon_process import DaemonProcess
-from migrationd.ctl.qemu_process import QemuProcess, find_qemu
+from migrationd.ctl.qemu_process import QemuProcess
+from tests.support.releases import qemu_binary
 
 pytestmark = pytest.mark.interop
 
 GUEST = BootGuest(counted_pages=256, pages_per_s=20_000, filled_pages=512, fill_step_pages=2)
 DEVICES = ("virtio-rng-pci", "VGA")
 WITH_MAPPED_RAM = ["10.0", "11.1"]
-
-
-def need_qemu(version: str | None) -> str:
-    binary = find_qemu(version)
-    if binary is None:
-        pytest.skip(
-            f"QEMU {version} is missing: tests/support/install-qemus"
-            if version
-            else "qemu-system-x86_64 is missing: apt-get install qemu-system-x86"
-        )
-    return binary
 
 
 async def start_qemu(binary: str, machine: str, name: str, incoming: str | None) -> QemuProcess:
@@ -66,7 +56,7 @@ async def load_file(target: QemuProcess, path: Path) -> None:
 async def test_qemu_loads_the_file_of_a_parked_guest(
     version: str, machine: str, tmp_path: Path
 ) -> None:
-    binary = need_qemu(version)
+    binary = qemu_binary(version)
     async with await start_qemu(binary, machine, "A", None) as source:
         async with await start_daemon(tmp_path, incoming="tcp:127.0.0.1:0") as daemon:
             await park(source, daemon)
@@ -83,7 +73,7 @@ async def test_the_guest_of_an_older_qemu_loads_in_a_newer_one(
     version: str, tmp_path: Path
 ) -> None:
     """7.2 cannot write such a file itself."""
-    older, newer = need_qemu("7.2"), need_qemu(version)
+    older, newer = qemu_binary("7.2"), qemu_binary(version)
     machine = "pc-q35-7.2"
     async with await start_qemu(older, machine, "A", None) as source:
         async with await start_daemon(tmp_path, incoming="tcp:127.0.0.1:0") as daemon:
@@ -98,7 +88,7 @@ async def test_the_guest_of_an_older_qemu_loads_in_a_newer_one(
 async def test_a_file_that_qemu_wrote_is_offered_and_goes_on_elsewhere(
     version: str, multifd: bool, tmp_path: Path
 ) -> None:
-    binary = need_qemu(version)
+    binary = qemu_binary(version)
     async with await start_qemu(binary, "q35", "A", None) as source:
         await source.wait_serial(3)
         capabilities = {"events": True, "mapped-ram": True, "multifd": multifd}
@@ -119,7 +109,7 @@ async def test_a_file_that_qemu_wrote_is_offered_and_goes_on_elsewhere(
 
 
 async def test_the_chosen_run_state_outlives_the_daemon(tmp_path: Path) -> None:
-    binary = need_qemu(None)
+    binary = qemu_binary()
     async with await start_qemu(binary, "pc", "A", None) as source:
         async with await start_daemon(tmp_path, incoming="tcp:127.0.0.1:0") as daemon:
             await park(source, daemon)
@@ -140,7 +130,7 @@ async def test_the_chosen_run_state_outlives_the_daemon(tmp_path: Path) -> None:
 async def test_a_daemon_killed_in_the_switchover_keeps_the_guest_until_it_is_taken_back(
     tmp_path: Path,
 ) -> None:
-    binary = need_qemu(None)
+    binary = qemu_binary()
     silent = await asyncio.start_server(_swallow, "127.0.0.1", 0)
     port = silent.sockets[0].getsockname()[1]
     async with await start_qemu(binary, "pc", "A", None) as source:
@@ -168,7 +158,7 @@ async def test_a_daemon_killed_in_the_switchover_keeps_the_guest_until_it_is_tak
 
 
 async def test_the_next_guest_takes_the_place_of_one_that_was_handed_over(tmp_path: Path) -> None:
-    binary = need_qemu(None)
+    binary = qemu_binary()
     for machine in ("pc", "q35"):
         async with (
             await start_qemu(binary, machine, "A", None) as source,

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from migrationd.ctl.daemon_process import DaemonProcess
-from migrationd.ctl.qemu_process import find_qemu
 from tests.support.moves import VIRTIO, Host, check_runs_on, memory_digest, park, send
+from tests.support.releases import qemu_binary
 from tests.support.results import add_row
 
 pytestmark = pytest.mark.interop
@@ -70,15 +70,12 @@ async def test_shape(
     version: str, shape: str, return_path: bool, tmp_path: Path, closing: list[object],
     request: pytest.FixtureRequest,
 ) -> None:  # fmt: skip
-    binary = find_qemu(version)
-    if binary is None:
-        pytest.skip(f"QEMU {version} is missing: see tests/support/install-qemus")
     if shape in ONLY_7_2 and version != "7.2":
         pytest.skip(f"QEMU {version} has no such machine type")
     if shape == "neither footers nor description" and return_path:
         pytest.skip("nothing tells where such a stream ends while the source keeps it open")
     machine, arguments = SHAPES[shape]
-    host = replace(Host(binary), machine=machine, arguments=arguments)
+    host = replace(Host(qemu_binary(version)), machine=machine, arguments=arguments)
     source = await host.start("QEMU A")
     closing.append(source)
     daemon = await DaemonProcess.start(incoming=f"unix:{tmp_path}/in.sock")

@@ -7,8 +7,8 @@ import pytest
 
 from migrationd.ctl.file_summary import summarize
 from migrationd.ctl.inspect_file import fields_of, find_devices
-from migrationd.ctl.qemu_process import find_qemu
 from tests.support.moves import Host
+from tests.support.releases import qemu_binary
 
 pytestmark = pytest.mark.interop
 
@@ -19,10 +19,7 @@ REGISTERS = {"EAX": 0, "ECX": 1, "EDX": 2, "EBX": 3, "ESP": 4, "EBP": 5, "ESI": 
 async def test_registers_of_the_processor(
     version: str, tmp_path: Path, closing: list[object]
 ) -> None:
-    binary = find_qemu(version)
-    if binary is None:
-        pytest.skip(f"QEMU {version} is missing: tests/support/install-qemus")
-    source = await Host(binary).start("QEMU A")
+    source = await Host(qemu_binary(version)).start("QEMU A")
     closing.append(source)
     await source.wait_serial(2)
     await source.execute("stop")

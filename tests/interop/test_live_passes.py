@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from migrationd.ctl.qemu_process import find_qemu, installed_versions
 from migrationd.guest.memory import Pages
 from migrationd.outgoing.contract import OutgoingSettings
 from migrationd.outgoing.multifd_send import MultifdSettings
 from tests.support.moves import Host, check_runs_on
+from tests.support.releases import default_release, qemu_binary
 from tests.support.results import add_row
 from tests.support.scripted_guest import Rows, ScriptedGuest, send_live, take_from_qemu
 
@@ -67,7 +67,7 @@ class Case:
 
 
 def cases() -> list[object]:
-    default = next(iter(installed_versions()), "7.2")
+    default = default_release()
     found = []
     for version in ("7.2", "10.0", "11.1"):
         for way, cache, multifd in (
@@ -86,10 +86,7 @@ def cases() -> list[object]:
 
 @pytest.mark.parametrize("case", cases(), ids=lambda case: case.name)
 async def test_every_byte_arrives(case: Case, tmp_path: Path, pytestconfig: pytest.Config) -> None:
-    binary = find_qemu(case.version)
-    if binary is None:
-        pytest.skip(f"QEMU {case.version} is not installed: tests/support/install-qemus")
-    host = Host(binary)
+    host = Host(qemu_binary(case.version))
     parked, printed = await take_from_qemu(host, tmp_path)
     writer = Writer((host.guest.counted_address + host.guest.counted_bytes) // 4096)
     guest = ScriptedGuest(parked, "pc.ram", PASSES, writer.write)

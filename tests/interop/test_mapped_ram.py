@@ -11,8 +11,9 @@ import pytest
 
 from migrationd.ctl.daemon_process import DaemonProcess
 from migrationd.ctl.peer_process import PeerProcess
-from migrationd.ctl.qemu_process import QemuProcess, find_qemu
+from migrationd.ctl.qemu_process import QemuProcess
 from tests.support.moves import Host, check_runs_on, memory_digest
+from tests.support.releases import qemu_binary
 from tests.support.results import add_row
 
 pytestmark = pytest.mark.interop
@@ -43,10 +44,7 @@ WAYS = (
 
 
 def host_of(version: str) -> Host:
-    binary = find_qemu(version)
-    if binary is None:
-        pytest.skip(f"QEMU {version} is missing: tests/support/install-qemus")
-    return Host(binary)
+    return Host(qemu_binary(version))
 
 
 async def prepare(peer: PeerProcess, way: Way) -> None:

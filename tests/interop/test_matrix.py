@@ -8,7 +8,6 @@ import pytest
 
 from migrationd.ctl.boot_guest import BootGuest
 from migrationd.ctl.daemon_process import DaemonProcess
-from migrationd.ctl.qemu_process import find_qemu, installed_versions
 from tests.support.moves import (
     Host,
     check_runs_on,
@@ -18,32 +17,19 @@ from tests.support.moves import (
     send,
     source_uri,
 )
+from tests.support.releases import qemu_binary, release_cases
 from tests.support.results import add_row
 
 pytestmark = pytest.mark.interop
 
-VERSIONS = ("7.2", "10.0", "11.1")
 TABLE = "QEMU -> migrationd -> QEMU"
 HEAD = ("QEMU", "machine", "transport", "guest", "return path", "goes on", "RAM equal", "completed")
 
 
-def cases() -> list[object]:
-    """The default run uses the QEMU on the path; the rest is the full matrix."""
-    default = next(iter(installed_versions()), VERSIONS[0])
-    out: list[object] = []
-    for version in VERSIONS:
-        for machine in ("pc", "q35"):
-            for transport in ("tcp", "unix"):
-                for state in ("running", "paused"):
-                    marks = [] if version == default else [pytest.mark.matrix]
-                    name = f"{version}-{machine}-{transport}-{state}"
-                    out.append(
-                        pytest.param(version, machine, transport, state, marks=marks, id=name)
-                    )
-    return out
-
-
-@pytest.mark.parametrize(("version", "machine", "transport", "state"), cases())
+@pytest.mark.parametrize(
+    ("version", "machine", "transport", "state"),
+    release_cases(("pc", "q35"), ("tcp", "unix"), ("running", "paused")),
+)
 async def test_move(
     version: str,
     machine: str,
@@ -53,10 +39,7 @@ async def test_move(
     closing: list[object],
     request: pytest.FixtureRequest,
 ) -> None:
-    binary = find_qemu(version)
-    if binary is None:
-        pytest.skip(f"QEMU {version} is not installed (tests/support/install-qemus brings it)")
-    row = await move(Host(binary, machine), transport, state, tmp_path, closing)
+    row = await move(Host(qemu_binary(version), machine), transport, state, tmp_path, closing)
     report(request.config, (version, machine, transport, state, *row))
 
 
@@ -64,15 +47,12 @@ async def test_move(
 async def test_move_aarch64(
     state: str, tmp_path: Path, closing: list[object], request: pytest.FixtureRequest
 ) -> None:
-    binary = find_qemu(architecture="aarch64")
-    if binary is None:
-        pytest.skip(
-            "qemu-system-aarch64 is not installed (Debian: apt-get install qemu-system-arm)"
-        )
     guest = BootGuest(
         architecture="aarch64", counted_pages=512, filled_pages=1024, pages_per_s=20000
     )
-    row = await move(Host(binary, "virt", guest), "tcp", state, tmp_path, closing)
+    row = await move(
+        Host(qemu_binary(architecture="aarch64"), "virt", guest), "tcp", state, tmp_path, closing
+    )
     report(request.config, ("aarch64", "virt", "tcp", state, *row))
 
 

@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 
-from migrationd.ctl.qemu_process import QemuProcess, find_qemu
+from migrationd.ctl.qemu_process import QemuProcess
 from migrationd.qmp.handlers import legacy
 from migrationd.qmp.handlers.introspection import entities
 from tests.support.fake_control import FakeControl
 from tests.support.introspection import differences, named
 from tests.support.monitor import Monitor
+from tests.support.releases import qemu_binary
 from tests.support.results import add_row
 
 pytestmark = pytest.mark.interop
@@ -75,12 +76,9 @@ class Qemu:
 
 @pytest.fixture
 async def qemu(tmp_path: Path) -> AsyncIterator[Qemu]:
-    binary = find_qemu(VERSION)
-    if binary is None:
-        pytest.skip(f"QEMU {VERSION} is missing: tests/support/install-qemus")
     path = tmp_path / "second.qmp"
     arguments = ("-qmp", f"unix:{path},server=on,wait=off")
-    async with await QemuProcess.start(binary, paused=True, arguments=arguments):
+    async with await QemuProcess.start(qemu_binary(VERSION), paused=True, arguments=arguments):
         client = Qemu(path)
         yield client
         client.close()

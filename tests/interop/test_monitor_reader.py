@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from migrationd.ctl.qemu_process import QemuProcess, find_qemu
+from migrationd.ctl.qemu_process import QemuProcess
 from tests.support.fake_control import FakeControl
 from tests.support.monitor import Monitor
+from tests.support.releases import qemu_binary
 
 pytestmark = [pytest.mark.interop, pytest.mark.matrix]
 
@@ -59,12 +60,11 @@ def random_input(rng: random.Random) -> bytes:
 
 
 async def test_replies_are_equal(tmp_path: Path, closing: list[object]) -> None:
-    binary = find_qemu(VERSION)
-    if binary is None:
-        pytest.skip(f"QEMU {VERSION} is missing: see tests/support/install-qemus")
     path = tmp_path / "second.sock"
     extra = ["-qmp", f"unix:{path},server=on,wait=off"]
-    closing.append(await QemuProcess.start(binary, memory_mib=16, paused=True, arguments=extra))
+    closing.append(
+        await QemuProcess.start(qemu_binary(VERSION), memory_mib=16, paused=True, arguments=extra)
+    )
     client = RawClient(path)
     monitor = Monitor(FakeControl())
     rng = random.Random(11)

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from migrationd.ctl.daemon_process import DaemonProcess
-from migrationd.ctl.qemu_process import find_qemu, installed_versions
 from tests.support.moves import (
     Host,
     check_runs_on,
@@ -16,11 +15,11 @@ from tests.support.moves import (
     send,
     source_uri,
 )
+from tests.support.releases import RELEASES, default_release, qemu_binary
 from tests.support.results import add_row
 
 pytestmark = pytest.mark.interop
 
-VERSIONS = ("7.2", "10.0", "11.1")
 TABLE = "multifd: QEMU -> migrationd -> QEMU"
 HEAD = (
     "in from", "out to", "machine", "channels", "method", "zero pages", "transport",
@@ -65,7 +64,7 @@ class Case:
 
 def cases() -> list[object]:
     """A few with the QEMU on the path; the rest is the full matrix."""
-    default = next(iter(installed_versions()), VERSIONS[0])
+    default = default_release()
     short = [
         Case(default, default, channels=2, method="none", has_uuid=True),
         Case(default, default, "q35", channels=1, method="zlib", transport="unix"),
@@ -73,12 +72,12 @@ def cases() -> list[object]:
     ]
     wide = [
         Case(version, version, channels=channels, method=method, transport=transport)
-        for version in VERSIONS
+        for version in RELEASES
         for method in ("none", "zlib", "zstd")
         for channels, transport in ((1, "unix"), (2, "tcp"), (8, "tcp"))
     ]
-    wide += [Case(version, version, channels=255) for version in VERSIONS]
-    wide += [Case(version, version, zero_copy=True) for version in VERSIONS]
+    wide += [Case(version, version, channels=255) for version in RELEASES]
+    wide += [Case(version, version, zero_copy=True) for version in RELEASES]
     wide += [
         Case(version, version, zeros=zeros, method=method)
         for version in ("10.0", "11.1")
@@ -87,8 +86,8 @@ def cases() -> list[object]:
     ]
     wide += [
         Case(source, target, "pc-i440fx-7.2", channels=3, method=method)
-        for source in VERSIONS
-        for target in VERSIONS
+        for source in RELEASES
+        for target in RELEASES
         for method in ("none", "zstd")
         if source != target or source != "7.2"
     ]
@@ -97,7 +96,7 @@ def cases() -> list[object]:
         for machine in ("pc-i440fx-8.0", "pc-i440fx-8.1", "pc-i440fx-8.2", "pc-i440fx-9.0")
     ]
     wide += [Case("10.0", "11.1", "pc-i440fx-10.0"), Case("11.1", "10.0", "pc-q35-10.0")]
-    wide += [Case(version, version, has_uuid=True) for version in VERSIONS]
+    wide += [Case(version, version, has_uuid=True) for version in RELEASES]
     marks = [pytest.mark.matrix]
     out: list[object] = [pytest.param(case, id=case.name) for case in short]
     names = {case.name for case in short}
@@ -114,11 +113,8 @@ async def test_move(
 ) -> None:
     hosts = []
     for version in (case.source, case.target):
-        binary = find_qemu(version)
-        if binary is None:
-            pytest.skip(f"QEMU {version} is not installed (tests/support/install-qemus brings it)")
         arguments = ("-uuid", UUID) if case.has_uuid else ()
-        hosts.append(Host(binary, case.machine, arguments=arguments))
+        hosts.append(Host(qemu_binary(version), case.machine, arguments=arguments))
     capabilities = {"multifd": True, "events": True, "return-path": True}
     parameters: dict[str, object] = {
         "multifd-channels": case.channels,

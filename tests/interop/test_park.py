@@ -7,8 +7,8 @@ import pytest
 
 from migrationd.ctl.boot_guest import BootGuest
 from migrationd.ctl.daemon_process import DaemonProcess
-from migrationd.ctl.qemu_process import find_qemu
 from tests.support.moves import Host, check_runs_on
+from tests.support.releases import qemu_binary
 
 pytestmark = pytest.mark.interop
 
@@ -23,10 +23,7 @@ GUEST = BootGuest(counted_pages=256, filled_pages=4096, pages_per_s=20000)
 async def test_a_guest_is_parked_and_runs_on(
     incoming: str, options: tuple[str, ...], closing: list[object]
 ) -> None:
-    binary = find_qemu()
-    if binary is None:
-        pytest.skip("QEMU is not installed")
-    host = Host(binary, guest=GUEST, memory_mib=64)
+    host = Host(qemu_binary(), guest=GUEST, memory_mib=64)
     source = await host.start("QEMU A")
     closing.append(source)
     daemon = await DaemonProcess.start(incoming=incoming)

@@ -5,15 +5,14 @@ from pathlib import Path
 import pytest
 
 from migrationd.ctl.daemon_process import DaemonProcess
-from migrationd.ctl.qemu_process import find_qemu
 from tests.support import postcopy_in
 from tests.support.moves import VIRTIO, Host, check_runs_on
 from tests.support.postcopy import send_lazily, start_target
+from tests.support.releases import RELEASES, qemu_binary
 from tests.support.results import add_row
 
 pytestmark = pytest.mark.interop
 
-VERSIONS = ("7.2", "10.0", "11.1")
 MEMORY_MIB = 64
 HUGE_PAGES = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages")
 
@@ -24,7 +23,7 @@ TABLE = "postcopy in out of huge pages, and out into huge pages"
 @pytest.mark.matrix
 @pytest.mark.parametrize("store", ["memory", "file"])
 @pytest.mark.parametrize("preempt", [False, True], ids=["plain", "preempt"])
-@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("version", RELEASES)
 async def test_huge_pages_go_whole(
     version: str,
     preempt: bool,
@@ -33,14 +32,11 @@ async def test_huge_pages_go_whole(
     closing: list[object],
     request: pytest.FixtureRequest,
 ) -> None:
-    binary = find_qemu(version)
-    if binary is None:
-        pytest.skip(f"QEMU {version} is not installed (tests/support/install-qemus brings it)")
     if not HUGE_PAGES.exists() or int(HUGE_PAGES.read_text()) < MEMORY_MIB:
         pytest.skip(f"{MEMORY_MIB} huge pages: sysctl vm.nr_hugepages sets some aside")
     backend = f"memory-backend-memfd,id=ram0,size={MEMORY_MIB}M,hugetlb=on,hugetlbsize=2M"
     host = Host(
-        binary, "pc,memory-backend=ram0", memory_mib=MEMORY_MIB,
+        qemu_binary(version), "pc,memory-backend=ram0", memory_mib=MEMORY_MIB,
         arguments=(*VIRTIO, "-object", backend),
     )  # fmt: skip
     source = await host.start("QEMU A")

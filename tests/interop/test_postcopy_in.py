@@ -5,14 +5,13 @@ from pathlib import Path
 import pytest
 
 from migrationd.ctl.daemon_process import DaemonProcess
-from migrationd.ctl.qemu_process import find_qemu, installed_versions
 from tests.support import postcopy_in
 from tests.support.moves import VIRTIO, Host, check_runs_on, memory_digest, move_on
+from tests.support.releases import PREEMPT, RELEASES, qemu_binary, release_cases
 from tests.support.results import add_row
 
 pytestmark = pytest.mark.interop
 
-VERSIONS = ("7.2", "10.0", "11.1")
 TABLE = "QEMU -> migrationd by postcopy"
 HEAD = ("QEMU", "preempt", "rests in", "statuses here", "RAM equal", "goes on")
 
@@ -25,20 +24,6 @@ def report(request: pytest.FixtureRequest, row: tuple[str, ...]) -> None:
     add_row(request.config, TABLE, row, head=HEAD)
 
 
-def cases() -> list[object]:
-    """The default run uses the QEMU on the path; the rest is the full matrix."""
-    default = next(iter(installed_versions()), VERSIONS[0])
-    out: list[object] = []
-    for version in VERSIONS:
-        for preempt in (False, True):
-            for rests in ("memory", "a file"):
-                is_default = version == default and preempt == (rests == "a file")
-                marks = [] if is_default else [pytest.mark.matrix]
-                name = f"{version}-{'preempt' if preempt else 'plain'}-{rests.split()[-1]}"
-                out.append(pytest.param(version, preempt, rests, marks=marks, id=name))
-    return out
-
-
 def statuses(daemon: DaemonProcess) -> list[str]:
     """What MIGRATION events said."""
     return [
@@ -48,13 +33,17 @@ def statuses(daemon: DaemonProcess) -> list[str]:
 
 def host_of(version: str) -> Host:
     """A small guest on that QEMU."""
-    binary = find_qemu(version)
-    if binary is None:
-        pytest.skip(f"QEMU {version} is not installed (tests/support/install-qemus brings it)")
-    return Host(binary)
+    return Host(qemu_binary(version))
 
 
-@pytest.mark.parametrize(("version", "preempt", "rests"), cases())
+@pytest.mark.parametrize(
+    ("version", "preempt", "rests"),
+    release_cases(
+        PREEMPT,
+        {"memory": "memory", "file": "a file"},
+        default=lambda preempt, rests: preempt == (rests == "a file"),
+    ),
+)
 async def test_a_guest_arrives_by_postcopy(
     version: str, preempt: bool, rests: str, tmp_path: Path, closing: list[object],
     request: pytest.FixtureRequest,
@@ -133,7 +122,7 @@ def free_huge_pages() -> int:
 
 @pytest.mark.matrix
 @pytest.mark.parametrize("preempt", [False, True])
-@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("version", RELEASES)
 async def test_a_guest_in_huge_pages(
     version: str, preempt: bool, tmp_path: Path, closing: list[object],
     request: pytest.FixtureRequest,

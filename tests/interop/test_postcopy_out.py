@@ -6,38 +6,28 @@ import pytest
 
 from migrationd.ctl.boot_guest import BootGuest
 from migrationd.ctl.daemon_process import DaemonProcess
-from migrationd.ctl.qemu_process import find_qemu, installed_versions
 from tests.support.moves import Host, check_runs_on, incoming_uri, memory_digest, park, source_uri
 from tests.support.postcopy import capabilities, send_lazily, start_target, statuses
+from tests.support.releases import qemu_binary, release_cases
 from tests.support.results import add_row
 
 pytestmark = pytest.mark.interop
 
-VERSIONS = ("7.2", "10.0", "11.1")
 TABLE = "postcopy out of migrationd"
 HEAD = ("QEMU", "machine", "channels", "transport", "guest in", "counts on", "requests", "pages")
 
 GUEST = BootGuest(counted_pages=2048, filled_pages=8192, pages_per_s=100000)
 
 
-def cases() -> list[object]:
-    """The default run uses the QEMU on the path, the rest is the full matrix."""
-    default = next(iter(installed_versions()), VERSIONS[0])
-    out: list[object] = []
-    for version in VERSIONS:
-        for machine in ("pc", "q35"):
-            for channels in ("plain", "preempt"):
-                for store in ("memory", "file"):
-                    is_default = version == default and (machine == "pc") == (store == "memory")
-                    marks = [] if is_default else [pytest.mark.matrix]
-                    name = f"{version}-{machine}-{channels}-{store}"
-                    out.append(
-                        pytest.param(version, machine, channels, store, marks=marks, id=name)
-                    )
-    return out
-
-
-@pytest.mark.parametrize(("version", "machine", "channels", "store"), cases())
+@pytest.mark.parametrize(
+    ("version", "machine", "channels", "store"),
+    release_cases(
+        ("pc", "q35"),
+        ("plain", "preempt"),
+        ("memory", "file"),
+        default=lambda machine, _, store: (machine == "pc") == (store == "memory"),
+    ),
+)
 async def test_a_parked_guest_runs_at_once(
     version: str,
     machine: str,
@@ -47,10 +37,7 @@ async def test_a_parked_guest_runs_at_once(
     closing: list[object],
     request: pytest.FixtureRequest,
 ) -> None:
-    binary = find_qemu(version)
-    if binary is None:
-        pytest.skip(f"QEMU {version} is not installed (tests/support/install-qemus brings it)")
-    host = Host(binary, machine, GUEST, memory_mib=128)
+    host = Host(qemu_binary(version), machine, GUEST, memory_mib=128)
     preempt = channels == "preempt"
     transport = "tcp" if machine == "q35" else "unix"
     source = await host.start("QEMU A")
@@ -132,10 +119,7 @@ async def test_multifd_until_the_switch(
     preempt: bool, tmp_path: Path, closing: list[object], request: pytest.FixtureRequest
 ) -> None:
     """Only QEMU 11.1 takes both; older machine types are refused before a byte is sent."""
-    binary = find_qemu("11.1")
-    if binary is None:
-        pytest.skip("QEMU 11.1 is not installed (tests/support/install-qemus brings it)")
-    host = Host(binary, "pc", GUEST, memory_mib=128)
+    host = Host(qemu_binary("11.1"), "pc", GUEST, memory_mib=128)
     source = await host.start("QEMU A")
     closing.append(source)
     daemon = await DaemonProcess.start(incoming=f"unix:{tmp_path}/in")

@@ -7,16 +7,16 @@ from qemu.qmp import ExecuteError
 
 from migrationd.ctl.boot_guest import BootGuest
 from migrationd.ctl.daemon_process import DaemonProcess
-from migrationd.ctl.qemu_process import QemuProcess, find_qemu, installed_versions
+from migrationd.ctl.qemu_process import QemuProcess
 from tests.support.moves import Host, check_runs_on, park
 from tests.support.peers import Sink
 from tests.support.postcopy import recover, send_lazily, start_target, statuses, wait_status
 from tests.support.relay import Relay
+from tests.support.releases import RELEASES, qemu_binary, release_cases
 from tests.support.results import add_row
 
 pytestmark = pytest.mark.interop
 
-VERSIONS = ("7.2", "10.0", "11.1")
 TABLE = "postcopy out of migrationd, connection lost"
 HEAD = ("QEMU", "channels", "cut by", "cuts", "counts on")
 GUEST = BootGuest(counted_pages=2048, filled_pages=8192, pages_per_s=100000)
@@ -24,21 +24,6 @@ CUTS = (12, 40, 300)
 """Bytes of a recovery that pass."""
 
 SLOW = {"max-postcopy-bandwidth": 16 << 20}
-
-
-def cases() -> list[object]:
-    """The default run uses the QEMU on the path, the rest is the full matrix."""
-    default = next(iter(installed_versions()), VERSIONS[0])
-    return [
-        pytest.param(
-            version, channels, cut,
-            marks=[] if version == default and cut == "network" else [pytest.mark.matrix],
-            id=f"{version}-{channels}-{cut}",
-        )
-        for version in VERSIONS
-        for channels in ("plain", "preempt")
-        for cut in ("source", "target", "network")
-    ]  # fmt: skip
 
 
 def report(config: pytest.Config, row: tuple[str, ...]) -> None:
@@ -58,7 +43,14 @@ async def resume(daemon: DaemonProcess, target: QemuProcess, uri: str) -> None:
     await daemon.wait_migration("postcopy-active", "completed")
 
 
-@pytest.mark.parametrize(("version", "channels", "cut"), cases())
+@pytest.mark.parametrize(
+    ("version", "channels", "cut"),
+    release_cases(
+        ("plain", "preempt"),
+        ("source", "target", "network"),
+        default=lambda _, cut: cut == "network",
+    ),
+)
 async def test_two_cuts(
     version: str,
     channels: str,
@@ -67,10 +59,7 @@ async def test_two_cuts(
     closing: list[object],
     request: pytest.FixtureRequest,
 ) -> None:
-    binary = find_qemu(version)
-    if binary is None:
-        pytest.skip(f"QEMU {version} is not installed (tests/support/install-qemus brings it)")
-    host = Host(binary, "pc", GUEST, memory_mib=128)
+    host = Host(qemu_binary(version), "pc", GUEST, memory_mib=128)
     preempt = channels == "preempt"
     source = await host.start("QEMU A")
     closing.append(source)
@@ -117,15 +106,12 @@ async def test_two_cuts(
 
 @pytest.mark.parametrize(
     "version",
-    [pytest.param(v, marks=[pytest.mark.matrix] if v != "10.0" else []) for v in VERSIONS],
+    [pytest.param(v, marks=[pytest.mark.matrix] if v != "10.0" else []) for v in RELEASES],
 )
 async def test_a_resume_that_fails_can_be_tried_again(
     version: str, tmp_path: Path, closing: list[object]
 ) -> None:
-    binary = find_qemu(version)
-    if binary is None:
-        pytest.skip(f"QEMU {version} is not installed (tests/support/install-qemus brings it)")
-    host = Host(binary, "pc", GUEST, memory_mib=128)
+    host = Host(qemu_binary(version), "pc", GUEST, memory_mib=128)
     source = await host.start("QEMU A")
     closing.append(source)
     daemon = await DaemonProcess.start(incoming=f"unix:{tmp_path}/in")

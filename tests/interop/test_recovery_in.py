@@ -13,15 +13,15 @@ from migrationd.codec.postcopy import PING_PACKAGE_LOADED
 from migrationd.codec.return_path import Pong, encode_return_path
 from migrationd.ctl.boot_guest import count_passes
 from migrationd.ctl.daemon_process import DaemonProcess
-from migrationd.ctl.qemu_process import QemuProcess, find_qemu, installed_versions
+from migrationd.ctl.qemu_process import QemuProcess
 from tests.support import postcopy_in
 from tests.support.moves import Host, check_runs_on, memory_digest, move_on
 from tests.support.relay import Relay
+from tests.support.releases import RELEASES, qemu_binary, release_cases
 from tests.support.results import add_row
 
 pytestmark = pytest.mark.interop
 
-VERSIONS = ("7.2", "10.0", "11.1")
 TABLE = "recovery of a postcopy into migrationd"
 HEAD = ("QEMU", "preempt", "what happened", "RAM equal", "goes on")
 LATE_BYTES_PER_S = 16 << 20
@@ -34,15 +34,8 @@ def report(request: pytest.FixtureRequest, row: tuple[str, ...]) -> None:
 
 def cases(name: str) -> list[object]:
     """The default run uses the QEMU on the path, with preempt; the rest is the full matrix."""
-    default = next(iter(installed_versions()), VERSIONS[0])
-    out: list[object] = []
-    for version in VERSIONS:
-        for preempt in (False, True):
-            is_default = version == default and preempt and name != "hang"
-            marks = [] if is_default else [pytest.mark.matrix]
-            label = f"{version}-{'preempt' if preempt else 'plain'}-{name}"
-            out.append(pytest.param(version, preempt, marks=marks, id=label))
-    return out
+    preempt = {f"plain-{name}": False, f"preempt-{name}": True}
+    return release_cases(preempt, default=lambda preempt: preempt and name != "hang")
 
 
 def statuses(peer: DaemonProcess | QemuProcess) -> list[str]:
@@ -124,10 +117,7 @@ class Move:
 
 
 def move(version: str, preempt: bool, directory: Path, closing: list[object]) -> Move:
-    binary = find_qemu(version)
-    if binary is None:
-        pytest.skip(f"QEMU {version} is not installed (tests/support/install-qemus brings it)")
-    return Move(Host(binary), version, preempt, directory, closing)
+    return Move(Host(qemu_binary(version)), version, preempt, directory, closing)
 
 
 @pytest.mark.parametrize(("version", "preempt"), cases("two-cuts"))
@@ -221,7 +211,7 @@ async def test_migrate_pause_ends_a_hang_at_this_end(
 
 
 @pytest.mark.matrix
-@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("version", RELEASES)
 async def test_cuts_at_random_points(
     version: str, tmp_path: Path, closing: list[object], request: pytest.FixtureRequest
 ) -> None:
@@ -404,11 +394,8 @@ async def test_a_source_that_never_hears_that_its_guest_was_loaded_keeps_it(
     rests: str, tmp_path: Path, closing: list[object], request: pytest.FixtureRequest
 ) -> None:
     """The answer to PING 0x42 is lost: QEMU goes on with the guest, and nobody else may."""
-    binary = find_qemu("11.1")
-    if binary is None:
-        pytest.skip("QEMU 11.1 is not installed (tests/support/install-qemus brings it)")
     arguments = ("-ram-dir", str(tmp_path / "ram"), "-name", "g") if rests == "a file" else ()
-    source = await Host(binary).start("QEMU A")
+    source = await Host(qemu_binary("11.1")).start("QEMU A")
     closing.append(source)
     daemon = await DaemonProcess.start(incoming="defer", arguments=arguments)
     closing.append(daemon)

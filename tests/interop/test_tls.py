@@ -10,7 +10,7 @@ import pytest
 
 from migrationd.ctl.daemon_process import DaemonProcess
 from migrationd.ctl.peer_process import PeerProcess
-from migrationd.ctl.qemu_process import QemuProcess, find_qemu, installed_versions
+from migrationd.ctl.qemu_process import QemuProcess
 from tests.support.certificates import (
     Pair,
     make_authority,
@@ -19,11 +19,11 @@ from tests.support.certificates import (
     write_directory,
 )
 from tests.support.moves import Host, memory_digest, source_uri
+from tests.support.releases import RELEASES, qemu_binary, release_cases
 from tests.support.results import add_fault, add_row
 
 pytestmark = pytest.mark.interop
 
-VERSIONS = ("7.2", "10.0", "11.1")
 TABLE = "TLS: QEMU -> migrationd -> QEMU"
 HEAD = ("QEMU", "transport", "channels", "RAM equal", "completed")
 CHANNELS: dict[str, dict[str, bool]] = {
@@ -34,23 +34,14 @@ CHANNELS: dict[str, dict[str, bool]] = {
 }
 
 
-def cases() -> list[object]:
-    default = next(iter(installed_versions()), VERSIONS[0])
-    out: list[object] = []
-    for version in VERSIONS:
-        for transport in ("tcp", "unix"):
-            for channels in CHANNELS:
-                is_short = version == default and (transport, channels) in (
-                    ("tcp", "main"),
-                    ("unix", "multifd"),
-                )
-                marks = [] if is_short else [pytest.mark.matrix]
-                name = f"{version}-{transport}-{channels}"
-                out.append(pytest.param(version, transport, channels, marks=marks, id=name))
-    return out
-
-
-@pytest.mark.parametrize(("version", "transport", "channels"), cases())
+@pytest.mark.parametrize(
+    ("version", "transport", "channels"),
+    release_cases(
+        ("tcp", "unix"),
+        tuple(CHANNELS),
+        default=lambda *both: both in (("tcp", "main"), ("unix", "multifd")),
+    ),
+)
 async def test_move(
     version: str,
     transport: str,
@@ -59,9 +50,7 @@ async def test_move(
     closing: list[object],
     request: pytest.FixtureRequest,
 ) -> None:
-    binary = find_qemu(version)
-    if binary is None:
-        pytest.skip(f"QEMU {version} is not installed (tests/support/install-qemus brings it)")
+    binary = qemu_binary(version)
     directory = make_directory(tmp_path / "pki")
     host = replace(Host(binary), arguments=(*Host(binary).arguments, *objects(directory)))
     capabilities = {"events": True, "return-path": True, **CHANNELS[channels]}
@@ -87,12 +76,10 @@ async def test_move(
     add_row(request.config, TABLE, row, head=HEAD)
 
 
-@pytest.mark.parametrize("version", [pytest.param(v, marks=pytest.mark.matrix) for v in VERSIONS])
+@pytest.mark.parametrize("version", [pytest.param(v, marks=pytest.mark.matrix) for v in RELEASES])
 async def test_over_a_passed_socket(version: str, tmp_path: Path, closing: list[object]) -> None:
     """``fd:``, both ways; who is at the other end is told by ``tls-hostname`` alone."""
-    binary = find_qemu(version)
-    if binary is None:
-        pytest.skip(f"QEMU {version} is not installed (tests/support/install-qemus brings it)")
+    binary = qemu_binary(version)
     words = objects(make_directory(tmp_path / "pki"))
     host = replace(Host(binary), arguments=(*Host(binary).arguments, *words))
     source = await host.start("QEMU A")
@@ -121,15 +108,13 @@ async def test_over_a_passed_socket(version: str, tmp_path: Path, closing: list[
 
 
 @pytest.mark.parametrize("priority", ["NORMAL", "NORMAL:-VERS-TLS1.3"])
-@pytest.mark.parametrize("version", [pytest.param(v, marks=pytest.mark.matrix) for v in VERSIONS])
+@pytest.mark.parametrize("version", [pytest.param(v, marks=pytest.mark.matrix) for v in RELEASES])
 async def test_pre_shared_keys(
     version: str, priority: str, tmp_path: Path, closing: list[object]
 ) -> None:
     if not getattr(ssl, "HAS_PSK", False):
         pytest.skip("TLS with pre-shared keys needs Python 3.13 or later")
-    binary = find_qemu(version)
-    if binary is None:
-        pytest.skip(f"QEMU {version} is not installed (tests/support/install-qemus brings it)")
+    binary = qemu_binary(version)
     (tmp_path / "keys.psk").write_text("qemu:" + "0123456789abcdef" * 4 + "\n")
     both = tuple(
         word
@@ -159,14 +144,12 @@ async def test_pre_shared_keys(
     assert await memory_digest(target, host) == digest
 
 
-@pytest.mark.parametrize("version", [pytest.param(v, marks=pytest.mark.matrix) for v in VERSIONS])
+@pytest.mark.parametrize("version", [pytest.param(v, marks=pytest.mark.matrix) for v in RELEASES])
 async def test_ciphers_of_the_priority(
     version: str, tmp_path: Path, closing: list[object], qemu_host: Host
 ) -> None:
     """What only one end allows is not used: no connection without a common cipher."""
-    binary = find_qemu(version)
-    if binary is None:
-        pytest.skip(f"QEMU {version} is not installed (tests/support/install-qemus brings it)")
+    binary = qemu_binary(version)
     directory = make_directory(tmp_path / "pki")
     strong = "NORMAL:-CIPHER-ALL:+AES-256-GCM"
     words = with_priority(objects(directory), strong)

@@ -9,18 +9,12 @@ import pytest
 from migrationd.ctl.boot_guest import BootGuest, check_run
 from migrationd.ctl.daemon_process import DaemonProcess
 from migrationd.ctl.peer_process import PeerProcess
-from migrationd.ctl.qemu_process import QemuProcess, find_qemu
+from migrationd.ctl.qemu_process import QemuProcess
+from tests.support.releases import qemu_binary
 
 pytestmark = pytest.mark.interop
 
 GUEST = BootGuest(counted_pages=512, pages_per_s=20_000, filled_pages=1024)
-
-
-def need_qemu(version: str) -> str:
-    binary = find_qemu(None if version == "path" else version)
-    if binary is None:
-        pytest.skip(f"QEMU {version} is missing: see tests/support/install-qemus")
-    return binary
 
 
 @pytest.fixture(
@@ -30,7 +24,7 @@ def need_qemu(version: str) -> str:
     ]
 )
 def binary(request: pytest.FixtureRequest) -> str:
-    return need_qemu(request.param)
+    return qemu_binary(None if request.param == "path" else request.param)
 
 
 async def send_over_passed_fd(source: PeerProcess, end: socket.socket) -> None:
