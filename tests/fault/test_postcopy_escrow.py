@@ -9,7 +9,7 @@ from qemu.qmp import ExecuteError
 from migrationd.ctl.boot_guest import BootGuest
 from migrationd.ctl.daemon_process import DaemonProcess
 from migrationd.ctl.qemu_process import QemuProcess, find_qemu, installed_versions
-from tests.support.moves import Host, check_runs_on, park
+from tests.support.moves import Host, check_runs_on, parked_guest
 from tests.support.peers import Sink
 from tests.support.postcopy import recover, send_lazily, start_target, wait_status
 
@@ -27,19 +27,35 @@ async def parked_in_file(
     host: Host, directory: Path, closing: list[object]
 ) -> tuple[DaemonProcess, QemuProcess]:
     """A daemon that holds a guest in a file, and the QEMU that it came from."""
-    source = await host.start("QEMU A")
-    closing.append(source)
-    daemon = await DaemonProcess.start(
-        incoming=f"unix:{directory}/in", arguments=arguments(directory)
-    )
-    closing.append(daemon)
-    await source.wait_serial(3)
-    await park(source, daemon, f"unix:{directory}/in", return_path=True)
+    source, daemon = await parked_guest(host, directory, closing, arguments=arguments(directory))
     return daemon, source
 
 
 def arguments(directory: Path) -> list[str]:
     return ["-ram-dir", str(directory / "ram"), "-name", "g"]
+
+
+def keeping(directory: Path) -> list[str]:
+    return [*arguments(directory), "-keep"]
+
+
+async def leaving(
+    daemon: DaemonProcess, host: Host, directory: Path, closing: list[object], *, preempt: bool
+) -> QemuProcess:
+    """A QEMU that runs the guest while its memory follows slowly."""
+    target = await start_target(host, f"unix:{directory}/out", preempt=preempt)
+    closing.append(target)
+    await send_lazily(daemon, f"unix:{directory}/out", preempt=preempt, parameters=SLOW)
+    await daemon.wait_migration("postcopy-active")
+    return target
+
+
+async def go_on(daemon: DaemonProcess, target: QemuProcess, uri: str) -> None:
+    """Connect the two again; returns when all memory has followed."""
+    await recover(target, uri)
+    await daemon.execute("migrate", {"uri": uri, "resume": True})
+    await daemon.wait_migration("completed")
+    await target.wait_migration("completed")
 
 
 def recorded(directory: Path) -> dict[str, object]:
@@ -53,10 +69,7 @@ async def test_the_daemon_is_killed_and_goes_on(
 ) -> None:
     host = Host(find_qemu(version) or "", "pc", GUEST, memory_mib=128)
     daemon, source = await parked_in_file(host, tmp_path, closing)
-    target = await start_target(host, f"unix:{tmp_path}/out", preempt=preempt)
-    closing.append(target)
-    await send_lazily(daemon, f"unix:{tmp_path}/out", preempt=preempt, parameters=SLOW)
-    await daemon.wait_migration("postcopy-active")
+    target = await leaving(daemon, host, tmp_path, closing, preempt=preempt)
     await target.wait_serial(1)
     await daemon.kill()
     await wait_status(target, "postcopy-paused")
@@ -71,10 +84,7 @@ async def test_the_daemon_is_killed_and_goes_on(
     assert await daemon.run_state() == "finish-migrate"
     with pytest.raises(ExecuteError, match="in progress"):
         await daemon.execute("migrate", {"uri": f"unix:{tmp_path}/elsewhere"})
-    await recover(target, f"unix:{tmp_path}/again")
-    await daemon.execute("migrate", {"uri": f"unix:{tmp_path}/again", "resume": True})
-    await daemon.wait_migration("completed")
-    await target.wait_migration("completed")
+    await go_on(daemon, target, f"unix:{tmp_path}/again")
     assert recorded(tmp_path)["owner"] == "handed-over"
     assert recorded(tmp_path)["lazy"] is None
     await check_runs_on(source.serial, target, host)
@@ -85,10 +95,7 @@ async def test_a_destination_that_runs_the_guest_keeps_it(
 ) -> None:
     host = Host(qemu_host.binary, "pc", GUEST, memory_mib=128)
     daemon, _ = await parked_in_file(host, tmp_path, closing)
-    target = await start_target(host, f"unix:{tmp_path}/out", preempt=False)
-    closing.append(target)
-    await send_lazily(daemon, f"unix:{tmp_path}/out", preempt=False, parameters=SLOW)
-    await daemon.wait_migration("postcopy-active")
+    await leaving(daemon, host, tmp_path, closing, preempt=False)
     with pytest.raises(ExecuteError, match="cannot cancel"):
         await daemon.execute("migrate_cancel")
     await daemon.execute("migrate-pause")
@@ -137,15 +144,11 @@ async def test_a_clone_of_a_template_survives_the_daemon(
     host = Host(qemu_host.binary, "pc", GUEST, memory_mib=128)
     daemon, source = await parked_in_file(host, tmp_path, closing)
     await daemon.close()
-    keeping = [*arguments(tmp_path), "-keep"]
-    daemon = await DaemonProcess.start(arguments=keeping)
+    daemon = await DaemonProcess.start(arguments=keeping(tmp_path))
     closing.append(daemon)
-    target = await start_target(host, f"unix:{tmp_path}/out", preempt=preempt)
-    closing.append(target)
-    await send_lazily(daemon, f"unix:{tmp_path}/out", preempt=preempt, parameters=SLOW)
-    await daemon.wait_migration("postcopy-active")
+    target = await leaving(daemon, host, tmp_path, closing, preempt=preempt)
     # Another daemon with the template sees that somebody sends this clone.
-    other = await DaemonProcess.start(arguments=keeping)
+    other = await DaemonProcess.start(arguments=keeping(tmp_path))
     closing.append(other)
     assert await other.run_state() == "paused"
     await other.close()
@@ -155,14 +158,11 @@ async def test_a_clone_of_a_template_survives_the_daemon(
     await wait_status(target, "postcopy-paused")
     assert recorded(tmp_path)["owner"] == "held"
 
-    daemon = await DaemonProcess.start(arguments=keeping)
+    daemon = await DaemonProcess.start(arguments=keeping(tmp_path))
     closing.append(daemon)
     await daemon.wait_migration("postcopy-paused")
     assert await daemon.run_state() == "finish-migrate"
-    await recover(target, f"unix:{tmp_path}/again")
-    await daemon.execute("migrate", {"uri": f"unix:{tmp_path}/again", "resume": True})
-    await daemon.wait_migration("completed")
-    await target.wait_migration("completed")
+    await go_on(daemon, target, f"unix:{tmp_path}/again")
     await check_runs_on(source.serial, target, host)
     assert await daemon.run_state() == "paused"
     assert not clone_records(tmp_path)
@@ -181,17 +181,14 @@ async def test_a_clone_whose_destination_is_gone_is_given_up(
     host = Host(qemu_host.binary, "pc", GUEST, memory_mib=128)
     daemon, source = await parked_in_file(host, tmp_path, closing)
     await daemon.close()
-    keeping = [*arguments(tmp_path), "-keep"]
-    daemon = await DaemonProcess.start(arguments=keeping)
+    daemon = await DaemonProcess.start(arguments=keeping(tmp_path))
     closing.append(daemon)
-    target = await start_target(host, f"unix:{tmp_path}/out", preempt=False)
-    await send_lazily(daemon, f"unix:{tmp_path}/out", preempt=False, parameters=SLOW)
-    await daemon.wait_migration("postcopy-active")
+    target = await leaving(daemon, host, tmp_path, closing, preempt=False)
     await target.kill()
     await daemon.wait_migration("postcopy-paused")
     await daemon.kill()
 
-    daemon = await DaemonProcess.start(arguments=keeping)
+    daemon = await DaemonProcess.start(arguments=keeping(tmp_path))
     closing.append(daemon)
     await daemon.wait_migration("postcopy-paused")
     await daemon.execute("cont")

@@ -13,7 +13,7 @@ from tests.support.moves import (
     check_runs_on,
     memory_digest,
     move_on,
-    park,
+    parked_guest,
 )
 
 pytestmark = pytest.mark.fault
@@ -26,13 +26,9 @@ def options(directory: Path) -> list[str]:
 async def test_kill_9_and_restart_give_the_guest_back(
     qemu_host: Host, tmp_path: Path, closing: list[object]
 ) -> None:
-    uri = f"unix:{tmp_path}/in.sock"
-    source = await qemu_host.start("QEMU A")
-    closing.append(source)
-    first = await DaemonProcess.start(incoming=uri, arguments=options(tmp_path / "ram"))
-    closing.append(first)
-    await source.wait_serial(3)
-    await park(source, first, uri, return_path=True)
+    source, first = await parked_guest(
+        qemu_host, tmp_path, closing, arguments=options(tmp_path / "ram")
+    )
     digest = await memory_digest(source, qemu_host)
     await first.kill()
     second = await DaemonProcess.start(arguments=options(tmp_path / "ram"))

@@ -12,7 +12,7 @@ import pytest
 from migrationd.ctl.daemon_process import DaemonProcess
 from migrationd.ctl.dirtier_process import PROGRAM, DirtierProcess, Progress
 from migrationd.linux.userfaultfd import can_serve_faults
-from tests.support.moves import Host, check_runs_on, memory_digest, move_on, park
+from tests.support.moves import Host, check_runs_on, memory_digest, move_on, parked_guest
 from tests.support.releases import qemu_binary
 
 pytestmark = [
@@ -228,12 +228,7 @@ async def snapshot_parked(
     qemu_host: Host, tmp_path: Path, closing: list[object], *, mapped_ram: bool
 ) -> None:
     """Park a guest, save it, and let two QEMUs go on with it."""
-    source = await qemu_host.start("QEMU A")
-    closing.append(source)
-    daemon = await DaemonProcess.start(incoming=f"unix:{tmp_path}/in")
-    closing.append(daemon)
-    await source.wait_serial(2)
-    await park(source, daemon, f"unix:{tmp_path}/in", return_path=True)
+    source, daemon = await parked_guest(qemu_host, tmp_path, closing, passes=2)
     printed, digest = source.serial, await memory_digest(source, qemu_host)
     await daemon.set_capabilities({"return-path": False})
     await begin(daemon, f"file:{tmp_path}/saved", mapped_ram=mapped_ram)

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from migrationd.ctl.daemon_process import DaemonProcess
-from tests.support.moves import Host, check_runs_on, memory_digest, park, send
+from tests.support.moves import Host, check_runs_on, memory_digest, parked_guest, send
 from tests.support.releases import RELEASES, qemu_binary
 from tests.support.results import add_row
 
@@ -28,12 +27,7 @@ async def test_release_changes(
 ) -> None:  # fmt: skip
     here = Host(qemu_binary(older), machine)
     there = replace(here, binary=qemu_binary(newer))
-    source = await here.start("QEMU A")
-    closing.append(source)
-    daemon = await DaemonProcess.start(incoming=f"unix:{tmp_path}/in.sock")
-    closing.append(daemon)
-    await source.wait_serial(3)
-    await park(source, daemon, f"unix:{tmp_path}/in.sock", return_path=True)
+    source, daemon = await parked_guest(here, tmp_path, closing)
     digest = await memory_digest(source, here)
     target = await there.start("QEMU B", incoming=f"unix:{tmp_path}/out.sock", paused=True)
     closing.append(target)

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from migrationd.ctl.daemon_process import DaemonProcess
-from tests.support.moves import VIRTIO, Host, check_runs_on, memory_digest, park, send
+from tests.support.moves import VIRTIO, Host, check_runs_on, memory_digest, parked_guest, send
 from tests.support.releases import qemu_binary
 from tests.support.results import add_row
 
@@ -76,12 +75,7 @@ async def test_shape(
         pytest.skip("nothing tells where such a stream ends while the source keeps it open")
     machine, arguments = SHAPES[shape]
     host = replace(Host(qemu_binary(version)), machine=machine, arguments=arguments)
-    source = await host.start("QEMU A")
-    closing.append(source)
-    daemon = await DaemonProcess.start(incoming=f"unix:{tmp_path}/in.sock")
-    closing.append(daemon)
-    await source.wait_serial(3)
-    await park(source, daemon, f"unix:{tmp_path}/in.sock", return_path=return_path)
+    source, daemon = await parked_guest(host, tmp_path, closing, return_path=return_path)
     target = await host.start("QEMU B", incoming=f"unix:{tmp_path}/out.sock", paused=True)
     closing.append(target)
     await send(daemon, target, f"unix:{tmp_path}/out.sock", return_path=return_path)

@@ -14,6 +14,7 @@ from tests.support.moves import (
     incoming_uri,
     memory_digest,
     park,
+    parked_guest,
     send,
     source_uri,
 )
@@ -95,12 +96,7 @@ async def move(
 async def test_a_running_guest_resumes_by_itself(
     qemu_host: Host, tmp_path: Path, closing: list[object]
 ) -> None:
-    source = await qemu_host.start("QEMU A")
-    closing.append(source)
-    daemon = await DaemonProcess.start(incoming=f"unix:{tmp_path}/in.sock")
-    closing.append(daemon)
-    await source.wait_serial(3)
-    await park(source, daemon, f"unix:{tmp_path}/in.sock", return_path=True)
+    source, daemon = await parked_guest(qemu_host, tmp_path, closing)
     target = await qemu_host.start("QEMU B", incoming=f"unix:{tmp_path}/out.sock")
     closing.append(target)
     await send(daemon, target, f"unix:{tmp_path}/out.sock", return_path=True)

@@ -8,7 +8,7 @@ import pytest
 from migrationd.ctl.boot_guest import BootGuest
 from migrationd.ctl.daemon_process import DaemonProcess
 from migrationd.ctl.qemu_process import QemuProcess
-from tests.support.moves import Host, check_runs_on, park
+from tests.support.moves import Host, check_runs_on, parked_guest
 from tests.support.postcopy import send_lazily, start_target
 from tests.support.results import add_row
 
@@ -28,12 +28,7 @@ async def template(
     qemu_host: Host, tmp_path: Path, closing: list[object]
 ) -> tuple[Host, QemuProcess, DaemonProcess]:
     host = Host(qemu_host.binary, "pc", GUEST, memory_mib=256)
-    source = await host.start("QEMU A")
-    closing.append(source)
-    daemon = await DaemonProcess.start(incoming=f"unix:{tmp_path}/in", arguments=keeping(tmp_path))
-    closing.append(daemon)
-    await source.wait_serial(3)
-    await park(source, daemon, f"unix:{tmp_path}/in", return_path=True)
+    source, daemon = await parked_guest(host, tmp_path, closing, arguments=keeping(tmp_path))
     return host, source, daemon
 
 

@@ -7,6 +7,7 @@ import pytest
 from migrationd.ctl.daemon_process import DaemonProcess
 from tests.support import postcopy_in
 from tests.support.moves import VIRTIO, Host, check_runs_on, memory_digest, move_on
+from tests.support.postcopy import statuses
 from tests.support.releases import PREEMPT, RELEASES, qemu_binary, release_cases
 from tests.support.results import add_row
 
@@ -22,13 +23,6 @@ DESTINATION_STATUSES = [
 
 def report(request: pytest.FixtureRequest, row: tuple[str, ...]) -> None:
     add_row(request.config, TABLE, row, head=HEAD)
-
-
-def statuses(daemon: DaemonProcess) -> list[str]:
-    """What MIGRATION events said."""
-    return [
-        str(event["data"]["status"]) for event in daemon.events if event["event"] == "MIGRATION"
-    ]  # fmt: skip
 
 
 def host_of(version: str) -> Host:

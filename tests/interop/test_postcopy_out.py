@@ -6,7 +6,15 @@ import pytest
 
 from migrationd.ctl.boot_guest import BootGuest
 from migrationd.ctl.daemon_process import DaemonProcess
-from tests.support.moves import Host, check_runs_on, incoming_uri, memory_digest, park, source_uri
+from migrationd.ctl.qemu_process import QemuProcess
+from tests.support.moves import (
+    Host,
+    check_runs_on,
+    incoming_uri,
+    memory_digest,
+    parked_guest,
+    source_uri,
+)
 from tests.support.postcopy import capabilities, send_lazily, start_target, statuses
 from tests.support.releases import qemu_binary, release_cases
 from tests.support.results import add_row
@@ -40,13 +48,8 @@ async def test_a_parked_guest_runs_at_once(
     host = Host(qemu_binary(version), machine, GUEST, memory_mib=128)
     preempt = channels == "preempt"
     transport = "tcp" if machine == "q35" else "unix"
-    source = await host.start("QEMU A")
-    closing.append(source)
     arguments = ["-ram-dir", str(tmp_path / "ram"), "-name", "g"] if store == "file" else []
-    daemon = await DaemonProcess.start(incoming=f"unix:{tmp_path}/in", arguments=arguments)
-    closing.append(daemon)
-    await source.wait_serial(3)
-    await park(source, daemon, f"unix:{tmp_path}/in", return_path=True)
+    source, daemon = await parked_guest(host, tmp_path, closing, arguments=arguments)
     before = source.serial
 
     uri = incoming_uri(transport, tmp_path, "out")
@@ -71,9 +74,27 @@ async def test_a_parked_guest_runs_at_once(
     assert ram["postcopy-requests"] > 0
     assert ram["precopy-bytes"] < 1 << 20
     assert ram["postcopy-bytes"] > GUEST.filled_pages * 4096
-    config = request.config
     row = (f"yes, {passes} passes", str(ram["postcopy-requests"]), str(ram["normal"]))
-    add_row(config, TABLE, (version, machine, channels, transport, store, *row), head=HEAD)
+    add_row(request.config, TABLE, (version, machine, channels, transport, store, *row), head=HEAD)
+
+
+async def send_and_turn(
+    daemon: DaemonProcess, target: QemuProcess, uri: str, counter: str, at_bytes: int
+) -> dict[str, int]:
+    """Begin a slow precopy, let it turn once a counter is there; returns RAM's, at the end."""
+    await daemon.set_parameters({"max-bandwidth": 40 << 20})
+    await daemon.execute("migrate", {"uri": uri})
+    while True:
+        info = await daemon.query_migrate()
+        ram = info.get("ram")
+        if isinstance(ram, dict) and ram[counter] > at_bytes:
+            break
+    await daemon.execute("migrate-start-postcopy")
+    info = await daemon.wait_migration("completed")
+    await target.wait_migration("completed")
+    ram = info["ram"]
+    assert isinstance(ram, dict)
+    return ram
 
 
 @pytest.mark.parametrize("preempt", [False, True], ids=["plain", "preempt"])
@@ -81,30 +102,15 @@ async def test_postcopy_in_the_middle_of_precopy(
     preempt: bool, qemu_host: Host, tmp_path: Path, closing: list[object]
 ) -> None:
     host = Host(qemu_host.binary, "pc", GUEST, memory_mib=128)
-    source = await host.start("QEMU A")
-    closing.append(source)
-    daemon = await DaemonProcess.start(incoming=f"unix:{tmp_path}/in")
-    closing.append(daemon)
-    await source.wait_serial(3)
-    await park(source, daemon, f"unix:{tmp_path}/in", return_path=True)
+    source, daemon = await parked_guest(host, tmp_path, closing)
     before = source.serial
     digest = await memory_digest(source, host)
 
-    target = await start_target(host, f"unix:{tmp_path}/out", preempt=preempt, paused=True)
+    uri = f"unix:{tmp_path}/out"
+    target = await start_target(host, uri, preempt=preempt, paused=True)
     closing.append(target)
     await daemon.set_capabilities(capabilities(preempt=preempt))
-    await daemon.set_parameters({"max-bandwidth": 40 << 20})
-    await daemon.execute("migrate", {"uri": f"unix:{tmp_path}/out"})
-    while True:
-        info = await daemon.query_migrate()
-        ram = info.get("ram")
-        if isinstance(ram, dict) and ram["precopy-bytes"] > 12 << 20:
-            break
-    await daemon.execute("migrate-start-postcopy")
-    info = await daemon.wait_migration("completed")
-    await target.wait_migration("completed")
-    ram = info["ram"]
-    assert isinstance(ram, dict)
+    ram = await send_and_turn(daemon, target, uri, "precopy-bytes", 12 << 20)
     assert ram["precopy-bytes"] > 12 << 20
     assert 1 << 20 < ram["postcopy-bytes"] < 30 << 20
     # A page that was sent twice would have ended the destination.
@@ -120,38 +126,20 @@ async def test_multifd_until_the_switch(
 ) -> None:
     """Only QEMU 11.1 takes both; older machine types are refused before a byte is sent."""
     host = Host(qemu_binary("11.1"), "pc", GUEST, memory_mib=128)
-    source = await host.start("QEMU A")
-    closing.append(source)
-    daemon = await DaemonProcess.start(incoming=f"unix:{tmp_path}/in")
-    closing.append(daemon)
-    await source.wait_serial(3)
-    await park(source, daemon, f"unix:{tmp_path}/in", return_path=True)
+    source, daemon = await parked_guest(host, tmp_path, closing)
     before = source.serial
     digest = await memory_digest(source, host)
-    target = await host.start("QEMU B", incoming="defer", paused=True)
+    uri = f"unix:{tmp_path}/out"
+    also = {"multifd": True}
+    target = await start_target(host, uri, preempt=preempt, paused=True, also=also)
     closing.append(target)
-    switched = {**capabilities(preempt=preempt), "multifd": True}
-    await target.set_capabilities(switched)
-    await target.execute("migrate-incoming", {"uri": f"unix:{tmp_path}/out"})
-    await daemon.set_capabilities(switched)
-    await daemon.set_parameters({"max-bandwidth": 40 << 20})
-    await daemon.execute("migrate", {"uri": f"unix:{tmp_path}/out"})
-    while True:
-        info = await daemon.query_migrate()
-        ram = info.get("ram")
-        if isinstance(ram, dict) and ram["multifd-bytes"] > 8 << 20:
-            break
-    await daemon.execute("migrate-start-postcopy")
-    info = await daemon.wait_migration("completed")
-    await target.wait_migration("completed")
-    ram = info["ram"]
-    assert isinstance(ram, dict)
+    await daemon.set_capabilities({**capabilities(preempt=preempt), **also})
+    ram = await send_and_turn(daemon, target, uri, "multifd-bytes", 8 << 20)
     assert ram["multifd-bytes"] > 8 << 20
     assert ram["postcopy-bytes"] > 1 << 20
     assert await memory_digest(target, host) == digest
     await target.execute("cont")
     passes = await check_runs_on(before, target, host)
-    config = request.config
     channels = "multifd, preempt" if preempt else "multifd, plain"
     row = (f"yes, {passes} passes", str(ram["postcopy-requests"]), str(ram["normal"]))
-    add_row(config, TABLE, ("11.1", "pc", channels, "unix", "memory", *row), head=HEAD)
+    add_row(request.config, TABLE, ("11.1", "pc", channels, "unix", "memory", *row), head=HEAD)

@@ -8,7 +8,7 @@ from qemu.qmp import ExecuteError
 from migrationd.ctl.boot_guest import BootGuest
 from migrationd.ctl.daemon_process import DaemonProcess
 from migrationd.ctl.qemu_process import QemuProcess
-from tests.support.moves import Host, check_runs_on, park
+from tests.support.moves import Host, check_runs_on, parked_guest
 from tests.support.peers import Sink
 from tests.support.postcopy import recover, send_lazily, start_target, statuses, wait_status
 from tests.support.relay import Relay
@@ -61,12 +61,7 @@ async def test_two_cuts(
 ) -> None:
     host = Host(qemu_binary(version), "pc", GUEST, memory_mib=128)
     preempt = channels == "preempt"
-    source = await host.start("QEMU A")
-    closing.append(source)
-    daemon = await DaemonProcess.start(incoming=f"unix:{tmp_path}/in")
-    closing.append(daemon)
-    await source.wait_serial(3)
-    await park(source, daemon, f"unix:{tmp_path}/in", return_path=True)
+    source, daemon = await parked_guest(host, tmp_path, closing)
     target = await start_target(host, f"unix:{tmp_path}/out", preempt=preempt)
     closing.append(target)
     uri = f"unix:{tmp_path}/out"
@@ -112,12 +107,7 @@ async def test_a_resume_that_fails_can_be_tried_again(
     version: str, tmp_path: Path, closing: list[object]
 ) -> None:
     host = Host(qemu_binary(version), "pc", GUEST, memory_mib=128)
-    source = await host.start("QEMU A")
-    closing.append(source)
-    daemon = await DaemonProcess.start(incoming=f"unix:{tmp_path}/in")
-    closing.append(daemon)
-    await source.wait_serial(3)
-    await park(source, daemon, f"unix:{tmp_path}/in", return_path=True)
+    source, daemon = await parked_guest(host, tmp_path, closing)
     target = await start_target(host, f"unix:{tmp_path}/out", preempt=False)
     closing.append(target)
     await send_lazily(daemon, f"unix:{tmp_path}/out", preempt=False, parameters=SLOW)

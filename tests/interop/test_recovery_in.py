@@ -16,6 +16,7 @@ from migrationd.ctl.daemon_process import DaemonProcess
 from migrationd.ctl.qemu_process import QemuProcess
 from tests.support import postcopy_in
 from tests.support.moves import Host, check_runs_on, memory_digest, move_on
+from tests.support.postcopy import statuses
 from tests.support.relay import Relay
 from tests.support.releases import RELEASES, qemu_binary, release_cases
 from tests.support.results import add_row
@@ -38,15 +39,11 @@ def cases(name: str) -> list[object]:
     return release_cases(preempt, default=lambda preempt: preempt and name != "hang")
 
 
-def statuses(peer: DaemonProcess | QemuProcess) -> list[str]:
-    """What MIGRATION events said."""
-    return [
-        str(event["data"]["status"]) for event in peer.events if event["event"] == "MIGRATION"
-    ]  # fmt: skip
-
-
 class Move:
     """A guest on its way in, over relays that can be cut."""
+
+    source: QemuProcess
+    daemon: DaemonProcess
 
     def __init__(
         self, host: Host, version: str, preempt: bool, directory: Path, closing: list[object]
@@ -57,8 +54,6 @@ class Move:
         self.directory = directory
         self.closing = closing
         self.relays = 0
-        self.source: QemuProcess
-        self.daemon: DaemonProcess
 
     async def relay(self) -> Relay:
         """A new path to a new place where the daemon listens."""

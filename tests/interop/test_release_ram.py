@@ -7,11 +7,10 @@ import pytest
 from qemu.qmp import QMPError
 
 from migrationd.ctl.boot_guest import BootGuest
-from migrationd.ctl.daemon_process import DaemonProcess
 from migrationd.linux.pagemap import can_scan
 from tests.interop.test_attached import pair
 from tests.support.deadline import until
-from tests.support.moves import Host, check_runs_on, park
+from tests.support.moves import Host, check_runs_on, parked_guest
 from tests.support.postcopy import send_lazily, start_target
 
 pytestmark = pytest.mark.interop
@@ -25,12 +24,7 @@ async def test_a_parked_guest_that_left_by_postcopy(
     releases: bool, qemu_host: Host, tmp_path: Path, closing: list[object]
 ) -> None:
     host = Host(qemu_host.binary, "pc", GUEST, memory_mib=128)
-    source = await host.start("QEMU A")
-    closing.append(source)
-    daemon = await DaemonProcess.start(incoming=f"unix:{tmp_path}/in")
-    closing.append(daemon)
-    await source.wait_serial(2)
-    await park(source, daemon, f"unix:{tmp_path}/in", return_path=True)
+    source, daemon = await parked_guest(host, tmp_path, closing, passes=2)
     target = await start_target(host, f"unix:{tmp_path}/out", preempt=False)
     closing.append(target)
     await daemon.set_capabilities({"release-ram": releases})

@@ -1,6 +1,7 @@
 """A guest from one QEMU into migrationd and on to another QEMU, and what proves that it came."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,6 +80,38 @@ async def park(qemu: QemuProcess, daemon: DaemonProcess, uri: str, *, return_pat
     await qemu.wait_migration("completed")
     await daemon.wait_migration("completed")
     await daemon.wait_run_state("paused")
+
+
+async def parked_guest(
+    host: Host,
+    directory: Path,
+    closing: list[object],
+    *,
+    arguments: Sequence[str] = (),
+    passes: int = 3,
+    return_path: bool = True,
+) -> tuple[QemuProcess, DaemonProcess]:
+    """Start a guest, let it count, and park it.
+
+    Args:
+        host: How.
+        directory: For the socket between the two.
+        closing: Takes both.
+        arguments: The daemon's.
+        passes: Letters that the guest prints before it moves.
+        return_path: Whether the QEMU hears from the daemon.
+
+    Returns:
+        The QEMU that it left, and who holds it.
+    """
+    source = await host.start("QEMU A")
+    closing.append(source)
+    uri = f"unix:{directory}/in"
+    daemon = await DaemonProcess.start(incoming=uri, arguments=arguments)
+    closing.append(daemon)
+    await source.wait_serial(passes)
+    await park(source, daemon, uri, return_path=return_path)
+    return source, daemon
 
 
 async def send(daemon: DaemonProcess, qemu: QemuProcess, uri: str, *, return_path: bool) -> None:

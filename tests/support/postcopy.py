@@ -1,4 +1,4 @@
-"""Postcopy out of the daemon into a real QEMU."""
+"""Postcopy between the daemon and a real QEMU, and out of the daemon."""
 
 import asyncio
 from collections.abc import Mapping
@@ -15,12 +15,13 @@ def capabilities(*, preempt: bool) -> dict[str, bool]:
 
 
 async def start_target(
-    host: Host, uri: str, *, preempt: bool, name: str = "QEMU B", paused: bool = False
-) -> QemuProcess:
-    """A QEMU that waits for a postcopy."""
+    host: Host, uri: str, *, preempt: bool, name: str = "QEMU B", paused: bool = False,
+    also: Mapping[str, bool] = {},
+) -> QemuProcess:  # fmt: skip
+    """A QEMU that waits for a postcopy, with further capabilities if they are given."""
     qemu = await host.start(name, incoming="defer", paused=paused)
     try:
-        await qemu.set_capabilities(capabilities(preempt=preempt))
+        await qemu.set_capabilities({**capabilities(preempt=preempt), **also})
         await qemu.execute("migrate-incoming", {"uri": uri})
     except BaseException:
         await qemu.close()

@@ -4,17 +4,13 @@ from collections.abc import Mapping
 
 from migrationd.ctl.daemon_process import DaemonProcess
 from migrationd.ctl.qemu_process import QemuProcess
+from tests.support.postcopy import capabilities
 
 SLOW_BYTES_PER_S = 4 << 20
 """A precopy of this rate does not converge before it is told to turn."""
 
 OFF = {"postcopy-ram": False, "postcopy-preempt": False, "multifd": False}
 """Capabilities of a daemon that sends its guest on by precopy."""
-
-
-def capabilities(*, preempt: bool) -> dict[str, bool]:
-    """What both ends switch on."""
-    return {"events": True, "postcopy-ram": True, "postcopy-preempt": preempt}
 
 
 async def begin(
