@@ -3,16 +3,12 @@
 import asyncio
 import hashlib
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from migrationd.guest.base import GuestIdentity
-from migrationd.guest.device import DeviceState
-from migrationd.guest.memory import AnonymousMemory
-from migrationd.guest.parked import ParkedGuest
-from migrationd.guest.ram_block import RamBlockSpec
+from migrationd.daemon.shelter import MemoryBerth
 from migrationd.incoming.berth import IncomingSettings
 from migrationd.incoming.driver import IncomingMigration
 from migrationd.transport.address import UnixAddress
@@ -20,29 +16,6 @@ from migrationd.transport.listen import listen
 from tests.conformance.captures import Capture, all_captures
 
 CONNECT_ORDERS = ((0, 1, 2, 3), (3, 2, 1, 0))
-
-
-class Berth:
-    """Plain memory."""
-
-    def allocate(
-        self,
-        identity: GuestIdentity,
-        early: Sequence[DeviceState],
-        blocks: Sequence[RamBlockSpec],
-    ) -> ParkedGuest:
-        return ParkedGuest.create(
-            identity, blocks, lambda _, spec: AnonymousMemory(spec.used_length, spec.page_size)
-        )
-
-    def adopt(self, fd: int, contents: object) -> ParkedGuest:
-        raise AssertionError("no file came")
-
-    def settle(self, guest: ParkedGuest) -> None:
-        pass
-
-    def abandon(self) -> None:
-        pass
 
 
 def scenarios() -> Iterator[list[Capture]]:
@@ -79,7 +52,7 @@ async def test_the_ram_is_the_source_s(
     )
     path = str(tmp_path / "in.sock")
     statuses: list[str] = []
-    incoming = IncomingMigration(Berth(), lambda: settings, statuses.append)
+    incoming = IncomingMigration(MemoryBerth(), lambda: settings, statuses.append)
     incoming.begin()
     incoming.listen_on(await listen(UnixAddress(path), lambda _: -1))
     loading = asyncio.create_task(incoming.run())

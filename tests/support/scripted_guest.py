@@ -14,14 +14,13 @@ import numpy as np
 import numpy.typing as npt
 
 from migrationd.clock import SystemClock
+from migrationd.daemon.shelter import MemoryBerth
 from migrationd.errors import GuestError
-from migrationd.guest.base import GuestIdentity, SeenOnArrival
-from migrationd.guest.device import DeviceState
-from migrationd.guest.held import HeldGuest
+from migrationd.guest.base import SeenOnArrival
 from migrationd.guest.instant import MemoryAtInstant
-from migrationd.guest.memory import AnonymousMemory, Pages
+from migrationd.guest.memory import Pages
 from migrationd.guest.parked import ParkedGuest
-from migrationd.guest.ram_block import RamBlock, RamBlockSpec
+from migrationd.guest.ram_block import RamBlock
 from migrationd.guest.run_state import LazyHandOver
 from migrationd.incoming.berth import IncomingSettings
 from migrationd.incoming.driver import IncomingMigration
@@ -40,31 +39,6 @@ Script = Callable[[int, Rows], Pages]
 """Given the number of the pass and a block's pages, writes some and returns which."""
 
 
-class Berth:
-    """Plain memory."""
-
-    def allocate(
-        self,
-        identity: GuestIdentity,
-        early: Sequence[DeviceState],
-        blocks: Sequence[RamBlockSpec],
-    ) -> ParkedGuest:
-        """See the berth's protocol."""
-        return ParkedGuest.create(
-            identity, blocks, lambda _, spec: AnonymousMemory(spec.used_length, spec.page_size)
-        )
-
-    def adopt(self, fd: int, contents: object) -> ParkedGuest:
-        """See the berth's protocol."""
-        raise AssertionError("no file came")
-
-    def settle(self, guest: HeldGuest) -> None:
-        """See the berth's protocol."""
-
-    def abandon(self) -> None:
-        """See the berth's protocol."""
-
-
 class ScriptedGuest:
     """A parked guest whose main RAM block is written by a script; it is its own ``Live``.
 
@@ -75,6 +49,8 @@ class ScriptedGuest:
         script: What.
     """
 
+    seen: SeenOnArrival
+
     def __init__(self, parked: ParkedGuest, main: str, passes: int, script: Script) -> None:
         self._parked = parked
         self.main_block = next(block for block in parked.ram if block.idstr == main)
@@ -84,7 +60,7 @@ class ScriptedGuest:
         self.devices = parked.devices
         self.vmdescription = parked.vmdescription
         self.identity = parked.identity
-        self.seen: SeenOnArrival = parked.seen
+        self.seen = parked.seen
         self.page_size = parked.page_size
         self.file = None
         for block in parked.ram:
@@ -229,7 +205,7 @@ class SilentObserver:
 async def take_from_qemu(host: Host, directory: Path) -> tuple[ParkedGuest, str]:
     """Let a guest run for a while in a QEMU and take it, with what it printed there."""
     path = str(directory / "take.sock")
-    incoming = IncomingMigration(Berth(), IncomingSettings, lambda _: None)
+    incoming = IncomingMigration(MemoryBerth(), IncomingSettings, lambda _: None)
     incoming.begin()
     incoming.listen_on(await listen(UnixAddress(path), lambda _: -1))
     loading = asyncio.create_task(incoming.run())

@@ -10,10 +10,11 @@ from migrationd.codec.postcopy import encode_recv_bitmap, encode_resume
 from migrationd.codec.ram_encode import encode_block_list, encode_eos
 from migrationd.codec.records import RamBlockEntry
 from migrationd.codec.section import encode_section_header
+from migrationd.daemon.shelter import MemoryBerth
 from migrationd.errors import StoreError
 from migrationd.guest.base import GuestIdentity
 from migrationd.guest.device import DeviceState
-from migrationd.guest.memory import AnonymousMemory
+from migrationd.guest.held import HeldGuest
 from migrationd.guest.parked import ParkedGuest
 from migrationd.guest.ram_block import RamBlockSpec
 from migrationd.incoming.driver import IncomingMigration, IncomingSettings
@@ -71,23 +72,14 @@ async def test_a_defect_ends_as_a_failed_migration(error: Exception) -> None:
     assert berth.was_abandoned
 
 
-class FullBerth:
+class FullBerth(MemoryBerth):
     """Room in memory; its first settling fails."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.settled = 0
 
-    def allocate(
-        self,
-        identity: GuestIdentity,
-        early: Sequence[DeviceState],
-        blocks: Sequence[RamBlockSpec],
-    ) -> ParkedGuest:
-        return ParkedGuest.create(
-            identity, blocks, lambda _, spec: AnonymousMemory(spec.used_length, spec.page_size)
-        )
-
-    def settle(self, guest: ParkedGuest) -> None:
+    def settle(self, guest: HeldGuest) -> None:
         self.settled += 1
         if self.settled == 1:
             raise StoreError("the guest cannot be stored: No space left on device")
