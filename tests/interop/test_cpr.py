@@ -1,9 +1,7 @@
 """cpr-transfer: a guest goes to another process on this host, its memory by descriptors."""
 
-import asyncio
 import contextlib
 import shutil
-import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -14,6 +12,7 @@ from migrationd.ctl.daemon_process import DaemonProcess
 from migrationd.ctl.dirtier_process import PROGRAM, DirtierProcess
 from tests.interop.test_attached import Pair, compile_counter
 from tests.support.cpr import channel, incoming_arguments
+from tests.support.ctl import ctl
 
 pytestmark = pytest.mark.interop
 
@@ -164,10 +163,9 @@ async def test_as_a_person_does_it(tmp_path: Path) -> None:
     ):
         await here.wait_passes(1)
         await source.set_capabilities({"return-path": True})
-        command = [sys.executable, "-c", "from migrationd.ctl.app import main; main()"]
-        command += ["-s", str(monitor), "migrate", f"unix:{tmp_path}/main"]
-        process = await asyncio.create_subprocess_exec(*command, "--cpr", str(tmp_path / "cpr"))
-        assert await process.wait() == 0
+        words = ("-s", str(monitor), "migrate", f"unix:{tmp_path}/main")
+        code, text = await ctl(*words, "--cpr", str(tmp_path / "cpr"))
+        assert code == 0, text
         await there.wait_passes(1)
 
 

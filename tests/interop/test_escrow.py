@@ -1,7 +1,6 @@
 """A running guest goes over a durable copy: its source dies right after the switchover."""
 
 import asyncio
-import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +8,7 @@ import pytest
 from migrationd.ctl.boot_guest import BootGuest
 from migrationd.ctl.daemon_process import DaemonProcess
 from migrationd.ctl.qemu_process import QemuProcess
+from tests.support.ctl import start_ctl
 from tests.support.moves import Host, check_runs_on
 from tests.support.releases import qemu_binary, release_cases
 from tests.support.results import add_row
@@ -37,12 +37,9 @@ async def test_the_source_dies_behind_the_switchover(
     await daemon.set_parameters({"max-postcopy-bandwidth": 32 << 20})
     for peer in (source, target, daemon):
         await peer.qmp.disconnect()
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", "from migrationd.ctl.app import main; main()",
-        "-s", str(daemon.qmp_path), "escrow", str(source.qmp_path), str(target.qmp_path),
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
-    )  # fmt: skip
+    process = await start_ctl(
+        "-s", str(daemon.qmp_path), "escrow", str(source.qmp_path), str(target.qmp_path)
+    )
     assert process.stdout is not None
     text = ""
     async with asyncio.timeout(60):

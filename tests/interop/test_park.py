@@ -1,12 +1,10 @@
 """``migrationctl park`` and ``resume``, as a person types them, with a real QEMU at both ends."""
 
-import asyncio
-import sys
-
 import pytest
 
 from migrationd.ctl.boot_guest import BootGuest
 from migrationd.ctl.daemon_process import DaemonProcess
+from tests.support.ctl import ctl
 from tests.support.moves import Host, check_runs_on
 from tests.support.releases import qemu_binary
 
@@ -44,14 +42,3 @@ async def test_a_guest_is_parked_and_runs_on(
     code, text = await ctl("-s", str(daemon.qmp_path), "resume", uri)
     assert code == 0, text
     await check_runs_on(before, target, host)
-
-
-async def ctl(*words: str) -> tuple[int | None, str]:
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", "from migrationd.ctl.app import main; main()", *words,
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
-    )  # fmt: skip
-    async with asyncio.timeout(60):
-        text, _ = await process.communicate()
-    return process.returncode, text.decode()

@@ -4,9 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from migrationd.ctl.daemon_process import DaemonProcess
 from tests.support import postcopy_in
-from tests.support.moves import VIRTIO, Host, check_runs_on, memory_digest, move_on
+from tests.support.moves import VIRTIO, Host
 from tests.support.postcopy import statuses
 from tests.support.releases import PREEMPT, RELEASES, qemu_binary, release_cases
 from tests.support.results import add_row
@@ -43,15 +42,8 @@ async def test_a_guest_arrives_by_postcopy(
     request: pytest.FixtureRequest,
 ) -> None:  # fmt: skip
     host = host_of(version)
-    source = await host.start("QEMU A")
-    closing.append(source)
     arguments = ["-ram-dir", str(tmp_path), "-name", "g"] if rests == "a file" else []
-    daemon = await DaemonProcess.start(incoming="defer", arguments=arguments)
-    closing.append(daemon)
-    await source.wait_serial(3)
-    if version == "11.1":
-        # Under TCG its source loses dirty pages with postcopy-ram on, between two QEMUs too.
-        await source.execute("stop")
+    source, daemon = await postcopy_in.start_pair(host, closing, arguments=arguments)
     await daemon.set_capabilities({"postcopy-blocktime": True})
     await postcopy_in.begin(source, daemon, f"unix:{tmp_path}/in.sock", preempt=preempt)
     info = await daemon.wait_migration("completed")
@@ -61,14 +53,7 @@ async def test_a_guest_arrives_by_postcopy(
     seen = statuses(daemon)
     assert seen == DESTINATION_STATUSES
     assert await daemon.run_state() == "paused"
-    before = source.serial
-    digest = await memory_digest(source, host)
-    await daemon.set_capabilities(postcopy_in.OFF)
-    arrived, target = await move_on(daemon, host, tmp_path)
-    closing.append(target)
-    await target.execute("cont")
-    passes = await check_runs_on(before, target, host)
-    assert arrived == digest
+    passes = await postcopy_in.on_to_qemu(source, daemon, host, tmp_path, closing)
     report(
         request,
         (version, "yes" if preempt else "no", rests, " ".join(seen), "yes",
@@ -85,25 +70,11 @@ async def test_multifd_until_the_switch(
 ) -> None:  # fmt: skip
     """QEMU 10.0 refuses the pair; 7.2 has it synchronise its channels after the switch, too."""
     host = host_of(version)
-    source = await host.start("QEMU A")
-    closing.append(source)
-    daemon = await DaemonProcess.start(incoming="defer")
-    closing.append(daemon)
-    await source.wait_serial(3)
-    await source.execute("stop")
+    source, daemon = await postcopy_in.start_pair(host, closing, stands=True)
     await postcopy_in.begin(
         source, daemon, f"unix:{tmp_path}/in.sock", preempt=preempt, also={"multifd": True}
     )
-    await daemon.wait_migration("completed")
-    await source.wait_migration("completed")
-    before = source.serial
-    digest = await memory_digest(source, host)
-    await daemon.set_capabilities(postcopy_in.OFF)
-    arrived, target = await move_on(daemon, host, tmp_path)
-    closing.append(target)
-    await target.execute("cont")
-    passes = await check_runs_on(before, target, host)
-    assert arrived == digest
+    passes = await postcopy_in.on_to_qemu(source, daemon, host, tmp_path, closing)
     report(request, (version, "yes" if preempt else "no", "memory", "with multifd", "yes",
                      f"yes, {passes} passes"))  # fmt: skip
 
@@ -126,24 +97,10 @@ async def test_a_guest_in_huge_pages(
         pytest.skip(f"{host.memory_mib // 2} huge pages: sysctl vm.nr_hugepages sets some aside")
     backend = f"memory-backend-memfd,id=ram0,size={host.memory_mib}M,hugetlb=on,hugetlbsize=2M"
     huge = Host(host.binary, "pc,memory-backend=ram0", arguments=(*VIRTIO, "-object", backend))
-    source = await huge.start("QEMU A")
-    closing.append(source)
-    daemon = await DaemonProcess.start(incoming="defer")
-    closing.append(daemon)
-    await source.wait_serial(3)
-    if version == "11.1":
-        await source.execute("stop")
+    source, daemon = await postcopy_in.start_pair(huge, closing)
     await postcopy_in.begin(source, daemon, f"unix:{tmp_path}/in.sock", preempt=preempt)
-    await daemon.wait_migration("completed")
-    await source.wait_migration("completed")
-    before = source.serial
-    digest = await memory_digest(source, huge)
-    await source.close()
-    await daemon.set_capabilities(postcopy_in.OFF)
-    arrived, target = await move_on(daemon, huge, tmp_path)
-    closing.append(target)
-    await target.execute("cont")
-    passes = await check_runs_on(before, target, huge)
-    assert arrived == digest
+    passes = await postcopy_in.on_to_qemu(
+        source, daemon, huge, tmp_path, closing, closes_source=True
+    )
     report(request, (version, "yes" if preempt else "no", "memory", "from huge pages", "yes",
                      f"yes, {passes} passes"))  # fmt: skip

@@ -1,31 +1,21 @@
 """What ``migrationctl watch`` says of a postcopy with a cut and a recovery."""
 
 import asyncio
-import os
 import re
-import sys
 from pathlib import Path
 
 import pytest
 
 from migrationd.ctl.daemon_process import DaemonProcess
+from tests.support.ctl import start_ctl
 from tests.support.moves import Host, check_runs_on
 from tests.support.postcopy import send_lazily, start_target, wait_status
 from tests.support.relay import Relay
-from tests.support.results import TABLES, add_row
+from tests.support.results import add_row
 
 pytestmark = pytest.mark.interop
 
-RUN = "from migrationd.ctl.app import main; main()"
 TABLE = "migrationctl watch: a postcopy, a cut and a recovery"
-
-
-async def ctl(daemon_qmp: Path, *arguments: str) -> asyncio.subprocess.Process:
-    return await asyncio.create_subprocess_exec(
-        sys.executable, "-c", RUN, "-s", str(daemon_qmp), *arguments,
-        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
-        env={**os.environ, "COLUMNS": "200"},
-    )  # fmt: skip
 
 
 async def test_watch_says_in_words_what_happens(
@@ -50,7 +40,7 @@ async def test_watch_says_in_words_what_happens(
     async with Relay(tmp_path / "relay", tmp_path / "out") as relay:
         await send_lazily(daemon, relay.uri, preempt=False, parameters=slow)
         await daemon.wait_migration("postcopy-active")
-        watch = await ctl(monitor, "watch")
+        watch = await start_ctl("-s", str(monitor), "watch")
         assert watch.stdout is not None
         text = (await watch.stdout.readuntil(b"postcopy-active")).decode()
     await daemon.wait_migration("postcopy-paused")
@@ -74,4 +64,3 @@ async def test_watch_says_in_words_what_happens(
     assert words.index("postcopy-paused") < len(words) - 1 - words[::-1].index("postcopy-active")
     for line in ("what it said", *lines):
         add_row(request.config, TABLE, (line,))
-    assert TABLE in request.config.stash[TABLES]

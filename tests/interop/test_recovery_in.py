@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import random
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,8 @@ from migrationd.ctl.boot_guest import count_passes
 from migrationd.ctl.daemon_process import DaemonProcess
 from migrationd.ctl.qemu_process import QemuProcess
 from tests.support import postcopy_in
-from tests.support.moves import Host, check_runs_on, memory_digest, move_on
+from tests.support.ctl import ctl
+from tests.support.moves import Host, move_on
 from tests.support.postcopy import statuses
 from tests.support.relay import Relay
 from tests.support.releases import RELEASES, qemu_binary, release_cases
@@ -66,14 +66,9 @@ class Move:
 
     async def begin(self, arguments: tuple[str, ...] = ()) -> Relay:
         """Turn to postcopy over the first relay."""
-        self.source = await self.host.start("QEMU A")
-        self.closing.append(self.source)
-        self.daemon = await DaemonProcess.start(incoming="defer", arguments=arguments)
-        self.closing.append(self.daemon)
-        await self.source.wait_serial(3)
-        if self.version == "11.1":
-            # Under TCG its source loses dirty pages with postcopy-ram on, between QEMUs too.
-            await self.source.execute("stop")
+        self.source, self.daemon = await postcopy_in.start_pair(
+            self.host, self.closing, arguments=arguments
+        )
         relay = await self.relay()
         await postcopy_in.begin(
             self.source,
@@ -99,16 +94,9 @@ class Move:
     async def finish(self) -> int:
         """Complete, move on to a QEMU and compare; returns the guest's passes."""
         await self.source.set_parameters({"max-postcopy-bandwidth": 0})
-        await self.daemon.wait_migration("completed")
-        await self.source.wait_migration("completed")
-        before = self.source.serial
-        digest = await memory_digest(self.source, self.host)
-        await self.daemon.set_capabilities(postcopy_in.OFF)
-        arrived, target = await move_on(self.daemon, self.host, self.directory)
-        self.closing.append(target)
-        assert arrived == digest
-        await target.execute("cont")
-        return await check_runs_on(before, target, self.host)
+        return await postcopy_in.on_to_qemu(
+            self.source, self.daemon, self.host, self.directory, self.closing
+        )
 
 
 def move(version: str, preempt: bool, directory: Path, closing: list[object]) -> Move:
@@ -370,18 +358,6 @@ async def test_migrationctl_recovers_with_one_command(
     code, text = await ctl(*arguments, "recover", str(way.daemon.qmp_path), listens)
     assert code == 1
     assert "no postcopy to recover" in text
-
-
-async def ctl(*arguments: str) -> tuple[int, str]:
-    """Run migrationctl; its status and all that it printed."""
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", "from migrationd.ctl.app import main; main()", *arguments,
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
-    )  # fmt: skip
-    out, _ = await asyncio.wait_for(process.communicate(), 30)
-    assert process.returncode is not None
-    return process.returncode, out.decode()
 
 
 @pytest.mark.parametrize("rests", ["memory", "a file"])

@@ -1,9 +1,11 @@
 """A guest that turns to postcopy on its way from a real QEMU into the daemon."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from migrationd.ctl.daemon_process import DaemonProcess
-from migrationd.ctl.qemu_process import QemuProcess
+from migrationd.ctl.qemu_process import QemuProcess, qemu_version
+from tests.support.moves import Host, check_runs_on, memory_digest, move_on
 from tests.support.postcopy import capabilities
 
 SLOW_BYTES_PER_S = 4 << 20
@@ -11,6 +13,64 @@ SLOW_BYTES_PER_S = 4 << 20
 
 OFF = {"postcopy-ram": False, "postcopy-preempt": False, "multifd": False}
 """Capabilities of a daemon that sends its guest on by precopy."""
+
+
+async def start_pair(
+    host: Host, closing: list[object], *, arguments: Sequence[str] = (), stands: bool = False
+) -> tuple[QemuProcess, DaemonProcess]:
+    """A QEMU whose guest has counted, and a daemon that waits.
+
+    Args:
+        host: How QEMU is started.
+        closing: Takes both.
+        arguments: The daemon's.
+        stands: Whether the guest stands still.
+    """
+    source = await host.start("QEMU A")
+    closing.append(source)
+    daemon = await DaemonProcess.start(incoming="defer", arguments=arguments)
+    closing.append(daemon)
+    await source.wait_serial(3)
+    if stands or qemu_version(host.binary) == "11.1":
+        # Under TCG its source loses dirty pages with postcopy-ram on, between two QEMUs too.
+        await source.execute("stop")
+    return source, daemon
+
+
+async def on_to_qemu(
+    source: QemuProcess,
+    daemon: DaemonProcess,
+    host: Host,
+    directory: Path,
+    closing: list[object],
+    *,
+    closes_source: bool = False,
+) -> int:
+    """Wait for the end, send the guest on by precopy, and prove that it is the same.
+
+    Args:
+        source: Where it came from.
+        daemon: Where it went.
+        host: How another QEMU is started.
+        directory: For the socket.
+        closing: Takes that QEMU.
+        closes_source: Whether the source makes room for it.
+
+    Returns:
+        The guest's passes.
+    """
+    await daemon.wait_migration("completed")
+    await source.wait_migration("completed")
+    before = source.serial
+    digest = await memory_digest(source, host)
+    if closes_source:
+        await source.close()
+    await daemon.set_capabilities(OFF)
+    arrived, target = await move_on(daemon, host, directory)
+    closing.append(target)
+    assert arrived == digest
+    await target.execute("cont")
+    return await check_runs_on(before, target, host)
 
 
 async def begin(
