@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from migrationd.ctl.daemon_process import DaemonProcess
+from tests.support.parked_file import holder
 
 pytestmark = pytest.mark.fault
 
@@ -26,9 +27,7 @@ async def send(source: DaemonProcess, uri: str, max_bandwidth: int = 0) -> None:
 async def test_what_the_source_heard_is_what_a_restart_finds(
     parked_file: tuple[Path, str, str], tmp_path: Path, closing: list[object]
 ) -> None:
-    source = await DaemonProcess.start(incoming=f"file:{parked_file[0]}", arguments=["-keep"])
-    closing.append(source)
-    await source.wait_run_state("paused")
+    source = await holder(parked_file[0], closing, arguments=["-keep"])
     loop = asyncio.get_running_loop()
     whole_s = 0.0
     outcomes = []

@@ -5,9 +5,7 @@ Never two. Where nobody can, nobody does: a guest without its memory is no guest
 
 import asyncio
 import contextlib
-import shutil
 import signal
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -16,17 +14,14 @@ from qemu.qmp import ExecuteError
 from migrationd.ctl.daemon_process import DaemonProcess
 from migrationd.ctl.dirtier_process import PROGRAM, Progress
 from migrationd.ctl.peer_process import PeerError
-from migrationd.linux.pagemap import can_scan
 from migrationd.workload.client import LOST_STATUS
-from tests.interop.test_attached import Pair, pair
-from tests.interop.test_attached_postcopy import POSTCOPY, begin, relayed, statuses
+from tests.interop.test_attached_postcopy import POSTCOPY, begin, relayed
 from tests.support.deadline import until
+from tests.support.events import statuses
 from tests.support.peers import CuttingProxy
+from tests.support.workloads import Pair, compile_counter, needs_scan, pair
 
-pytestmark = [
-    pytest.mark.fault,
-    pytest.mark.skipif(not can_scan(), reason="PAGEMAP_SCAN needs Linux 6.7"),
-]
+pytestmark = [pytest.mark.fault, needs_scan]
 
 REST_BYTES_PER_S = 1 << 20
 
@@ -93,11 +88,8 @@ async def test_the_daemon_of_a_python_program_dies_at_the_destination(tmp_path: 
         assert two.here.progress() == last
 
 
-@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler: apt-get install gcc")
 async def test_the_daemon_dies_at_the_destination(tmp_path: Path) -> None:
-    binary = tmp_path / "counter"
-    source = PROGRAM.parent / "c" / "counter.c"
-    subprocess.run(["cc", "-O2", "-o", binary, source, "-lpthread"], check=True)
+    binary = compile_counter(tmp_path)
     async with pair(tmp_path, binary=binary, incoming=POSTCOPY) as two:
         last = await running_there(two)
         await two.destination.kill()

@@ -13,11 +13,11 @@ from migrationd.codec.cpr import CprEntry, CprState, encode_cpr_state, encode_wo
 from migrationd.ctl.daemon_process import DaemonProcess
 from migrationd.ctl.dirtier_process import PROGRAM, DirtierProcess
 from migrationd.guest.handed import empty_memfd
-from tests.interop.test_attached import Pair
 from tests.interop.test_cpr import listen, migrate, names, pair
 from tests.support.cpr import channel, incoming_arguments
 from tests.support.deadline import until
 from tests.support.peers import CuttingProxy
+from tests.support.workloads import Pair
 
 pytestmark = pytest.mark.fault
 

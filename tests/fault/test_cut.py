@@ -8,6 +8,7 @@ import pytest
 
 from migrationd.ctl.daemon_process import DaemonProcess
 from tests.support.moves import Host, check_runs_on, memory_digest, move_on, send
+from tests.support.parked_file import expect_move, holder
 from tests.support.peers import CuttingProxy, Sink
 from tests.support.results import add_row
 
@@ -54,9 +55,7 @@ async def test_destination_killed_at_exact_bytes(
 ) -> None:  # fmt: skip
     """The destination dies with so many bytes read; the guest then moves to the next one."""
     path, digest, serial = parked_file
-    daemon = await DaemonProcess.start(incoming=f"file:{path}")
-    closing.append(daemon)
-    await daemon.wait_run_state("paused")
+    daemon = await holder(path, closing)
     await daemon.set_capabilities({"return-path": True})
     await daemon.set_parameters({"max-bandwidth": 0})
     size = await stream_size(daemon, tmp_path)
@@ -86,11 +85,7 @@ async def test_destination_killed_at_exact_bytes(
             assert await daemon.run_state() == "postmigrate"
             await daemon.execute("cont")
     await daemon.execute("stop")
-    arrived, qemu = await move_on(daemon, qemu_host, tmp_path)
-    closing.append(qemu)
-    assert arrived == digest
-    await qemu.execute("cont")
-    await check_runs_on(serial, qemu, qemu_host)
+    await expect_move(daemon, digest, serial, qemu_host, tmp_path, closing)
     report(
         request.config, "migrationd -> QEMU, destination killed", str(len(outcomes)),
         count(outcomes), "whole, moved on",
@@ -202,9 +197,7 @@ async def test_a_destination_that_never_confirms(
 ) -> None:
     """Cancelled in ``device``: the guest is held again and moves."""
     path, digest, serial = parked_file
-    daemon = await DaemonProcess.start(incoming=f"file:{path}")
-    closing.append(daemon)
-    await daemon.wait_run_state("paused")
+    daemon = await holder(path, closing)
     await daemon.set_capabilities({"return-path": True})
     await daemon.set_parameters({"max-bandwidth": 0})
     async with Sink(tmp_path / "sink.sock"):
@@ -214,11 +207,7 @@ async def test_a_destination_that_never_confirms(
         await daemon.execute("migrate_cancel")
         await daemon.wait_migration("cancelled")
     assert await daemon.run_state() == "paused"
-    arrived, qemu = await move_on(daemon, qemu_host, tmp_path)
-    closing.append(qemu)
-    assert arrived == digest
-    await qemu.execute("cont")
-    await check_runs_on(serial, qemu, qemu_host)
+    await expect_move(daemon, digest, serial, qemu_host, tmp_path, closing)
 
 
 async def test_both_ends_say_completed_through_a_proxy_that_cuts_nothing(
@@ -226,9 +215,7 @@ async def test_both_ends_say_completed_through_a_proxy_that_cuts_nothing(
 ) -> None:
     """The proxy itself changes nothing."""
     path, digest, _ = parked_file
-    daemon = await DaemonProcess.start(incoming=f"file:{path}")
-    closing.append(daemon)
-    await daemon.wait_run_state("paused")
+    daemon = await holder(path, closing)
     target = await qemu_host.start("QEMU B", incoming=f"unix:{tmp_path}/b.in", paused=True)
     closing.append(target)
     async with CuttingProxy(tmp_path / "b.sock", tmp_path / "b.in"):

@@ -5,7 +5,6 @@ import contextlib
 import os
 import resource
 import struct
-import subprocess
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from migrationd.store.mapped_ram_reader import read_contents
 from migrationd.transport.rate_limit import WINDOW_S
 from tests.support.moves import Host, move_on
 from tests.support.results import add_fault
+from tests.support.small_disk import small_disk
 
 pytestmark = pytest.mark.fault
 
@@ -48,19 +48,6 @@ async def load(daemon: DaemonProcess, path: Path) -> None:
 
 async def error_of(daemon: DaemonProcess) -> str:
     return str((await daemon.query_migrate()).get("error-desc"))
-
-
-@contextlib.contextmanager
-def small_disk(path: Path, size: str) -> Iterator[Path]:
-    """A file system that fills; only root can mount one."""
-    path.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(path)]
-    if subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("a small file system can only be mounted as root")
-    try:
-        yield path
-    finally:
-        subprocess.run(["umount", "-l", str(path)], check=True)
 
 
 def same_guest(one: Path, other: Path) -> bool:

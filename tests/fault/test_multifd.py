@@ -22,7 +22,8 @@ from migrationd.ctl.daemon_process import DaemonProcess
 from migrationd.ctl.qemu_process import qemu_version
 from tests.support.channel_cutter import ChannelCutter
 from tests.support.deadline import until
-from tests.support.moves import Host, check_runs_on, memory_digest, move_on, send
+from tests.support.moves import Host, memory_digest, move_on, send
+from tests.support.parked_file import expect_move, holder
 from tests.support.results import add_fault, add_row
 
 pytestmark = pytest.mark.fault
@@ -273,9 +274,7 @@ async def test_a_channel_lost_on_the_way_out(
 ) -> None:  # fmt: skip
     """One connection of three breaks anywhere; the guest then moves to the next QEMU."""
     path, digest, serial = parked_file
-    daemon = await DaemonProcess.start(incoming=f"file:{path}")
-    closing.append(daemon)
-    await daemon.wait_run_state("paused")
+    daemon = await holder(path, closing)
     await daemon.set_capabilities(MULTIFD | {"return-path": True})
     await daemon.set_parameters({"max-bandwidth": 0})
     rng = random.Random(11)
@@ -299,11 +298,7 @@ async def test_a_channel_lost_on_the_way_out(
         assert await daemon.run_state() == "paused"
     await daemon.set_capabilities({"multifd": False})
     await daemon.execute("stop")
-    arrived, qemu = await move_on(daemon, qemu_host, tmp_path)
-    closing.append(qemu)
-    assert arrived == digest
-    await qemu.execute("cont")
-    await check_runs_on(serial, qemu, qemu_host)
+    await expect_move(daemon, digest, serial, qemu_host, tmp_path, closing)
     head = ("way", "points", "outcomes", "afterwards")
     counted = f"{outcomes.count('failed')} failed, {outcomes.count('completed')} completed"
     report(request.config, CUT_TABLE, head, "migrationd -> QEMU", "12", counted, "moved on")
@@ -373,9 +368,7 @@ async def cancelled(daemon: DaemonProcess, uri: str, ready: Callable[[], bool]) 
 async def test_cancel_with_channels_that_nobody_reads(
     parked_file: tuple[Path, str, str], qemu_host: Host, tmp_path: Path, closing: list[object]
 ) -> None:
-    daemon = await DaemonProcess.start(incoming=f"file:{parked_file[0]}")
-    closing.append(daemon)
-    await daemon.wait_run_state("paused")
+    daemon = await holder(parked_file[0], closing)
     await daemon.set_capabilities(MULTIFD)
     await daemon.set_parameters({"max-bandwidth": 0, "multifd-channels": 8})
     before = threads_and_fds(daemon)
@@ -412,9 +405,7 @@ async def test_postcopy_with_channels_is_refused_where_it_kills_the_destination(
     """QEMU 7.2 accepts the pair and aborts at the end of postcopy."""
     if qemu_version(qemu_host.binary) != "7.2":
         pytest.skip("a guest of a newer machine type may use both")
-    daemon = await DaemonProcess.start(incoming=f"file:{parked_file[0]}")
-    closing.append(daemon)
-    await daemon.wait_run_state("paused")
+    daemon = await holder(parked_file[0], closing)
     await daemon.set_capabilities(MULTIFD | {"postcopy-ram": True})
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(f"{tmp_path}/any.sock")

@@ -30,13 +30,10 @@ from qemu.qmp import QMPError
 
 from migrationd.ctl.daemon_process import DaemonProcess
 from migrationd.ctl.peer_process import PeerError
-from migrationd.linux.pagemap import can_scan
 from tests.support.deadline import until
+from tests.support.workloads import needs_scan
 
-pytestmark = [
-    pytest.mark.fault,
-    pytest.mark.skipif(not can_scan(), reason="PAGEMAP_SCAN needs Linux 6.7"),
-]
+pytestmark = [pytest.mark.fault, needs_scan]
 
 SUPPORT = Path(__file__).resolve().parents[1] / "support"
 FAULTS = (

@@ -9,26 +9,16 @@ import pytest
 
 from migrationd.ctl.daemon_process import DaemonProcess
 from tests.support.deadline import until
+from tests.support.events import statuses
 from tests.support.moves import Host, check_runs_on, move_on
+from tests.support.parked_file import expect_move, holder
+from tests.support.ports import full_backlog
 from tests.support.results import add_row
 
 pytestmark = pytest.mark.fault
 
 TABLE = "outgoing faults: the parked guest afterwards"
 KILL_POINTS = 20
-
-
-@pytest.fixture
-async def parked(
-    parked_file: tuple[Path, str, str], closing: list[object]
-) -> tuple[DaemonProcess, str, str]:
-    """A daemon that holds a real guest; the digest of its RAM and what it printed."""
-    path, digest, serial = parked_file
-    daemon = await DaemonProcess.start(incoming=f"file:{path}")
-    closing.append(daemon)
-    await daemon.wait_run_state("paused")
-    await daemon.set_capabilities({"events": True})
-    return daemon, digest, serial
 
 
 def report(config: pytest.Config, fault: str, status: str, *, moved: bool) -> None:
@@ -38,24 +28,6 @@ def report(config: pytest.Config, fault: str, status: str, *, moved: bool) -> No
         (fault, status, "yes" if moved else "no"),
         head=("fault", "status", "RAM equal in the next QEMU"),
     )
-
-
-async def expect_move(
-    parked: tuple[DaemonProcess, str, str], host: Host, directory: Path, closing: list[object]
-) -> None:
-    daemon, digest, serial = parked
-    assert await daemon.run_state() == "paused"
-    arrived, qemu = await move_on(daemon, host, directory)
-    closing.append(qemu)
-    assert arrived == digest
-    await qemu.execute("cont")
-    await check_runs_on(serial, qemu, host)
-
-
-def statuses(daemon: DaemonProcess) -> list[str]:
-    """Statuses of MIGRATION events."""
-    return [str(event["data"]["status"]) for event in daemon.events  # type: ignore[index]
-            if event["event"] == "MIGRATION"]  # fmt: skip
 
 
 async def test_cancel_in_setup(
@@ -69,7 +41,7 @@ async def test_cancel_in_setup(
         await daemon.execute("migrate_cancel")
         await daemon.wait_migration("cancelled")
     assert statuses(daemon) == ["setup", "cancelling", "cancelled"]
-    await expect_move(parked, qemu_host, tmp_path, closing)
+    await expect_move(*parked, qemu_host, tmp_path, closing)
     report(request.config, "cancel in setup", "cancelled", moved=True)
 
 
@@ -87,7 +59,7 @@ async def test_cancel_while_active(
     await daemon.execute("migrate_cancel")
     await daemon.wait_migration("cancelled")
     assert statuses(daemon) == ["setup", "active", "cancelling", "cancelled"]
-    await expect_move(parked, qemu_host, tmp_path, closing)
+    await expect_move(*parked, qemu_host, tmp_path, closing)
     report(request.config, "cancel while active", "cancelled", moved=True)
 
 
@@ -120,7 +92,7 @@ async def test_cancel_with_a_peer_that_stopped_reading(
             await until(stalled, "the stream stalls")
             await daemon.execute("migrate_cancel")
             await daemon.wait_migration("cancelled", timeout_s=5)
-    await expect_move(parked, qemu_host, tmp_path, closing)
+    await expect_move(*parked, qemu_host, tmp_path, closing)
     name = "cancel with a stalled peer" + (", return path" if return_path else "")
     report(request.config, name, "cancelled", moved=True)
 
@@ -140,7 +112,7 @@ async def test_cancel_in_pre_switchover(
     await daemon.execute("migrate_cancel")
     await daemon.wait_migration("cancelled")
     await daemon.set_capabilities({"pause-before-switchover": False})
-    await expect_move(parked, qemu_host, tmp_path, closing)
+    await expect_move(*parked, qemu_host, tmp_path, closing)
     report(request.config, "cancel in pre-switchover", "cancelled", moved=True)
 
 
@@ -153,7 +125,7 @@ async def test_connection_refused(
     info = await daemon.wait_migration("failed")
     assert "No such file or directory" in str(info["error-desc"])
     assert statuses(daemon) == ["setup", "failing", "failed"]
-    await expect_move(parked, qemu_host, tmp_path, closing)
+    await expect_move(*parked, qemu_host, tmp_path, closing)
     report(request.config, "nobody listens", "failed", moved=True)
 
 
@@ -190,7 +162,7 @@ async def test_wrong_answers_on_the_return_path(
         info = await daemon.wait_migration("failed")
         server.close()
     assert info["error-desc"]
-    await expect_move(parked, qemu_host, tmp_path, closing)
+    await expect_move(*parked, qemu_host, tmp_path, closing)
     report(request.config, f"return path: {name}", "failed", moved=True)
 
 
@@ -200,9 +172,7 @@ async def test_destination_killed_at_random_points(
     closing: list[object], request: pytest.FixtureRequest,
 ) -> None:  # fmt: skip
     path, digest, serial = parked_file
-    daemon = await DaemonProcess.start(incoming=f"file:{path}", arguments=["-keep"])
-    closing.append(daemon)
-    await daemon.wait_run_state("paused")
+    daemon = await holder(path, closing, arguments=["-keep"])
     await daemon.set_capabilities({"return-path": True})
     size = path.stat().st_size
     points = sorted(random.Random(7).sample(range(size), KILL_POINTS))
@@ -266,25 +236,3 @@ async def test_nothing_is_left_behind(
         await daemon.execute("migrate", {"uri": "exec:exit 3"})
         await daemon.wait_migration("failed")
     await until(lambda: resources() <= before, "descriptors and threads are back")
-
-
-class full_backlog:
-    """A listening address at which a further connection attempt hangs."""
-
-    def __enter__(self) -> tuple[str, int]:
-        self._listener = socket.socket()
-        self._listener.bind(("127.0.0.1", 0))
-        self._listener.listen(0)
-        address: tuple[str, int] = self._listener.getsockname()
-        self._clients: list[socket.socket] = []
-        for _ in range(4):
-            client = socket.socket()
-            client.setblocking(False)
-            client.connect_ex(address)
-            self._clients.append(client)
-        return address
-
-    def __exit__(self, *_: object) -> None:
-        for client in self._clients:
-            client.close()
-        self._listener.close()

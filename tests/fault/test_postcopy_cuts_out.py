@@ -7,8 +7,10 @@ import pytest
 
 from migrationd.ctl.daemon_process import DaemonProcess
 from migrationd.ctl.qemu_process import QemuProcess
+from tests.support.events import statuses
 from tests.support.moves import Host, check_runs_on
-from tests.support.postcopy import recover, send_lazily, start_target, statuses, wait_status
+from tests.support.parked_file import holder
+from tests.support.postcopy import recover, send_lazily, start_target, wait_status
 from tests.support.relay import Relay
 from tests.support.results import add_row
 
@@ -46,9 +48,7 @@ async def test_cut(
     closing: list[object],
     request: pytest.FixtureRequest,
 ) -> None:
-    daemon = await DaemonProcess.start(incoming=f"file:{parked_file[0]}")
-    closing.append(daemon)
-    await daemon.wait_run_state("paused")
+    daemon = await holder(parked_file[0], closing)
     target = await start_target(qemu_host, f"unix:{tmp_path}/out", preempt=preempt)
     closing.append(target)
     async with Relay(tmp_path / "relay", tmp_path / "out") as relay:

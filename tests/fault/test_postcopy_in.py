@@ -1,10 +1,7 @@
 """Bad sources of a postcopy: before the switch the guest stays there, behind it stays here."""
 
 import asyncio
-import contextlib
 import os
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -32,6 +29,7 @@ from tests.support.fake_source import (
     ping,
 )  # fmt: skip
 from tests.support.results import add_row
+from tests.support.small_disk import small_disk
 
 pytestmark = pytest.mark.fault
 
@@ -276,19 +274,6 @@ async def test_a_preempt_channel_that_breaks_is_a_pause(
     await asyncio.sleep(0.05)
     await source.finish(page(6))
     await destination.status("completed")
-
-
-@contextlib.contextmanager
-def small_disk(path: Path, size: str) -> Iterator[Path]:
-    """A file system that fills; only root can mount one."""
-    path.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(path)]
-    if subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("a small file system can only be mounted as root")
-    try:
-        yield path
-    finally:
-        subprocess.run(["umount", "-l", str(path)], check=True)
 
 
 async def test_a_disk_that_fills_is_a_pause_and_room_is_a_recovery(

@@ -18,9 +18,11 @@ from migrationd.codec.return_path import (
 from migrationd.codec.stream import StreamDecoder
 from migrationd.ctl.daemon_process import DaemonProcess
 from migrationd.ctl.peer_process import PeerProcess
+from tests.support.events import statuses
 from tests.support.fake_destination import FakeDestination
 from tests.support.moves import Host, check_runs_on
-from tests.support.postcopy import recover, send_lazily, start_target, statuses, wait_status
+from tests.support.parked_file import holder
+from tests.support.postcopy import recover, send_lazily, start_target, wait_status
 from tests.support.relay import Relay
 from tests.support.results import add_row
 
@@ -59,9 +61,7 @@ AT_PACKAGE = {
 
 @pytest.fixture
 async def daemon(parked_file: tuple[Path, str, str], closing: list[object]) -> DaemonProcess:
-    daemon = await DaemonProcess.start(incoming=f"file:{parked_file[0]}")
-    closing.append(daemon)
-    await daemon.wait_run_state("paused")
+    daemon = await holder(parked_file[0], closing)
     return daemon
 
 

@@ -10,11 +10,11 @@ from migrationd.ctl.daemon_process import DaemonProcess
 from migrationd.ctl.peer_process import PeerError
 from tests.support.moves import (
     Host,
-    check_runs_on,
     memory_digest,
     move_on,
     parked_guest,
 )
+from tests.support.parked_file import expect_move, holder
 
 pytestmark = pytest.mark.fault
 
@@ -34,11 +34,7 @@ async def test_kill_9_and_restart_give_the_guest_back(
     second = await DaemonProcess.start(arguments=options(tmp_path / "ram"))
     closing.append(second)
     assert await second.run_state() == "paused"
-    arrived, qemu = await move_on(second, qemu_host, tmp_path)
-    closing.append(qemu)
-    assert arrived == digest
-    await qemu.execute("cont")
-    await check_runs_on(source.serial, qemu, qemu_host)
+    await expect_move(second, digest, source.serial, qemu_host, tmp_path, closing)
 
 
 async def test_a_daemon_killed_while_loading_offers_nothing(
@@ -65,9 +61,7 @@ async def test_handed_over_is_remembered(
     parked_file: tuple[Path, str, str], qemu_host: Host, tmp_path: Path, closing: list[object]
 ) -> None:
     path, digest, _ = parked_file
-    first = await DaemonProcess.start(incoming=f"file:{path}", arguments=options(tmp_path / "ram"))
-    closing.append(first)
-    await first.wait_run_state("paused")
+    first = await holder(path, closing, arguments=options(tmp_path / "ram"))
     _, qemu = await move_on(first, qemu_host, tmp_path)
     closing.append(qemu)
     await first.kill()
@@ -128,9 +122,7 @@ async def test_keep_is_a_template(
     parked_file: tuple[Path, str, str], qemu_host: Host, tmp_path: Path, closing: list[object]
 ) -> None:
     path, digest, _ = parked_file
-    daemon = await DaemonProcess.start(incoming=f"file:{path}", arguments=["-keep"])
-    closing.append(daemon)
-    await daemon.wait_run_state("paused")
+    daemon = await holder(path, closing, arguments=["-keep"])
     for _ in range(3):
         arrived, qemu = await move_on(daemon, qemu_host, tmp_path)
         assert arrived == digest

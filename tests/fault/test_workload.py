@@ -16,14 +16,11 @@ import pytest
 
 from migrationd.ctl.daemon_process import DaemonProcess
 from migrationd.ctl.dirtier_process import DirtierProcess
-from migrationd.linux.pagemap import can_scan
 from tests.support.deadline import until
 from tests.support.results import add_row
+from tests.support.workloads import needs_scan
 
-pytestmark = [
-    pytest.mark.fault,
-    pytest.mark.skipif(not can_scan(), reason="PAGEMAP_SCAN needs Linux 6.7"),
-]
+pytestmark = [pytest.mark.fault, needs_scan]
 
 FAULTY = Path(__file__).resolve().parents[1] / "support" / "faulty_workload.py"
 

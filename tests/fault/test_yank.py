@@ -7,27 +7,16 @@ from pathlib import Path
 import pytest
 
 from migrationd.ctl.daemon_process import DaemonProcess
-from tests.fault.test_outgoing import expect_move, full_backlog, statuses
 from tests.support.deadline import until
+from tests.support.events import statuses
 from tests.support.moves import Host
+from tests.support.parked_file import expect_move
+from tests.support.ports import full_backlog
 
 pytestmark = pytest.mark.fault
 
 MIGRATION = {"type": "migration"}
 MONITOR = {"type": "chardev", "id": "compat_monitor0"}
-
-
-@pytest.fixture
-async def parked(
-    parked_file: tuple[Path, str, str], closing: list[object]
-) -> tuple[DaemonProcess, str, str]:
-    """A daemon that holds a real guest; the digest of its RAM and what it printed."""
-    path, digest, serial = parked_file
-    daemon = await DaemonProcess.start(incoming=f"file:{path}")
-    closing.append(daemon)
-    await daemon.wait_run_state("paused")
-    await daemon.set_capabilities({"events": True})
-    return daemon, digest, serial
 
 
 async def yank(daemon: DaemonProcess) -> None:
@@ -51,7 +40,7 @@ async def test_while_active(
     assert statuses(daemon) == ["setup", "active", "failing", "failed"]
     assert await daemon.execute("query-yank") == [MONITOR]
     await daemon.set_parameters({"max-bandwidth": 0})
-    await expect_move(parked, qemu_host, tmp_path, closing)
+    await expect_move(*parked, qemu_host, tmp_path, closing)
 
 
 async def test_while_it_connects(
@@ -65,7 +54,7 @@ async def test_while_it_connects(
         await daemon.wait_migration("failed")
     assert statuses(daemon) == ["setup", "failing", "failed"]
     assert "yank" in str((await daemon.query_migrate())["error-desc"])
-    await expect_move(parked, qemu_host, tmp_path, closing)
+    await expect_move(*parked, qemu_host, tmp_path, closing)
 
 
 async def test_while_a_guest_arrives(

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from migrationd.ctl.daemon_process import DaemonProcess
-from migrationd.linux.pagemap import can_scan
 from tests.support.analysis_tool import analyze
 from tests.support.results import add_row
+from tests.support.workloads import needs_scan
 
 pytestmark = pytest.mark.interop
 
@@ -56,7 +56,7 @@ def named(found: dict[str, Any]) -> dict[str, Any]:
     return {name.rpartition(" (")[0]: fields for name, fields in found.items()}
 
 
-@pytest.mark.skipif(not can_scan(), reason="PAGEMAP_SCAN needs Linux 6.7")
+@needs_scan
 @pytest.mark.parametrize("form", ["plain", "mapped-ram"])
 async def test_it_reads_a_workload(
     tmp_path: Path, form: str, request: pytest.FixtureRequest

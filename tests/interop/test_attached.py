@@ -2,11 +2,7 @@
 
 import contextlib
 import resource
-import shutil
 import signal
-import subprocess
-from collections.abc import AsyncIterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -14,81 +10,11 @@ from qemu.qmp import QMPError
 
 from migrationd.ctl.daemon_process import DaemonProcess
 from migrationd.ctl.dirtier_process import PROGRAM, DirtierProcess
-from migrationd.linux.pagemap import can_scan
 from tests.support.deadline import until
 from tests.support.stall import wait_stall
+from tests.support.workloads import compile_counter, needs_scan, pair
 
-pytestmark = [
-    pytest.mark.interop,
-    pytest.mark.skipif(not can_scan(), reason="PAGEMAP_SCAN needs Linux 6.7"),
-]
-
-
-@dataclass(frozen=True, slots=True)
-class Pair:
-    """Two workloads and their daemons."""
-
-    source: DaemonProcess
-    destination: DaemonProcess
-    here: DirtierProcess
-    there: DirtierProcess
-
-    async def begin(self, max_bandwidth: int = 0, **capabilities: bool) -> None:
-        """Start the migration."""
-        for daemon in (self.source, self.destination):
-            await daemon.set_capabilities({"events": True})
-        await self.source.set_capabilities(
-            {"return-path": True}
-            | {name.replace("_", "-"): on for name, on in capabilities.items()}
-        )
-        await self.source.set_parameters({"max-bandwidth": max_bandwidth})
-        await self.source.execute("migrate", {"uri": await self.destination.listening_uri()})
-
-
-@contextlib.asynccontextmanager
-async def pair(
-    directory: Path,
-    *,
-    mib: int = 16,
-    rate_mb_s: float = 40.0,
-    there_program: Path = PROGRAM,
-    binary: Path | None = None,
-    multifd: str | None = None,
-    incoming: dict[str, bool] | None = None,
-    uri: str = "tcp:127.0.0.1:0",
-    tracking: str = "auto",
-) -> AsyncIterator[Pair]:
-    here = DirtierProcess(directory, "here", mib=mib, rate_mb_s=rate_mb_s, binary=binary)
-    there = DirtierProcess(
-        directory, "there", mib=mib, rate_mb_s=rate_mb_s, program=there_program, binary=binary
-    )
-    async with contextlib.AsyncExitStack() as stack:
-        source = await stack.enter_async_context(
-            await DaemonProcess.start(
-                arguments=["-guest", f"attach:{here.socket},tracking={tracking}"]
-            )
-        )
-        destination = await stack.enter_async_context(
-            await DaemonProcess.start(incoming="defer", arguments=there.daemon_arguments)
-        )
-        if multifd is not None:
-            for daemon in (source, destination):
-                await daemon.set_capabilities({"multifd": True})
-                await daemon.set_parameters({"multifd-compression": multifd})
-        await destination.set_capabilities(incoming or {})
-        await destination.execute("migrate-incoming", {"uri": uri, "exit-on-error": False})
-        await stack.enter_async_context(here)
-        await stack.enter_async_context(there)
-        await here.wait_running()
-        await source.wait_run_state("running")
-        yield Pair(source, destination, here, there)
-
-
-def compile_counter(binary: Path) -> None:
-    """Make the example in C."""
-    source = PROGRAM.parent / "c" / "counter.c"
-    command = ["cc", "-Wall", "-Wextra", "-Werror", "-O2", "-o", binary, source, "-lpthread"]
-    subprocess.run(command, check=True)
+pytestmark = [pytest.mark.interop, needs_scan]
 
 
 @pytest.mark.parametrize("return_path", [True, False])
@@ -116,11 +42,8 @@ async def test_it_goes_on_where_it_was_and_has_lost_nothing(
             await two.source.execute("migrate", {"uri": "tcp:127.0.0.1:1"})
 
 
-@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler: apt-get install gcc")
 async def test_a_program_in_c_moves_as_well(tmp_path: Path) -> None:
-    binary = tmp_path / "counter"
-    compile_counter(binary)
-    async with pair(tmp_path, binary=binary) as two:
+    async with pair(tmp_path, binary=compile_counter(tmp_path)) as two:
         await two.here.wait_passes(1)
         await two.begin()
         await two.source.wait_migration("completed")

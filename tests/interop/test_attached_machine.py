@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -12,14 +11,10 @@ from qemu.qmp import QMPError
 from migrationd.ctl.daemon_process import DaemonProcess
 from migrationd.ctl.dirtier_process import PROGRAM, DirtierProcess
 from migrationd.daemon.device_file import decode_devices
-from migrationd.linux.pagemap import can_scan
-from tests.interop.test_attached import compile_counter
 from tests.support.deadline import until
+from tests.support.workloads import compile_counter, needs_scan
 
-pytestmark = [
-    pytest.mark.interop,
-    pytest.mark.skipif(not can_scan(), reason="PAGEMAP_SCAN needs Linux 6.7"),
-]
+pytestmark = [pytest.mark.interop, needs_scan]
 
 UNMIGRATABLE = 'STATE = VMState("dirtier", unmigratable="it is bolted down",'
 
@@ -70,11 +65,8 @@ async def test_reset_and_powerdown(tmp_path: Path) -> None:
         assert await daemon.run_state() == "running"
 
 
-@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler: apt-get install gcc")
 async def test_a_program_in_c_is_reset_and_told_to_end(tmp_path: Path) -> None:
-    binary = tmp_path / "counter"
-    compile_counter(binary)
-    async with attached(tmp_path, binary=binary) as (daemon, workload):
+    async with attached(tmp_path, binary=compile_counter(tmp_path)) as (daemon, workload):
         await workload.wait_passes(3)
         before = workload.progress()
         assert before is not None

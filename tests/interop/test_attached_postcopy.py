@@ -1,33 +1,22 @@
 """Live processes move by postcopy: they run on before their memory has followed."""
 
 import contextlib
-import shutil
-import subprocess
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
 from migrationd.ctl.daemon_process import DaemonProcess
-from migrationd.ctl.dirtier_process import PROGRAM, DirtierProcess
-from migrationd.linux.pagemap import can_scan
-from tests.interop.test_attached import Pair, pair
+from migrationd.ctl.dirtier_process import DirtierProcess
+from tests.support.events import statuses
 from tests.support.relay import Relay
 from tests.support.stall import wait_stall
+from tests.support.workloads import Pair, compile_counter, needs_scan, pair
 
-pytestmark = [
-    pytest.mark.interop,
-    pytest.mark.skipif(not can_scan(), reason="PAGEMAP_SCAN needs Linux 6.7"),
-]
+pytestmark = [pytest.mark.interop, needs_scan]
 
 POSTCOPY = {"postcopy-ram": True, "postcopy-blocktime": True}
 PREEMPT = POSTCOPY | {"postcopy-preempt": True}
-
-
-def statuses(daemon: DaemonProcess) -> list[str]:
-    return [
-        str(event["data"]["status"]) for event in daemon.events if event["event"] == "MIGRATION"
-    ]
 
 
 @contextlib.asynccontextmanager
@@ -90,12 +79,8 @@ async def test_it_runs_on_before_its_memory_is_there(tmp_path: Path, preempt: bo
         assert requests >= 1
 
 
-@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler: apt-get install gcc")
 async def test_a_program_in_c_does_so_as_well(tmp_path: Path) -> None:
-    binary = tmp_path / "counter"
-    source = PROGRAM.parent / "c" / "counter.c"
-    command = ["cc", "-Wall", "-Wextra", "-Werror", "-O2", "-o", binary, source, "-lpthread"]
-    subprocess.run(command, check=True)
+    binary = compile_counter(tmp_path)
     async with pair(tmp_path, binary=binary, incoming=PREEMPT) as two:
         await two.here.wait_passes(1)
         await begin(two, preempt=True)

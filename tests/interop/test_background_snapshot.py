@@ -2,18 +2,17 @@
 
 import contextlib
 import resource
-import shutil
 import signal
-import subprocess
 from pathlib import Path
 
 import pytest
 
 from migrationd.ctl.daemon_process import DaemonProcess
-from migrationd.ctl.dirtier_process import PROGRAM, DirtierProcess, Progress
+from migrationd.ctl.dirtier_process import DirtierProcess, Progress
 from migrationd.linux.userfaultfd import can_serve_faults
 from tests.support.moves import Host, check_runs_on, memory_digest, move_on, parked_guest
 from tests.support.releases import qemu_binary
+from tests.support.workloads import compile_counter
 
 pytestmark = [
     pytest.mark.interop,
@@ -183,12 +182,8 @@ async def test_a_workload_that_hangs_fails_it_and_goes_on_later(tmp_path: Path) 
         assert await source.run_state() == "running"
 
 
-@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler: apt-get install gcc")
 async def test_of_a_program_in_c(tmp_path: Path) -> None:
-    binary = tmp_path / "counter"
-    program = PROGRAM.parent / "c" / "counter.c"
-    command = ["cc", "-Wall", "-Wextra", "-Werror", "-O2", "-o", binary, program, "-lpthread"]
-    subprocess.run(command, check=True)
+    binary = compile_counter(tmp_path)
     here, there = (DirtierProcess(tmp_path, name, binary=binary) for name in ("here", "there"))
     file = tmp_path / "saved"
     async with await DaemonProcess.start(arguments=here.daemon_arguments) as source, here:

@@ -11,6 +11,7 @@ from migrationd.ctl.boot_guest import BootGuest
 from migrationd.ctl.daemon_process import DaemonProcess
 from migrationd.ctl.qemu_process import QemuProcess, find_qemu, qemu_version
 from tests.support.moves import Host, check_runs_on, memory_digest, send
+from tests.support.parked_file import holder
 from tests.support.releases import qemu_binary
 from tests.support.results import add_row
 
@@ -155,9 +156,7 @@ async def test_taken(
 async def test_pause_before_switchover_on_the_way_out(
     parked_file: tuple[Path, str, str], qemu_host: Host, tmp_path: Path, closing: list[object]
 ) -> None:
-    daemon = await DaemonProcess.start(incoming=f"file:{parked_file[0]}")
-    closing.append(daemon)
-    await daemon.wait_run_state("paused")
+    daemon = await holder(parked_file[0], closing)
     await daemon.set_capabilities({"return-path": True, "pause-before-switchover": True})
     uri = f"unix:{tmp_path}/out.sock"
     target = await qemu_host.start("QEMU B", incoming=uri, paused=True)

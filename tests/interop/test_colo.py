@@ -14,14 +14,14 @@ from migrationd.ctl.boot_guest import check_run
 from migrationd.ctl.daemon_process import DaemonProcess
 from migrationd.ctl.dirtier_process import DirtierProcess
 from migrationd.ctl.qemu_process import find_qemu
-from migrationd.linux.pagemap import can_scan
 from tests.support.deadline import until
+from tests.support.events import statuses
 from tests.support.moves import Host, send
 from tests.support.results import TABLES, add_row
+from tests.support.workloads import needs_scan
 
 pytestmark = pytest.mark.interop
 
-needs_scan = pytest.mark.skipif(not can_scan(), reason="PAGEMAP_SCAN needs Linux 6.7")
 COLO = {"events": True, "return-path": True, "x-colo": True}
 TABLE = "COLO with QEMU as primary"
 
@@ -74,12 +74,6 @@ async def replicated(
         await primary.wait_migration("colo")
         await secondary.wait_migration("colo")
         yield Replicated(primary, secondary, work)
-
-
-def statuses(daemon: DaemonProcess) -> list[str]:
-    return [
-        str(event["data"]["status"]) for event in daemon.events if event["event"] == "MIGRATION"
-    ]
 
 
 async def colo(daemon: DaemonProcess) -> tuple[object, ...]:

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from qemu.qmp import ExecuteError
 
-from migrationd.ctl.daemon_process import DaemonProcess
 from migrationd.ctl.qemu_process import QemuProcess
 from tests.support.moves import Host, check_runs_on, memory_digest, send
+from tests.support.parked_file import holder
 from tests.support.releases import qemu_binary
 from tests.support.results import add_row
 
@@ -72,9 +72,7 @@ async def passed_on(
     host: Host, path: Path, directory: Path, closing: list[object]
 ) -> tuple[str, QemuProcess]:
     """The same through migrationd, and the QEMU that has it."""
-    daemon = await DaemonProcess.start(incoming=f"file:{path}")
-    closing.append(daemon)
-    await daemon.wait_run_state("paused")
+    daemon = await holder(path, closing)
     uri = f"unix:{directory}/out.sock"
     target = await host.start("QEMU C", incoming=uri, paused=True)
     closing.append(target)
@@ -117,9 +115,7 @@ async def test_out_to_a_qemu_that_takes_it(
     request: pytest.FixtureRequest,
 ) -> None:  # fmt: skip
     path, digest, serial = parked_file
-    daemon = await DaemonProcess.start(incoming=f"file:{path}", arguments=["-compress", "6"])
-    closing.append(daemon)
-    await daemon.wait_run_state("paused")
+    daemon = await holder(path, closing, arguments=["-compress", "6"])
     target = await host.start("QEMU B", incoming="defer", paused=True)
     closing.append(target)
     await target.set_capabilities({"compress": True})

@@ -1,7 +1,6 @@
 """cpr-transfer: a guest goes to another process on this host, its memory by descriptors."""
 
 import contextlib
-import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -10,9 +9,9 @@ from qemu.qmp import QMPError
 
 from migrationd.ctl.daemon_process import DaemonProcess
 from migrationd.ctl.dirtier_process import PROGRAM, DirtierProcess
-from tests.interop.test_attached import Pair, compile_counter
 from tests.support.cpr import channel, incoming_arguments
 from tests.support.ctl import ctl
+from tests.support.workloads import Pair, compile_counter
 
 pytestmark = pytest.mark.interop
 
@@ -110,11 +109,8 @@ async def test_the_source_cannot_take_it_back(tmp_path: Path) -> None:
         await two.there.wait_passes(1)
 
 
-@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler: apt-get install gcc")
 async def test_a_program_in_c_goes_on_as_well(tmp_path: Path) -> None:
-    binary = tmp_path / "counter"
-    compile_counter(binary)
-    async with pair(tmp_path, binary=binary) as two:
+    async with pair(tmp_path, binary=compile_counter(tmp_path)) as two:
         await two.here.wait_passes(1)
         await listen(two, tmp_path)
         await migrate(two, tmp_path)

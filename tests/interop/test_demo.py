@@ -9,8 +9,8 @@ from migrationd.ctl.boot_guest import BootGuest, check_run
 from migrationd.ctl.demo import DemoPlan, run_demo
 from migrationd.ctl.demo_workload import run_workload_demo
 from migrationd.ctl.qemu_process import QemuProcess
-from migrationd.linux.pagemap import can_scan
 from tests.support.releases import qemu_binary
+from tests.support.workloads import needs_scan
 
 pytestmark = pytest.mark.interop
 
@@ -27,7 +27,7 @@ async def test_demo_proves_that_nothing_is_lost(machine: str) -> None:
         assert part in text
 
 
-@pytest.mark.skipif(not can_scan(), reason="PAGEMAP_SCAN needs Linux 6.7")
+@needs_scan
 async def test_demo_without_qemu_moves_a_process() -> None:
     console = Console(file=io.StringIO(), width=100)
     await run_workload_demo(console, 0)

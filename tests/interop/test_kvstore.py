@@ -11,15 +11,12 @@ import pytest
 
 from migrationd.ctl.daemon_process import DaemonProcess
 from migrationd.ctl.dirtier_process import PROGRAM as DIRTIER
-from migrationd.linux.pagemap import can_scan
 from tests.support.deadline import until
 from tests.support.ports import free_port
 from tests.support.results import add_row
+from tests.support.workloads import needs_scan
 
-pytestmark = [
-    pytest.mark.interop,
-    pytest.mark.skipif(not can_scan(), reason="PAGEMAP_SCAN needs Linux 6.7"),
-]
+pytestmark = [pytest.mark.interop, needs_scan]
 
 PROGRAM = DIRTIER.with_name("kvstore.py")
 MOVES = 2

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from tests.support import postcopy_in
+from tests.support.events import statuses
 from tests.support.moves import VIRTIO, Host
-from tests.support.postcopy import statuses
 from tests.support.releases import PREEMPT, RELEASES, qemu_binary, release_cases
 from tests.support.results import add_row
 

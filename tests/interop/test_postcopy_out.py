@@ -7,6 +7,7 @@ import pytest
 from migrationd.ctl.boot_guest import BootGuest
 from migrationd.ctl.daemon_process import DaemonProcess
 from migrationd.ctl.qemu_process import QemuProcess
+from tests.support.events import statuses
 from tests.support.moves import (
     Host,
     check_runs_on,
@@ -15,7 +16,7 @@ from tests.support.moves import (
     parked_guest,
     source_uri,
 )
-from tests.support.postcopy import capabilities, send_lazily, start_target, statuses
+from tests.support.postcopy import capabilities, send_lazily, start_target
 from tests.support.releases import qemu_binary, release_cases
 from tests.support.results import add_row
 

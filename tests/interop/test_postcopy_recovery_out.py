@@ -8,9 +8,10 @@ from qemu.qmp import ExecuteError
 from migrationd.ctl.boot_guest import BootGuest
 from migrationd.ctl.daemon_process import DaemonProcess
 from migrationd.ctl.qemu_process import QemuProcess
+from tests.support.events import statuses
 from tests.support.moves import Host, check_runs_on, parked_guest
 from tests.support.peers import Sink
-from tests.support.postcopy import recover, send_lazily, start_target, statuses, wait_status
+from tests.support.postcopy import recover, send_lazily, start_target, wait_status
 from tests.support.relay import Relay
 from tests.support.releases import RELEASES, qemu_binary, release_cases
 from tests.support.results import add_row

@@ -15,8 +15,8 @@ from migrationd.ctl.daemon_process import DaemonProcess
 from migrationd.ctl.qemu_process import QemuProcess
 from tests.support import postcopy_in
 from tests.support.ctl import ctl
+from tests.support.events import statuses
 from tests.support.moves import Host, move_on
-from tests.support.postcopy import statuses
 from tests.support.relay import Relay
 from tests.support.releases import RELEASES, qemu_binary, release_cases
 from tests.support.results import add_row

@@ -10,7 +10,6 @@ import pytest
 
 from migrationd.ctl.daemon_process import DaemonProcess
 from migrationd.ctl.dirtier_process import PROGRAM as DIRTIER
-from migrationd.linux.pagemap import can_scan
 from tests.support.cpr import channel, incoming_arguments
 from tests.support.deadline import until
 from tests.support.ports import free_port
@@ -22,10 +21,11 @@ from tests.support.redis_tools import (
     missing_tools,
 )
 from tests.support.results import add_row
+from tests.support.workloads import needs_scan
 
 pytestmark = [
     pytest.mark.interop,
-    pytest.mark.skipif(not can_scan(), reason="PAGEMAP_SCAN needs Linux 6.7"),
+    needs_scan,
     pytest.mark.skipif(
         bool(missing_tools()), reason=f"no {missing_tools()}: apt-get install redis-tools"
     ),

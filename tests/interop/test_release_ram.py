@@ -7,11 +7,10 @@ import pytest
 from qemu.qmp import QMPError
 
 from migrationd.ctl.boot_guest import BootGuest
-from migrationd.linux.pagemap import can_scan
-from tests.interop.test_attached import pair
 from tests.support.deadline import until
 from tests.support.moves import Host, check_runs_on, parked_guest
 from tests.support.postcopy import send_lazily, start_target
+from tests.support.workloads import needs_scan, pair
 
 pytestmark = pytest.mark.interop
 
@@ -47,7 +46,7 @@ async def test_a_parked_guest_that_left_by_postcopy(
         await daemon.execute("migrate", {"uri": "tcp:127.0.0.1:1"})
 
 
-@pytest.mark.skipif(not can_scan(), reason="PAGEMAP_SCAN needs Linux 6.7")
+@needs_scan
 async def test_a_process_that_left_by_postcopy(tmp_path: Path) -> None:
     async with pair(tmp_path, incoming={"postcopy-ram": True}) as two:
         await two.here.wait_passes(1)

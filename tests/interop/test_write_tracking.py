@@ -4,15 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from migrationd.linux.pagemap import can_scan
 from migrationd.linux.userfaultfd import can_serve_faults
-from tests.interop.test_attached import pair
 from tests.support.deadline import until
+from tests.support.workloads import needs_scan, pair
 
-pytestmark = [
-    pytest.mark.interop,
-    pytest.mark.skipif(not can_scan(), reason="PAGEMAP_SCAN needs Linux 6.7"),
-]
+pytestmark = [pytest.mark.interop, needs_scan]
 
 
 @pytest.mark.skipif(not can_serve_faults(), reason="needs a userfaultfd for all faults")

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from migrationd.ctl.daemon_process import DaemonProcess
 from migrationd.ctl.peer_process import DEFAULT_TIMEOUT_S, PeerProcess
 from migrationd.ctl.qemu_process import QemuProcess
+from tests.support.events import statuses
 from tests.support.moves import Host
 
 
@@ -38,12 +39,6 @@ async def send_lazily(
     await asyncio.gather(
         daemon.execute("migrate", {"uri": uri}), daemon.execute("migrate-start-postcopy")
     )
-
-
-def statuses(peer: PeerProcess) -> list[str]:
-    """Statuses of MIGRATION events."""
-    return [str(event["data"]["status"]) for event in peer.events  # type: ignore[index]
-            if event["event"] == "MIGRATION"]  # fmt: skip
 
 
 async def wait_status(peer: PeerProcess, status: str, times: int = 1) -> None:
