@@ -19,17 +19,9 @@ from benchmarks.measure import (
     start_to_greeting_s,
 )
 from benchmarks.peers import CONTENTS, Bench
+from benchmarks.ratios import BASE, PAIRS, Pair, costs, rate, warn_if_busy
 from migrationd.ctl.qemu_process import find_qemu, qemu_version
 
-Pair = tuple[str, str]
-
-BASE: Pair = ("QEMU", "QEMU")
-PAIRS: tuple[Pair, ...] = (
-    BASE,
-    ("QEMU", "migrationd"),
-    ("migrationd", "QEMU"),
-    ("migrationd", "migrationd"),
-)
 RATE_GOALS = {
     ("random", PAIRS[1]): 1.0,
     ("random", PAIRS[2]): 1.3,
@@ -45,7 +37,6 @@ DESTINATION_CPU_GOAL = 1.1
 """At most so many times QEMU's CPU seconds at the same end."""
 
 PROBED = (("QEMU", "migrationd"), ("migrationd", "QEMU"))
-QUIET_CPUS = 0.15
 
 
 async def run(binary: str, memory_mib: int, reps: int, *, prealloc: bool) -> None:
@@ -84,36 +75,10 @@ def print_table(content: str, memory_mib: int, samples: dict[Pair, list[Sample]]
     print(f"{'pair':<26}{'GB/s of guest RAM':>30}{'CPU s source':>18}{'CPU s destination':>20}")
     base = samples[BASE]
     for pair, taken in samples.items():
-        rate = median((memory_mib << 20) / item.wall_s / 1e9 for item in taken)
-        ratios = [b.wall_s / a.wall_s for a, b in zip(taken, base, strict=True)]
-        text = f"{rate:.2f}"
-        if pair != BASE:
-            text += f"  x {median(ratios):.2f} ({min(ratios):.2f}..{max(ratios):.2f})"
-            text += verdict(median(ratios) >= RATE_GOALS[content, pair])
-        ours = [kind == "migrationd" for kind in pair]
-        source = cost([s.source_cpu_s for s in taken], [s.source_cpu_s for s in base],
-                      SOURCE_CPU_GOAL, ours=ours[0])  # fmt: skip
-        destination = cost([s.destination_cpu_s for s in taken],
-                           [s.destination_cpu_s for s in base],
-                           DESTINATION_CPU_GOAL, ours=ours[1])  # fmt: skip
+        text = rate(taken, base, memory_mib, RATE_GOALS.get((content, pair)))
+        source, destination = costs(pair, taken, base, (SOURCE_CPU_GOAL, DESTINATION_CPU_GOAL))
         print(f"{' -> '.join(pair):<26}{text:>30}{source:>18}{destination:>20}")
-    busy = [s.other_cpus for taken in samples.values() for s in taken]
-    if median(busy) > QUIET_CPUS:
-        print(f"not a quiet machine: others used {median(busy):.2f} CPUs: repeat before you judge")
-
-
-def cost(taken: list[float], base: list[float], goal: float, *, ours: bool) -> str:
-    """CPU seconds, and their ratio to QEMU's where they are ours."""
-    text = f"{median(taken):.2f}"
-    if not ours:
-        return text
-    ratio = median(a / max(b, 0.01) for a, b in zip(taken, base, strict=True))
-    return f"{text}  x {ratio:.2f}{verdict(ratio <= goal)}"
-
-
-def verdict(is_met: bool) -> str:
-    """How a figure compares with its goal."""
-    return " ok" if is_met else " --"
+    warn_if_busy([s.other_cpus for taken in samples.values() for s in taken])
 
 
 def main() -> int:

@@ -18,7 +18,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.measure import cpu_s, fill_guest, machine_cpu_s, median, warm_memory
+from benchmarks.measure import Taken, fill_guest, median, timed, warm_memory
 from benchmarks.peers import CONTENTS
 from migrationd.ctl.boot_guest import BootGuest
 from migrationd.ctl.daemon_process import DaemonProcess
@@ -31,15 +31,6 @@ RATE_GOAL = 3.0
 CPU_GOAL = 0.3
 DISK_GOAL = 0.8
 LOAD_GOAL = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class Taken:
-    """What one save or load took."""
-
-    wall_s: float
-    cpu_s: float
-    other_cpus: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,24 +59,6 @@ async def save(peer: PeerProcess, path: Path, kind: Kind) -> Taken:
         await peer.execute("cont")
         await peer.execute("stop")
     return taken
-
-
-async def timed(peer: PeerProcess, command: str, arguments: dict[str, object]) -> Taken:
-    """Run a migration command and wait for its end."""
-    since = len(peer.events)
-    ours = cpu_s(os.getpid())
-    cpu, machine, start = cpu_s(peer.pid), machine_cpu_s(), time.perf_counter()
-    await peer.execute(command, arguments)
-    await peer.wait_event(
-        "MIGRATION",
-        matching=lambda data: data.get("status") in ("completed", "failed"),
-        since=since,
-        timeout_s=120,
-    )
-    wall_s = time.perf_counter() - start
-    used, other = cpu_s(peer.pid) - cpu, machine_cpu_s() - machine
-    await peer.wait_migration("completed")
-    return Taken(wall_s, used, max(0.0, other - used - cpu_s(os.getpid()) + ours) / wall_s)
 
 
 def disk_rate(path: Path, size_bytes: int) -> float:

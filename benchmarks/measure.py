@@ -130,6 +130,43 @@ async def migrate(source: PeerProcess, destination: PeerProcess, uri: str) -> Sa
     return Sample(wall_s, ours_a, ours_b, others / wall_s, ram["transferred"])
 
 
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """What a migration took at one end.
+
+    Attributes:
+        wall_s: From the command to the event that ends it.
+        cpu_s: User and system time of the peer meanwhile.
+        other_cpus: CPUs that everything else on the machine used meanwhile.
+    """
+
+    wall_s: float
+    cpu_s: float
+    other_cpus: float
+
+
+async def timed(peer: PeerProcess, command: str, arguments: dict[str, object]) -> Taken:
+    """Run a migration command and wait for its end.
+
+    Raises:
+        PeerError: It does not end completed.
+    """
+    since = len(peer.events)
+    ours = cpu_s(os.getpid())
+    cpu, machine, start = cpu_s(peer.pid), machine_cpu_s(), time.perf_counter()
+    await peer.execute(command, arguments)
+    await peer.wait_event(
+        "MIGRATION",
+        matching=lambda data: data.get("status") in ("completed", "failed"),
+        since=since,
+        timeout_s=120,
+    )
+    wall_s = time.perf_counter() - start
+    used, other = cpu_s(peer.pid) - cpu, machine_cpu_s() - machine
+    await peer.wait_migration("completed")
+    return Taken(wall_s, used, max(0.0, other - used - cpu_s(os.getpid()) + ours) / wall_s)
+
+
 class StatusProbe:
     """A monitor client of its own that asks ``query-status`` over and over.
 

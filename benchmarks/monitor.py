@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.measure import cpu_s, machine_cpu_s, median, percentile
+from benchmarks.ratios import verdict, warn_if_busy
 from migrationd.ctl.qemu_process import find_qemu, installed_versions, qemu_version
 
 COMMANDS = ("query-status", "query-migrate")
@@ -29,7 +30,6 @@ CLIENTS = (1, 50)
 P99_GOAL_S = 0.0005
 SCHEMA_GOAL_S = 0.020
 GREETING_GOAL_S = 0.005
-QUIET_CPUS = 0.15
 NOISE = 0.05
 NEGOTIATE = b'{"execute": "qmp_capabilities"}'
 
@@ -215,11 +215,8 @@ def run(binary: str, seconds: float, reps: int) -> None:
     for command in COMMANDS:
         few, many = (totals[command, count] for count in CLIENTS)
         print(f"{command}: total rate with {CLIENTS[1]} clients x {many / few:.2f} of that "
-              f"with one{_verdict(many >= (1 - NOISE) * few)}")  # fmt: skip
-    if median(others) > QUIET_CPUS:
-        print(
-            f"not a quiet machine: others used {median(others):.2f} CPUs: repeat before you judge"
-        )
+              f"with one{verdict(many >= (1 - NOISE) * few)}")  # fmt: skip
+    warn_if_busy(others)
 
 
 @contextmanager
@@ -255,7 +252,7 @@ def _print_samples(command: str, count: int, samples: dict[str, list[Sample]]) -
             pairs = zip(taken, samples["QEMU"], strict=True)
             ratio = median(own.rate / other.rate for own, other in pairs)
             is_met = ratio >= 1 and (count > 1 or p99 < P99_GOAL_S)
-            text += f"{ratio:>8.2f}{_verdict(is_met)}"
+            text += f"{ratio:>8.2f}{verdict(is_met)}"
         print(text)
 
 
@@ -267,7 +264,7 @@ def _print_small(**peers: Peer) -> None:
     ):
         own, other = measure(mine), measure(theirs)
         print(f"{label}: {own * 1e3:.2f} ms, QEMU's {other * 1e3:.2f} ms "
-              f"(goal: < {goal * 1e3:.0f}){_verdict(own < goal)}")  # fmt: skip
+              f"(goal: < {goal * 1e3:.0f}){verdict(own < goal)}")  # fmt: skip
 
 
 def _schema_s(peer: Peer) -> float:
@@ -277,10 +274,6 @@ def _schema_s(peer: Peer) -> float:
         peer.clients[0].ask(b'{"execute": "query-qmp-schema"}')
         taken.append(time.perf_counter() - start)
     return median(taken)
-
-
-def _verdict(is_met: bool) -> str:
-    return " ok" if is_met else " --"
 
 
 def main() -> int:

@@ -19,17 +19,9 @@ from dataclasses import dataclass
 
 from benchmarks.measure import Sample, median
 from benchmarks.peers import Bench
+from benchmarks.ratios import BASE, PAIRS, Pair, costs, rate, verdict
 from migrationd.ctl.qemu_process import find_qemu, qemu_version
 
-Pair = tuple[str, str]
-
-BASE: Pair = ("QEMU", "QEMU")
-PAIRS: tuple[Pair, ...] = (
-    BASE,
-    ("QEMU", "migrationd"),
-    ("migrationd", "QEMU"),
-    ("migrationd", "migrationd"),
-)
 RATE_GOALS: dict[Pair, float] = {PAIRS[1]: 1.0, PAIRS[2]: 1.2, PAIRS[3]: 1.2}
 COMPRESSED_RATE_GOAL = 1.0
 ZERO_RATE_GOAL = 1.3
@@ -106,39 +98,17 @@ def print_table(cell: Cell, memory_mib: int, samples: dict[Pair, list[Sample]]) 
           f"{'MB on the wire':>18}")  # fmt: skip
     base = samples[BASE]
     for pair, taken in samples.items():
-        rate = median((memory_mib << 20) / item.wall_s / 1e9 for item in taken)
-        ratios = [b.wall_s / a.wall_s for a, b in zip(taken, base, strict=True)]
-        text = f"{rate:.2f}"
-        if pair != BASE:
-            text += f"  x {median(ratios):.2f} ({min(ratios):.2f}..{max(ratios):.2f})"
-            text += verdict(median(ratios) >= cell.rate_goal(pair))
-        ours = [kind == "migrationd" for kind in pair]
-        source = cost([s.source_cpu_s for s in taken], [s.source_cpu_s for s in base], ours[0])
-        destination = cost(
-            [s.destination_cpu_s for s in taken], [s.destination_cpu_s for s in base], ours[1]
-        )
+        goal = cell.rate_goal(pair) if pair != BASE else None
+        text = rate(taken, base, memory_mib, goal)
+        source, destination = costs(pair, taken, base, (CPU_GOAL, CPU_GOAL))
         sent = median(s.wire_bytes for s in taken)
         size = f"{sent / 1e6:.1f}"
-        if ours[0] and cell.method != "none":
+        if pair[0] == "migrationd" and cell.method != "none":
             share = sent / median(s.wire_bytes for s in base)
             size += f" x {share:.3f}{verdict(abs(share - 1) <= BYTES_GOAL)}"
         print(f"{' -> '.join(pair):<26}{text:>32}{source:>18}{destination:>20}{size:>18}")
     busy = median(s.other_cpus for taken in samples.values() for s in taken)
     print(f"others used {busy:.2f} CPUs")
-
-
-def cost(taken: list[float], base: list[float], ours: bool) -> str:
-    """CPU seconds, and their ratio to QEMU's where they are ours."""
-    text = f"{median(taken):.2f}"
-    if not ours:
-        return text
-    ratio = median(a / max(b, 0.01) for a, b in zip(taken, base, strict=True))
-    return f"{text}  x {ratio:.2f}{verdict(ratio <= CPU_GOAL)}"
-
-
-def verdict(is_met: bool) -> str:
-    """How a figure compares with its goal."""
-    return " ok" if is_met else " --"
 
 
 def print_growth(cell: Cell, grown: dict[int, dict[Pair, list[Sample]]]) -> None:
