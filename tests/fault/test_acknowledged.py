@@ -7,6 +7,7 @@ import pytest
 
 from migrationd.ctl.daemon_process import DaemonProcess
 from tests.support.parked_file import holder
+from tests.support.starting import Ahead
 
 pytestmark = pytest.mark.fault
 
@@ -31,11 +32,16 @@ async def test_what_the_source_heard_is_what_a_restart_finds(
     loop = asyncio.get_running_loop()
     whole_s = 0.0
     outcomes = []
+    daemons = Ahead(
+        lambda turn: DaemonProcess.start(
+            incoming=f"unix:{tmp_path}/{turn}.sock", arguments=options(tmp_path / str(turn))
+        ),
+        closing,
+    )
     for turn in range(ROUNDS + 1):
         uri = f"unix:{tmp_path}/{turn}.sock"
         directory = tmp_path / str(turn)
-        daemon = await DaemonProcess.start(incoming=uri, arguments=options(directory))
-        closing.append(daemon)
+        daemon = await daemons.take()
         begin_s = loop.time()
         # The second is so slow that it cannot have come, however busy the machine is.
         await send(source, uri, max_bandwidth=SLOW if turn == 1 else 0)

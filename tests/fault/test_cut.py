@@ -11,6 +11,7 @@ from tests.support.moves import Host, check_runs_on, memory_digest, move_on, sen
 from tests.support.parked_file import expect_move, holder
 from tests.support.peers import CuttingProxy, Sink
 from tests.support.results import add_row
+from tests.support.starting import Ahead, start_both
 
 pytestmark = pytest.mark.fault
 
@@ -60,9 +61,15 @@ async def test_destination_killed_at_exact_bytes(
     await daemon.set_parameters({"max-bandwidth": 0})
     size = await stream_size(daemon, tmp_path)
     outcomes = []
+    victims = Ahead(
+        lambda turn: qemu_host.start(
+            "victim", incoming=f"unix:{tmp_path}/{turn}.qemu", paused=True
+        ),
+        closing,
+    )
     for turn, point in enumerate(points(size, 3)):
         inner, outer = tmp_path / f"{turn}.qemu", tmp_path / f"{turn}.sock"
-        victim = await qemu_host.start("victim", incoming=f"unix:{inner}", paused=True)
+        victim = await victims.take()
         async with CuttingProxy(outer, inner, cut_after_bytes=point, at_cut=victim.kill) as proxy:
             await daemon.execute("migrate", {"uri": f"unix:{outer}"})
             info = await daemon.wait_migration("failed", "completed")
@@ -102,10 +109,10 @@ async def test_the_way_in_cut_at_exact_bytes(
     await source.wait_serial(3)
     outcomes = []
     size = 6_400_000
+    daemons = Ahead(lambda _: DaemonProcess.start(incoming="defer"), closing)
     for turn, point in enumerate(points(size, 5)):
         inner, outer = tmp_path / f"{turn}.in", tmp_path / f"{turn}.sock"
-        daemon = await DaemonProcess.start(incoming="defer")
-        closing.append(daemon)
+        daemon = await daemons.take()
         await daemon.execute("migrate-incoming", {"uri": f"unix:{inner}", "exit-on-error": False})
         async with CuttingProxy(outer, inner, cut_after_bytes=point):
             await source.migrate(f"unix:{outer}")
@@ -171,10 +178,9 @@ async def test_the_last_word_is_lost(
     qemu_host: Host, tmp_path: Path, closing: list[object], request: pytest.FixtureRequest
 ) -> None:
     """The whole guest arrives, but SHUT 0 does not: the source runs on, and may send it again."""
-    source = await qemu_host.start("QEMU A")
-    closing.append(source)
-    daemon = await DaemonProcess.start(incoming=f"unix:{tmp_path}/in.sock")
-    closing.append(daemon)
+    source, daemon = await start_both(
+        closing, qemu_host.start("QEMU A"), DaemonProcess.start(incoming=f"unix:{tmp_path}/in.sock")
+    )
     await source.wait_serial(3)
     proxy = CuttingProxy(
         tmp_path / "out.sock", tmp_path / "in.sock", withholds_answers=True

@@ -25,6 +25,7 @@ from tests.support.deadline import until
 from tests.support.moves import Host, memory_digest, move_on, send
 from tests.support.parked_file import expect_move, holder
 from tests.support.results import add_fault, add_row
+from tests.support.starting import Ahead, start_both
 
 pytestmark = pytest.mark.fault
 
@@ -244,10 +245,9 @@ async def test_a_source_with_fewer_channels_gives_up(
     qemu_host: Host, tmp_path: Path, closing: list[object], request: pytest.FixtureRequest
 ) -> None:
     """Both wait for what never comes, until the source's user cancels."""
-    source = await qemu_host.start("QEMU A")
-    closing.append(source)
-    daemon = await DaemonProcess.start(incoming="defer")
-    closing.append(daemon)
+    source, daemon = await start_both(
+        closing, qemu_host.start("QEMU A"), DaemonProcess.start(incoming="defer")
+    )
     await daemon.set_capabilities(MULTIFD)
     await daemon.set_parameters({"multifd-channels": 4})
     path = f"unix:{tmp_path}/in.sock"
@@ -279,9 +279,10 @@ async def test_a_channel_lost_on_the_way_out(
     await daemon.set_parameters({"max-bandwidth": 0})
     rng = random.Random(11)
     outcomes = []
+    victims = Ahead(lambda _: qemu_host.start("victim", incoming="defer", paused=True), closing)
     for turn in range(12):
         inner, outer = tmp_path / f"{turn}.qemu", tmp_path / f"{turn}.sock"
-        victim = await qemu_host.start("victim", incoming="defer", paused=True)
+        victim = await victims.take()
         await victim.set_capabilities(MULTIFD)
         await victim.execute("migrate-incoming", {"uri": f"unix:{inner}"})
         number = turn % 3

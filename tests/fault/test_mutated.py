@@ -11,6 +11,7 @@ from migrationd.ctl.daemon_process import DaemonProcess
 from migrationd.ctl.peer_process import PeerError
 from tests.support.fuzzing import cases
 from tests.support.results import add_row
+from tests.support.starting import Ahead
 
 pytestmark = pytest.mark.fault
 
@@ -69,12 +70,16 @@ async def test_wrong_bytes_anywhere(
     whole = parked_file[0].read_bytes()
     rng = random.Random(23)
     outcomes: dict[str, list[int]] = {}
+
+    async def start(_: int) -> DaemonProcess:
+        return await DaemonProcess.start(incoming="defer", arguments=["-ram-limit", "1G"])
+
+    daemons = Ahead(start, closing)
     daemon: DaemonProcess | None = None
     before = 0
     for turn in range(ROUNDS):
         if daemon is None:
-            daemon = await DaemonProcess.start(incoming="defer", arguments=["-ram-limit", "1G"])
-            closing.append(daemon)
+            daemon = await daemons.take()
             before = daemon.resident_bytes
         kind, data = mutate(whole, rng)
         path = tmp_path / "in.sock"

@@ -14,6 +14,7 @@ from tests.support.moves import Host, check_runs_on, move_on
 from tests.support.parked_file import expect_move, holder
 from tests.support.ports import full_backlog
 from tests.support.results import add_row
+from tests.support.starting import Ahead
 
 pytestmark = pytest.mark.fault
 
@@ -176,10 +177,12 @@ async def test_destination_killed_at_random_points(
     await daemon.set_capabilities({"return-path": True})
     size = path.stat().st_size
     points = sorted(random.Random(7).sample(range(size), KILL_POINTS))
-    for point in points:
-        uri = f"unix:{tmp_path}/victim.sock"
-        victim = await qemu_host.start("victim", incoming=uri)
-        closing.append(victim)
+    victims = Ahead(
+        lambda turn: qemu_host.start("victim", incoming=f"unix:{tmp_path}/{turn}.sock"), closing
+    )
+    for turn, point in enumerate(points):
+        uri = f"unix:{tmp_path}/{turn}.sock"
+        victim = await victims.take()
         await daemon.set_parameters({"max-bandwidth": 16 << 20})
         await daemon.execute("migrate", {"uri": uri})
 

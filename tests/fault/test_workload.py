@@ -18,6 +18,7 @@ from migrationd.ctl.daemon_process import DaemonProcess
 from migrationd.ctl.dirtier_process import DirtierProcess
 from tests.support.deadline import until
 from tests.support.results import add_row
+from tests.support.starting import start_both
 from tests.support.workloads import needs_scan
 
 pytestmark = [pytest.mark.fault, needs_scan]
@@ -138,11 +139,10 @@ class Pair:
 async def pair(directory: Path, *, here: Case | None, there: Case | None) -> AsyncIterator[Pair]:
     works = FaultyDirtier(directory, "here", here), FaultyDirtier(directory, "there", there)
     async with contextlib.AsyncExitStack() as stack:
-        source = await stack.enter_async_context(
-            await DaemonProcess.start(arguments=works[0].daemon_arguments)
-        )
-        destination = await stack.enter_async_context(
-            await DaemonProcess.start(incoming="defer", arguments=works[1].daemon_arguments)
+        source, destination = await start_both(
+            stack,
+            DaemonProcess.start(arguments=works[0].daemon_arguments),
+            DaemonProcess.start(incoming="defer", arguments=works[1].daemon_arguments),
         )
         await destination.execute(
             "migrate-incoming", {"uri": "tcp:127.0.0.1:0", "exit-on-error": False}

@@ -13,6 +13,7 @@ from migrationd.ctl.daemon_process import DaemonProcess
 from tests.support.moves import Host
 from tests.support.relay import Relay
 from tests.support.results import add_row
+from tests.support.starting import start_both
 
 pytestmark = [pytest.mark.interop, pytest.mark.matrix]
 
@@ -32,10 +33,9 @@ async def test_every_second_has_its_rate(
 ) -> None:
     host = replace(qemu_host, guest=GUEST, memory_mib=64)
     uri = f"unix:{tmp_path}/in.sock"
-    source = await host.start("QEMU A")
-    closing.append(source)
-    daemon = await DaemonProcess.start(incoming=uri)
-    closing.append(daemon)
+    source, daemon = await start_both(
+        closing, host.start("QEMU A"), DaemonProcess.start(incoming=uri)
+    )
     await source.wait_serial(3)
     await source.migrate(uri, return_path=True)
     await daemon.wait_run_state("paused")

@@ -18,6 +18,7 @@ from tests.support.deadline import until
 from tests.support.events import statuses
 from tests.support.moves import Host, send
 from tests.support.results import TABLES, add_row
+from tests.support.starting import start_both
 from tests.support.workloads import needs_scan
 
 pytestmark = pytest.mark.interop
@@ -55,11 +56,10 @@ async def replicated(
 ) -> AsyncIterator[Replicated]:
     work = DirtierProcess(directory, "work", mib=8, rate_mb_s=20.0)
     async with contextlib.AsyncExitStack() as stack:
-        primary = await stack.enter_async_context(
-            await DaemonProcess.start(arguments=work.daemon_arguments)
-        )
-        secondary = await stack.enter_async_context(
-            await DaemonProcess.start(incoming="defer", arguments=arguments)
+        primary, secondary = await start_both(
+            stack,
+            DaemonProcess.start(arguments=work.daemon_arguments),
+            DaemonProcess.start(incoming="defer", arguments=arguments),
         )
         for daemon in (primary, secondary):
             await daemon.set_capabilities(COLO)

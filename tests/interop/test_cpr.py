@@ -11,6 +11,7 @@ from migrationd.ctl.daemon_process import DaemonProcess
 from migrationd.ctl.dirtier_process import PROGRAM, DirtierProcess
 from tests.support.cpr import channel, incoming_arguments
 from tests.support.ctl import ctl
+from tests.support.starting import start_both
 from tests.support.workloads import Pair, compile_counter
 
 pytestmark = pytest.mark.interop
@@ -31,14 +32,13 @@ async def pair(
         directory, "there", mib=there_mib or mib, program=there_program, binary=binary
     )
     async with contextlib.AsyncExitStack() as stack:
-        source = await stack.enter_async_context(
-            await DaemonProcess.start(arguments=here.daemon_arguments)
-        )
-        destination = await stack.enter_async_context(
-            await DaemonProcess.start(
+        source, destination = await start_both(
+            stack,
+            DaemonProcess.start(arguments=here.daemon_arguments),
+            DaemonProcess.start(
                 incoming="defer",
                 arguments=[*there.daemon_arguments, *incoming_arguments(directory / "cpr")],
-            )
+            ),
         )
         await stack.enter_async_context(here)
         await stack.enter_async_context(there)

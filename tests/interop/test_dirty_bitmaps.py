@@ -20,6 +20,7 @@ from migrationd.ctl.qemu_process import QemuProcess
 from tests.support.moves import Host, check_runs_on, memory_digest
 from tests.support.releases import RELEASES, default_release, qemu_binary
 from tests.support.results import add_row
+from tests.support.starting import start_both
 
 pytestmark = pytest.mark.interop
 
@@ -217,10 +218,9 @@ async def test_a_mapping_at_every_end(
 ) -> None:
     """Names change on the way in, here, and on the way out; what is not listed stays behind."""
     host = host_with_disk(version, tmp_path, form="qcow2")
-    source = await host.start("QEMU A")
-    closing.append(source)
-    daemon = await DaemonProcess.start(incoming="defer")
-    closing.append(daemon)
+    source, daemon = await start_both(
+        closing, host.start("QEMU A"), DaemonProcess.start(incoming="defer")
+    )
     await source.wait_serial(3)
     await make_bitmaps(source, persistent=False)
     before = await bitmaps(source)
@@ -248,10 +248,9 @@ async def test_a_mapping_at_every_end(
 @pytest.mark.parametrize("is_mapped", [True, False], ids=["empty mapping", "capability off"])
 async def test_all_stay_behind(tmp_path: Path, closing: list[object], is_mapped: bool) -> None:
     host = host_with_disk("7.2", tmp_path)
-    source = await host.start("QEMU A")
-    closing.append(source)
-    daemon = await DaemonProcess.start(incoming="defer")
-    closing.append(daemon)
+    source, daemon = await start_both(
+        closing, host.start("QEMU A"), DaemonProcess.start(incoming="defer")
+    )
     await source.wait_serial(1)
     await make_bitmaps(source, persistent=False)
     await move(source, daemon, f"unix:{tmp_path}/in", RP, "")

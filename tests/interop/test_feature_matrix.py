@@ -23,6 +23,7 @@ from tests.support.deadline import until
 from tests.support.moves import Host, check_runs_on, memory_digest, source_uri
 from tests.support.releases import RELEASES
 from tests.support.results import add_row
+from tests.support.starting import start_both
 
 pytestmark = [pytest.mark.interop, pytest.mark.matrix]
 
@@ -134,10 +135,9 @@ async def test_cell(
     host, arguments = setting(feature, version, tmp_path)
     if feature.name == "compress" and direction == "out":
         arguments = ("-compress", "1")
-    source = await host.start("QEMU A")
-    closing.append(source)
-    daemon = await DaemonProcess.start(incoming="defer", arguments=arguments)
-    closing.append(daemon)
+    source, daemon = await start_both(
+        closing, host.start("QEMU A"), DaemonProcess.start(incoming="defer", arguments=arguments)
+    )
     await source.wait_serial(3)
     marked = None
     if feature.name == "dirty-bitmaps":

@@ -20,6 +20,7 @@ from tests.support.moves import (
 )
 from tests.support.releases import qemu_binary, release_cases
 from tests.support.results import add_row
+from tests.support.starting import start_both
 
 pytestmark = pytest.mark.interop
 
@@ -108,10 +109,9 @@ async def test_a_running_guest_resumes_by_itself(
 async def test_stop_and_cont_choose_the_run_state_at_the_destination(
     choice: str, state: str, qemu_host: Host, tmp_path: Path, closing: list[object]
 ) -> None:
-    source = await qemu_host.start("QEMU A")
-    closing.append(source)
-    daemon = await DaemonProcess.start(incoming=f"unix:{tmp_path}/in.sock")
-    closing.append(daemon)
+    source, daemon = await start_both(
+        closing, qemu_host.start("QEMU A"), DaemonProcess.start(incoming=f"unix:{tmp_path}/in.sock")
+    )
     await source.wait_serial(1)
     if choice == "cont":
         await source.execute("stop")

@@ -7,6 +7,7 @@ from migrationd.ctl.daemon_process import DaemonProcess
 from tests.support.ctl import ctl
 from tests.support.moves import Host, check_runs_on
 from tests.support.releases import qemu_binary
+from tests.support.starting import start_both
 
 pytestmark = pytest.mark.interop
 
@@ -22,10 +23,9 @@ async def test_a_guest_is_parked_and_runs_on(
     incoming: str, options: tuple[str, ...], closing: list[object]
 ) -> None:
     host = Host(qemu_binary(), guest=GUEST, memory_mib=64)
-    source = await host.start("QEMU A")
-    closing.append(source)
-    daemon = await DaemonProcess.start(incoming=incoming)
-    closing.append(daemon)
+    source, daemon = await start_both(
+        closing, host.start("QEMU A"), DaemonProcess.start(incoming=incoming)
+    )
     await source.wait_serial(3)
     for peer in (source, daemon):
         await peer.qmp.disconnect()

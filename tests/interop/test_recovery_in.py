@@ -20,6 +20,7 @@ from tests.support.moves import Host, move_on
 from tests.support.relay import Relay
 from tests.support.releases import RELEASES, qemu_binary, release_cases
 from tests.support.results import add_row
+from tests.support.starting import start_both
 
 pytestmark = pytest.mark.interop
 
@@ -366,10 +367,11 @@ async def test_a_source_that_never_hears_that_its_guest_was_loaded_keeps_it(
 ) -> None:
     """The answer to PING 0x42 is lost: QEMU goes on with the guest, and nobody else may."""
     arguments = ("-ram-dir", str(tmp_path / "ram"), "-name", "g") if rests == "a file" else ()
-    source = await Host(qemu_binary("11.1")).start("QEMU A")
-    closing.append(source)
-    daemon = await DaemonProcess.start(incoming="defer", arguments=arguments)
-    closing.append(daemon)
+    source, daemon = await start_both(
+        closing,
+        Host(qemu_binary("11.1")).start("QEMU A"),
+        DaemonProcess.start(incoming="defer", arguments=arguments),
+    )
     relay = await Relay(tmp_path / "relay", tmp_path / "in").start()
     closing.append(relay)
     relay.cut_at_answer(encode_return_path(Pong(PING_PACKAGE_LOADED)))

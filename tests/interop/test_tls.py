@@ -21,6 +21,7 @@ from tests.support.certificates import (
 from tests.support.moves import Host, memory_digest, source_uri
 from tests.support.releases import RELEASES, qemu_binary, release_cases
 from tests.support.results import add_fault, add_row
+from tests.support.starting import start_both
 
 pytestmark = pytest.mark.interop
 
@@ -54,10 +55,11 @@ async def test_move(
     directory = make_directory(tmp_path / "pki")
     host = replace(Host(binary), arguments=(*Host(binary).arguments, *objects(directory)))
     capabilities = {"events": True, "return-path": True, **CHANNELS[channels]}
-    source = await host.start("QEMU A")
-    closing.append(source)
-    daemon = await DaemonProcess.start(incoming="defer", arguments=objects(directory))
-    closing.append(daemon)
+    source, daemon = await start_both(
+        closing,
+        host.start("QEMU A"),
+        DaemonProcess.start(incoming="defer", arguments=objects(directory)),
+    )
     await source.wait_serial(3)
     await source.execute("stop")
     digest = await memory_digest(source, host)
@@ -82,10 +84,9 @@ async def test_over_a_passed_socket(version: str, tmp_path: Path, closing: list[
     binary = qemu_binary(version)
     words = objects(make_directory(tmp_path / "pki"))
     host = replace(Host(binary), arguments=(*Host(binary).arguments, *words))
-    source = await host.start("QEMU A")
-    closing.append(source)
-    daemon = await DaemonProcess.start(incoming="defer", arguments=words)
-    closing.append(daemon)
+    source, daemon = await start_both(
+        closing, host.start("QEMU A"), DaemonProcess.start(incoming="defer", arguments=words)
+    )
     target = await host.start("QEMU B", incoming="defer", paused=True)
     closing.append(target)
     await source.wait_serial(3)
@@ -126,10 +127,9 @@ async def test_pre_shared_keys(
     )
     host = replace(Host(binary), arguments=(*Host(binary).arguments, *both))
     capabilities = {"events": True, "return-path": True}
-    source = await host.start("QEMU A")
-    closing.append(source)
-    daemon = await DaemonProcess.start(incoming="defer", arguments=both)
-    closing.append(daemon)
+    source, daemon = await start_both(
+        closing, host.start("QEMU A"), DaemonProcess.start(incoming="defer", arguments=both)
+    )
     await source.wait_serial(3)
     await source.execute("stop")
     digest = await memory_digest(source, host)

@@ -8,6 +8,7 @@ from pathlib import Path
 from migrationd.ctl.boot_guest import BootGuest, check_run
 from migrationd.ctl.daemon_process import DaemonProcess
 from migrationd.ctl.qemu_process import QemuProcess
+from tests.support.starting import start_both
 
 VIRTIO = (
     "-blockdev",
@@ -104,11 +105,10 @@ async def parked_guest(
     Returns:
         The QEMU that it left, and who holds it.
     """
-    source = await host.start("QEMU A")
-    closing.append(source)
     uri = f"unix:{directory}/in"
-    daemon = await DaemonProcess.start(incoming=uri, arguments=arguments)
-    closing.append(daemon)
+    source, daemon = await start_both(
+        closing, host.start("QEMU A"), DaemonProcess.start(incoming=uri, arguments=arguments)
+    )
     await source.wait_serial(passes)
     await park(source, daemon, uri, return_path=return_path)
     return source, daemon

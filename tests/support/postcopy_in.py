@@ -7,6 +7,7 @@ from migrationd.ctl.daemon_process import DaemonProcess
 from migrationd.ctl.qemu_process import QemuProcess, qemu_version
 from tests.support.moves import Host, check_runs_on, memory_digest, move_on
 from tests.support.postcopy import capabilities
+from tests.support.starting import start_both
 
 SLOW_BYTES_PER_S = 4 << 20
 """A precopy of this rate does not converge before it is told to turn."""
@@ -26,10 +27,9 @@ async def start_pair(
         arguments: The daemon's.
         stands: Whether the guest stands still.
     """
-    source = await host.start("QEMU A")
-    closing.append(source)
-    daemon = await DaemonProcess.start(incoming="defer", arguments=arguments)
-    closing.append(daemon)
+    source, daemon = await start_both(
+        closing, host.start("QEMU A"), DaemonProcess.start(incoming="defer", arguments=arguments)
+    )
     await source.wait_serial(3)
     if stands or qemu_version(host.binary) == "11.1":
         # Under TCG its source loses dirty pages with postcopy-ram on, between two QEMUs too.

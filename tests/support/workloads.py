@@ -12,6 +12,7 @@ import pytest
 from migrationd.ctl.daemon_process import DaemonProcess
 from migrationd.ctl.dirtier_process import PROGRAM, DirtierProcess
 from migrationd.linux.pagemap import can_scan
+from tests.support.starting import start_both
 
 needs_scan = pytest.mark.skipif(not can_scan(), reason="PAGEMAP_SCAN needs Linux 6.7")
 
@@ -68,13 +69,10 @@ async def pair(
         directory, "there", mib=mib, rate_mb_s=rate_mb_s, program=there_program, binary=binary
     )
     async with contextlib.AsyncExitStack() as stack:
-        source = await stack.enter_async_context(
-            await DaemonProcess.start(
-                arguments=["-guest", f"attach:{here.socket},tracking={tracking}"]
-            )
-        )
-        destination = await stack.enter_async_context(
-            await DaemonProcess.start(incoming="defer", arguments=there.daemon_arguments)
+        source, destination = await start_both(
+            stack,
+            DaemonProcess.start(arguments=["-guest", f"attach:{here.socket},tracking={tracking}"]),
+            DaemonProcess.start(incoming="defer", arguments=there.daemon_arguments),
         )
         if multifd is not None:
             for daemon in (source, destination):
