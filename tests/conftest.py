@@ -1,6 +1,8 @@
 """Tables at the end of a run; what is missing is said, never silent."""
 
 import asyncio
+import os
+import tempfile
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -32,6 +34,14 @@ def missing_programs() -> list[str]:
     wanted: list[tuple[str | None, str]] = [(None, "x86_64"), (None, "aarch64")]
     wanted += [(release, "x86_64") for release in RELEASES]
     return [how_to_install(*qemu) for qemu in wanted if find_qemu(*qemu) is None]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let a thousand daemons not be compiled a thousand times where no bytecode is written."""
+    if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):
+        cache = tempfile.TemporaryDirectory(prefix="migrationd-bytecode-")
+        os.environ.setdefault("PYTHONPYCACHEPREFIX", cache.name)
+        config.add_cleanup(cache.cleanup)
 
 
 def pytest_report_header() -> list[str]:
