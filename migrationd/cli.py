@@ -3,6 +3,7 @@
 Exit status: 0 after ``quit`` or SIGTERM, 1 after a fatal error, 2 for a usage error.
 """
 
+import gc
 import sys
 from collections.abc import Sequence
 
@@ -36,6 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _serve(config: DaemonConfig) -> int:
+    # Until the daemon is up nothing becomes garbage to speak of; it collects once, then.
+    gc.disable()
     import uvloop
 
     from migrationd.daemon.app import Daemon

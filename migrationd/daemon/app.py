@@ -108,6 +108,8 @@ class Daemon:
         dispatch: "asyncio.Future[Dispatch]",
         servers: Sequence[MonitorServer],
     ) -> "GuestControl":
+        # NumPy's threads for linear algebra, of which there is none here, cost a start dearly.
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
         await asyncio.to_thread(importlib.import_module, "migrationd.qmp.dispatch")
         await asyncio.to_thread(importlib.import_module, "migrationd.daemon.assembly")
         from migrationd.daemon.assembly import assemble
@@ -125,6 +127,7 @@ class Daemon:
         dispatch.set_result(functools.partial(answer, control))
         gc.collect()
         gc.freeze()  # what was made so far stays, and is never looked at again
+        gc.enable()
         trim()
         return control
 
