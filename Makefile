@@ -31,7 +31,7 @@ format: $(STAMP) ## rewrite the sources as check wants them
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-unit: $(STAMP) ## unit tests alone: seconds
+unit: $(STAMP) ## unit tests alone: a minute or two
 	$(BIN)/pytest tests/unit
 
 conformance: $(STAMP) ## recorded QEMU streams alone
