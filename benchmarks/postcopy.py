@@ -1,6 +1,7 @@
 """A parked guest resumed by postcopy: time to RESUME, requests, total time, learned order.
 
     python -m benchmarks.postcopy [--reps N] [--gib 1,4,16] [--qemu BINARY]
+        [--only resume,total,total-2g,requests,learned]
 
 Beside QEMU in the same run: its restore of the same guest from a mapped-ram file (9.0 and
 later), and QEMU -> QEMU postcopy of the same guest. Prints medians; on a machine that
@@ -71,12 +72,19 @@ class Bench:
         )  # fmt: skip
 
     @contextlib.asynccontextmanager
-    async def target(self, *, preempt: bool) -> AsyncIterator[tuple[QemuProcess, str]]:
+    async def target(
+        self, *, preempt: bool, blocktime: bool = False
+    ) -> AsyncIterator[tuple[QemuProcess, str]]:
         """A QEMU that waits for a postcopy."""
         uri = f"unix:{self.socket()}"
         async with await self.qemu("defer") as qemu:
             await qemu.set_capabilities(
-                {"events": True, "postcopy-ram": True, "postcopy-preempt": preempt}
+                {
+                    "events": True,
+                    "postcopy-ram": True,
+                    "postcopy-preempt": preempt,
+                    "postcopy-blocktime": blocktime,
+                }
             )
             await qemu.execute("migrate-incoming", {"uri": uri})
             yield qemu, uri
@@ -251,6 +259,65 @@ async def total_time(
               f"p50 {middle:.0f} us, p99 {tail:.0f} us")  # fmt: skip
 
 
+def waited_us(info: dict[str, object], fraction: float) -> str:
+    """What this fraction of the guest's accesses waited less than, by the destination's word."""
+    counts = info.get("postcopy-latency-dist")
+    if not isinstance(counts, list) or not sum(counts):
+        return "?"
+    seen = 0
+    for power, count in enumerate(counts):
+        seen += count
+        if seen >= fraction * sum(counts):
+            return f"{2 << power}"
+    return "?"
+
+
+async def requests(binary: str, reps: int, root: Path) -> None:
+    """A guest that asks for 32 MiB scattered over 1 GiB, one page at a time, behind a full push.
+
+    What the guest waits is told by destinations of 11.1 and later, by powers of two.
+    """
+    directory = root / "requests"
+    directory.mkdir()
+    bench = Bench(binary, SCATTERED, 1100, directory)
+    async with await bench.park("-learn-order", "off") as daemon:
+        for bytes_per_s, preempt in ((0, False), (0, True), (256 << 20, False), (256 << 20, True)):
+            kind = f"{'preempt' if preempt else 'plain'}, "
+            kind += f"{bytes_per_s >> 20} MiB/s" if bytes_per_s else "no limit"
+            for _ in range(reps):
+                warm_memory(1100 << 20)
+                async with bench.target(preempt=preempt, blocktime=True) as (qemu, uri):
+                    await daemon.set_parameters({"max-postcopy-bandwidth": bytes_per_s})
+                    total = Total()
+                    await total.measure(daemon, qemu, uri, preempt)
+                    middle, tail = total.latency_us[-1]
+                    print(await _request_row(f"migrationd {kind}", total, qemu)
+                          + f"; at our end p50 {middle:.0f}, p99 {tail:.0f} us")  # fmt: skip
+                warm_memory(2200 << 20)
+                async with (
+                    bench.target(preempt=preempt, blocktime=True) as (qemu, uri),
+                    await bench.qemu() as source,
+                ):
+                    await source.wait_serial(2, timeout_s=120)
+                    await source.set_parameters({"max-postcopy-bandwidth": bytes_per_s})
+                    total = Total()
+                    await total.measure(source, qemu, uri, preempt)
+                    print(await _request_row(f"QEMU {kind}", total, qemu))
+
+
+async def _request_row(name: str, total: Total, qemu: QemuProcess) -> str:
+    """One postcopy whose guest asked for scattered pages."""
+    info = await qemu.wait_migration("completed", timeout_s=60)
+    mean = info.get("postcopy-latency")
+    source_s, target_s = total.cpu_s[-1]
+    return (
+        f"  {name:30} {total.wall_s[-1]:5.2f} s, CPU {source_s:4.2f} + {target_s:4.2f} s, "
+        f"{total.requests[-1]:5} requests, the guest waited "
+        f"{int(mean) / 1000 if isinstance(mean, int) else 0:.0f} us "
+        f"(p50 < {waited_us(info, 0.5)}, p99 < {waited_us(info, 0.99)})"
+    )
+
+
 async def learned(binary: str, root: Path, bandwidth_bytes_per_s: int) -> None:
     """A scattered working set out of a cold file, again and again, with and without memory.
 
@@ -285,18 +352,30 @@ async def learned(binary: str, root: Path, bandwidth_bytes_per_s: int) -> None:
                           f"({100 * (1 - blocking / max(first[0], 1)):5.1f} % fewer)")  # fmt: skip
 
 
-async def run(binary: str, sizes: list[int], reps: int) -> None:
+PIECES = ("resume", "total", "total-2g", "requests", "learned")
+
+
+async def run(binary: str, sizes: list[int], reps: int, only: list[str]) -> None:
     """Measure and print."""
     print(f"QEMU {qemu_version(binary)}, postcopy out of migrationd, {reps} repetitions")
     with tempfile.TemporaryDirectory(prefix="migrationd-bench-") as name:
-        print("migrate to RESUME:")
-        for gib in sizes:
-            await time_to_resume(binary, gib, reps, Path(name))
-        print("768 MiB that hold something:")
-        await total_time(binary, reps, Path(name))
-        print("learned order:")
-        for bandwidth_bytes_per_s in (0, 128 << 20):
-            await learned(binary, Path(name), bandwidth_bytes_per_s)
+        if "resume" in only:
+            print("migrate to RESUME:")
+            for gib in sizes:
+                await time_to_resume(binary, gib, reps, Path(name))
+        if "total" in only:
+            print("768 MiB that hold something:")
+            await total_time(binary, reps, Path(name))
+        if "total-2g" in only:
+            print("2 GiB that hold something:")
+            await total_time(binary, reps, Path(name), FULL_2G, 2112)
+        if "requests" in only:
+            print("scattered requests:")
+            await requests(binary, reps, Path(name))
+        if "learned" in only:
+            print("learned order:")
+            for bytes_per_s in (0, 128 << 20):
+                await learned(binary, Path(name), bytes_per_s)
 
 
 def main() -> None:
@@ -305,13 +384,17 @@ def main() -> None:
     parser.add_argument("--reps", type=int, default=5)
     parser.add_argument("--gib", default="1,4,16", help="sizes of sparse guests")
     parser.add_argument("--qemu", default=None)
+    parser.add_argument("--only", default=",".join(PIECES), help="pieces, separated by commas")
     options = parser.parse_args()
     binary = options.qemu or find_qemu()
     if binary is None:
         raise SystemExit(
             "qemu-system-x86_64 is not installed (Debian: apt-get install qemu-system-x86)"
         )
-    asyncio.run(run(binary, [int(text) for text in options.gib.split(",")], options.reps))
+    only = options.only.split(",")
+    if unknown := set(only) - set(PIECES):
+        raise SystemExit(f"no piece {', '.join(sorted(unknown))}; there are {', '.join(PIECES)}")
+    asyncio.run(run(binary, [int(text) for text in options.gib.split(",")], options.reps, only))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-_CATCH_UP_S = 0.002
+_CATCH_UP_S = 0.01
 _LONGEST_WAIT_S = 0.1
 """The rate may change while somebody waits."""
 _WRITE_S = 0.01
