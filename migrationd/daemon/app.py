@@ -21,6 +21,7 @@ from migrationd.linux.malloc import trim
 from migrationd.linux.sd_notify import listen_fds, notify
 from migrationd.qmp.chardev_spec import monitors_of
 from migrationd.qmp.event_bus import EventBus
+from migrationd.qmp.models.no_plugins import forgo_plugins
 from migrationd.qmp.monitor_spec import parse_monitor_spec
 from migrationd.qmp.server import Dispatch, MonitorServer
 from migrationd.transport.fdset import FDSETS
@@ -110,6 +111,7 @@ class Daemon:
     ) -> "GuestControl":
         # NumPy's threads for linear algebra, of which there is none here, cost a start dearly.
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+        forgo_plugins()
         await asyncio.to_thread(importlib.import_module, "migrationd.qmp.dispatch")
         await asyncio.to_thread(importlib.import_module, "migrationd.daemon.assembly")
         from migrationd.daemon.assembly import assemble

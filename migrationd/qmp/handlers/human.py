@@ -1,5 +1,10 @@
-"""``human-monitor-command``: a line of the human monitor, and the text that it prints."""
+"""``human-monitor-command``: a line of the human monitor, and the text that it prints.
 
+Its tables are a fiftieth of the process and most daemons never print one: they are imported late.
+"""
+
+import asyncio
+import importlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,7 +13,6 @@ from pydantic import ValidationError
 from migrationd.errors import QMPError
 from migrationd.qmp.command import Invocation
 from migrationd.qmp.context import GuestSnapshots
-from migrationd.qmp.hmp.shell import HumanShell
 from migrationd.qmp.models.control import HumanMonitorCommand
 
 
@@ -17,6 +21,9 @@ async def human_monitor_command(call: Invocation, arguments: HumanMonitorCommand
     # Tools name the first CPU always; nothing that is printed here depends on it.
     if arguments.cpu_index:
         raise QMPError("Parameter 'cpu-index' expects a CPU number")
+    await asyncio.to_thread(importlib.import_module, "migrationd.qmp.hmp.shell")
+    from migrationd.qmp.hmp.shell import HumanShell
+
     return await HumanShell(_Commands(call)).execute(arguments.command_line)
 
 
