@@ -12,7 +12,7 @@ Reference: stream format 6.7; QEMU's events are active, STOP, RESUME, completed.
 """
 
 import asyncio
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -89,29 +89,17 @@ class SnapshotPhases(Phases):
         assert memory is not None
         await self._connection.on_thread(memory.arm)
         loop = asyncio.get_running_loop()
-
-        def tell(call: Callable[[], None]) -> None:
-            loop.call_soon_threadsafe(call)
-
-        await self._connection.on_thread(self._be_still, live, memory, tell)
+        await self._connection.on_thread(self._be_still, live, memory, loop)
 
     def _be_still(
-        self, live: Live, memory: MemoryAtInstant, tell: Callable[[Callable[[], None]], None]
+        self, live: Live, memory: MemoryAtInstant, loop: asyncio.AbstractEventLoop
     ) -> None:
         """Stop the guest for as long as it takes to save its devices."""
         with live.run_state_held():
-            was_running = live.is_running
             begin_s = self._clock.monotonic_s()
-            if was_running:
-                live.stop()
-                tell(self._observer.on_stopped)
-            try:
+            with self._held_still(live, loop) as was_running:
                 memory.freeze()
                 live.save_devices(was_running=was_running)
-            finally:
-                if was_running:
-                    live.start()
-                    tell(self._observer.on_resumed)
             self.progress.mark_still(begin_s, self._clock.monotonic_s())
 
 

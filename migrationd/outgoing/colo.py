@@ -21,7 +21,7 @@ from migrationd.codec.colo import (
     name_of,
 )
 from migrationd.codec.command import encode_command
-from migrationd.codec.constants import MIG_CMD_ENABLE_COLO, QEMU_VM_SECTION_FULL
+from migrationd.codec.constants import MIG_CMD_ENABLE_COLO
 from migrationd.codec.encode import StreamEncoder
 from migrationd.codec.records import Command, EndOfStream
 from migrationd.errors import (
@@ -33,7 +33,7 @@ from migrationd.errors import (
 )
 from migrationd.guest.base import Live
 from migrationd.migration.status import Cause
-from migrationd.outgoing.device_save import encode_device
+from migrationd.outgoing.device_save import full_sections
 from migrationd.outgoing.live_save import LiveSaver
 from migrationd.outgoing.phases import Phases
 from migrationd.outgoing.ram_save import RamSaver
@@ -111,26 +111,11 @@ class ColoPhases(Phases):
         loop = asyncio.get_running_loop()
         channel = self._connection.channel
 
-        def tell_stopped() -> None:
-            loop.call_soon_threadsafe(self._observer.on_stopped)
-
-        def tell_resumed() -> None:
-            loop.call_soon_threadsafe(self._observer.on_resumed)
-
         def checkpoint() -> None:
-            self._say(encode_message(ColoMessage.CHECKPOINT_REQUEST))
+            self._write(encode_message(ColoMessage.CHECKPOINT_REQUEST))
             self._expect(ColoMessage.CHECKPOINT_REPLY)
-            with live.run_state_held():
-                was_running = live.is_running
-                if was_running:
-                    live.stop()
-                    tell_stopped()
-                try:
-                    self._send_state(saver, live, live_saver, was_running=was_running)
-                finally:
-                    if was_running:
-                        live.start()
-                        tell_resumed()
+            with self._held_still(live, loop) as was_running:
+                self._send_state(saver, live, live_saver, was_running=was_running)
 
         while not self._lost.is_set():
             await self._connection.on_thread(checkpoint)
@@ -154,22 +139,15 @@ class ColoPhases(Phases):
         self, saver: RamSaver, live: Live, live_saver: LiveSaver, *, was_running: bool
     ) -> None:
         """One checkpoint of the stopped guest; on the sending thread."""
-        self._say(encode_message(ColoMessage.VMSTATE_SEND))
+        self._write(encode_message(ColoMessage.VMSTATE_SEND))
         live_saver.send_written()
-        self._say(saver.end_bytes() + _EOF)
+        self._write(saver.end_bytes() + _EOF)
         live.save_devices(was_running=was_running)
-        devices = b"".join(
-            encode_device(device, self._dialect)
-            for device in self._guest.devices
-            if device.kind == QEMU_VM_SECTION_FULL and not device.is_early
-        )
-        self._say(encode_size(len(devices + _EOF)) + devices + _EOF)
+        devices = b"".join(full_sections(self._guest, self._dialect))
+        self._write(encode_size(len(devices + _EOF)) + devices + _EOF)
         self._expect(ColoMessage.VMSTATE_RECEIVED)
         self._expect(ColoMessage.VMSTATE_LOADED)
         self._stats.dirty_sync_count += 1
-
-    def _say(self, data: bytes) -> None:
-        self._write(data)
 
     def _expect(self, message: ColoMessage) -> None:
         """Wait for one message; on the sending thread.

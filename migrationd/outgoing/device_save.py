@@ -99,7 +99,7 @@ def stream_tail(
     late = [d for d in guest.devices if not d.is_early and d.kind != QEMU_VM_SECTION_START]
     parts += [encode_device(d, dialect) for d in late if d.kind != QEMU_VM_SECTION_FULL]
     parts.append(ram_end)
-    parts += [encode_device(d, dialect) for d in late if d.kind == QEMU_VM_SECTION_FULL]
+    parts += full_sections(guest, dialect)
     parts.append(encode_record(EndOfStream()))
     if dialect.send_vmdescription:
         description = guest.vmdescription or EMPTY_VMDESCRIPTION
@@ -117,6 +117,15 @@ def _configuration(
     if identity.machine is None:
         return None
     return Configuration(identity.machine, identity.target_page_bits, capabilities, uuid)
+
+
+def full_sections(guest: Guest, dialect: Dialect) -> list[bytes]:
+    """FULL sections of a guest: the state of its devices when it stands still."""
+    return [
+        encode_device(device, dialect)
+        for device in guest.devices
+        if device.kind == QEMU_VM_SECTION_FULL and not device.is_early
+    ]
 
 
 def encode_device(device: DeviceState, dialect: Dialect) -> bytes:

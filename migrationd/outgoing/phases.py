@@ -11,8 +11,10 @@ Reference: QEMU's source; sequences in stream format 6.1-6.6, events in QEMU 11.
 """
 
 import asyncio
+import contextlib
 import logging
 import threading
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 
@@ -319,6 +321,25 @@ class Phases:
         live = self._guest.live
         if self._is_stopping and live is not None and not live.is_running:
             self._tell_stopped()
+
+    @contextlib.contextmanager
+    def _held_still(self, live: Live, loop: asyncio.AbstractEventLoop) -> Iterator[bool]:
+        """The guest stands still inside the block and goes on behind it; on the sending thread.
+
+        Yields:
+            Whether it ran.
+        """
+        with live.run_state_held():
+            was_running = live.is_running
+            if was_running:
+                live.stop()
+                loop.call_soon_threadsafe(self._observer.on_stopped)
+            try:
+                yield was_running
+            finally:
+                if was_running:
+                    live.start()
+                    loop.call_soon_threadsafe(self._observer.on_resumed)
 
     def _count_pass(self) -> None:
         self._stats.dirty_sync_count += 1

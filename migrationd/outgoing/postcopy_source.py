@@ -43,7 +43,7 @@ from migrationd.guest.memory import page_runs
 from migrationd.migration.dialect import Dialect
 from migrationd.migration.latency import LatencyStats
 from migrationd.migration.stats import OutgoingStats
-from migrationd.outgoing.device_save import encode_device, free_section_id
+from migrationd.outgoing.device_save import encode_device, free_section_id, full_sections
 from migrationd.outgoing.postcopy_learned import Order, batches, fits, merge
 from migrationd.outgoing.postcopy_pacer import FIRST_GIVES_WAY_S, GivesWay, Pacer
 from migrationd.outgoing.postcopy_schedule import Batch, BlockPages, PageSchedule
@@ -260,15 +260,10 @@ class PostcopySource:
             ranges = self.schedule.discards(index)
             most = DISCARD_RANGES_MAX if self.guest.live is None else DISCARD_RANGES_MANY
             parts.append(encode_discards(block.idstr, ranges, block.page_size, most))
-        devices = [
-            self._device(device)
-            for device in self.guest.devices
-            if device.kind == QEMU_VM_SECTION_FULL and not device.is_early
-        ]
         package = b"".join(
             (
                 encode_listen(),
-                *devices,
+                *full_sections(self.guest, self.dialect),
                 encode_ping(3),
                 encode_ping(PING_PACKAGE_LOADED),
                 encode_run(),
