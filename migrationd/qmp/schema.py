@@ -17,7 +17,8 @@ from pydantic import TypeAdapter
 
 from migrationd.guest.protocol import REQUESTS, Introduction
 from migrationd.qmp.handlers.introspection import entities
-from migrationd.qmp.handlers.table import COMMANDS, EVENTS
+from migrationd.qmp.handlers.table import COMMANDS
+from migrationd.qmp.models.events import EVENTS
 
 DIRECTORY = Path(__file__).resolve().parents[2] / "schemas"
 _DRAFT = "https://json-schema.org/draft/2020-12/schema"
@@ -56,7 +57,7 @@ def generate() -> dict[str, str]:
         events[name] = path
     files["types.json"] = _text({"$schema": _DRAFT, "$defs": types})
     files["index.json"] = _text({"commands": commands, "events": events})
-    files["introspection.json"] = _lines(entities())
+    files["introspection.json"] = _lines(entities(COMMANDS.values()))
     files |= _guest_socket()
     return files
 

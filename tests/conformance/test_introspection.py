@@ -8,6 +8,7 @@ import pytest
 from pydantic import TypeAdapter
 
 from migrationd.qmp.handlers.introspection import entities
+from migrationd.qmp.handlers.table import COMMANDS
 from migrationd.qmp.models.introspection import SchemaInfo
 from tests.support.introspection import differences, named
 from tests.support.results import add_row
@@ -15,7 +16,7 @@ from tests.support.results import add_row
 RECORDED: list[dict[str, Any]] = json.loads(
     (Path(__file__).parent / "introspection" / "11.1.json").read_text("utf-8")
 )
-OURS = entities()
+OURS = entities(COMMANDS.values())
 
 TABLE = "introspection beside QEMU 11.1's"
 

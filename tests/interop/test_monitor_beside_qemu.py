@@ -12,6 +12,7 @@ import pytest
 from migrationd.ctl.qemu_process import QemuProcess
 from migrationd.qmp.handlers import legacy
 from migrationd.qmp.handlers.introspection import entities
+from migrationd.qmp.handlers.table import COMMANDS
 from tests.support.fake_control import FakeControl
 from tests.support.introspection import differences, named
 from tests.support.monitor import Monitor
@@ -24,7 +25,7 @@ VERSION = "11.1"
 ROUNDS_PER_COMMAND = 40
 
 Json = dict[str, Any]
-OURS: list[Json] = entities()
+OURS: list[Json] = entities(COMMANDS.values())
 
 NOT_HERE = {
     "object-add": "types of objects that are not built",

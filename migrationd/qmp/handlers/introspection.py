@@ -2,11 +2,13 @@
 
 import functools
 import json
+from collections.abc import Iterable
 
 from migrationd.errors import QMPError
-from migrationd.qmp.command import Invocation, command
+from migrationd.qmp.command import CommandSpec, Invocation, command
 from migrationd.qmp.introspect import CommandForm, introspect
 from migrationd.qmp.message import Json
+from migrationd.qmp.models.events import EVENTS
 from migrationd.qmp.models.introspection import (
     CommandLineOptionInfo,
     CommandLineParameterInfo,
@@ -37,25 +39,23 @@ As in QEMU, an option whose value is one text is not listed.
 """
 
 
-def entities() -> list[dict[str, object]]:
-    """What ``query-qmp-schema`` returns, as JSON values."""
-    from migrationd.qmp.handlers.table import COMMANDS, EVENTS  # which names this module
-
+def entities(commands: Iterable[CommandSpec]) -> list[dict[str, object]]:
+    """What ``query-qmp-schema`` returns of these commands and all events, as JSON values."""
     forms = [
         CommandForm(spec.name, spec.arguments, spec.returns, spec.features, spec.allows_oob)
-        for spec in COMMANDS.values()
+        for spec in commands
     ]
     return introspect(forms, EVENTS)
 
 
 @functools.cache
-def _schema_text() -> Json:
-    return Json(json.dumps(entities()))
+def _schema_text(commands: tuple[CommandSpec, ...]) -> Json:
+    return Json(json.dumps(entities(commands)))
 
 
 def query_qmp_schema(call: Invocation, _: object) -> Json:
     """``query-qmp-schema``: the table does not change while the process lives."""
-    return _schema_text()
+    return _schema_text(tuple(call.commands.values()))
 
 
 def query_command_line_options(

@@ -8,6 +8,7 @@ import math
 from migrationd.errors import QMPError
 from migrationd.qmp.command import CommandSpec, Invocation, command
 from migrationd.qmp.handlers.machine import nothing_of_the_kind
+from migrationd.qmp.models.events import EVENTS
 from migrationd.qmp.models.legacy import CacheSize, Downtime, Speed
 from migrationd.qmp.models.machine import CpuInfo, EventInfo
 
@@ -52,8 +53,6 @@ def query_cache_size(call: Invocation, _: object) -> int:
 
 def query_events(call: Invocation, _: object) -> list[EventInfo]:
     """``query-events``."""
-    from migrationd.qmp.handlers.table import EVENTS  # which names this module
-
     return [EventInfo.make(name=name) for name in EVENTS]
 
 

@@ -13,7 +13,8 @@ from pydantic import TypeAdapter
 from migrationd.qmp.context import MemoryPart
 from migrationd.qmp.handlers.machine import COMMANDS as MACHINE_COMMANDS
 from migrationd.qmp.handlers.machine import nothing_of_the_kind
-from migrationd.qmp.handlers.table import COMMANDS, EVENTS
+from migrationd.qmp.handlers.table import COMMANDS
+from migrationd.qmp.models.events import EVENTS
 from tests.support.fake_control import FakeChardev, FakeControl
 from tests.support.monitor import Monitor
 

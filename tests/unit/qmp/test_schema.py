@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from migrationd.qmp import schema
-from migrationd.qmp.handlers.table import COMMANDS, EVENTS
+from migrationd.qmp.handlers.table import COMMANDS
+from migrationd.qmp.models.events import EVENTS
 
 
 def test_the_files_are_current() -> None:
