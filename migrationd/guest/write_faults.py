@@ -123,8 +123,8 @@ class WriteFaults:
         assert self._reader is not None
         # A workload that is gone waits for nothing.
         with contextlib.suppress(GuestError), urgent_thread():
-            while (addresses := self._reader.read()) is not None:
-                for address in addresses.tolist():
+            while self._reader.wait():
+                for address, _ in self._reader.read():
                     index = self._order[bisect.bisect_right(self._addresses, address) - 1]
                     block, begin = self._blocks[index]
                     self._on_fault(index, (address - begin) // block.page_size)

@@ -5,8 +5,6 @@ on each connection. Without a connection the workload waits, and nothing is forg
 """
 
 import logging
-import os
-import select
 import threading
 import time
 from bisect import bisect_right
@@ -15,10 +13,10 @@ from functools import partial
 
 from migrationd.errors import GuestError, MigrationdError
 from migrationd.guest.workload_block import WorkloadBlock
-from migrationd.linux.page_faults import MODE_MINOR, MODE_MISSING, read_faults, unregister
+from migrationd.linux.faults import FaultReader
 from migrationd.linux.pagemap import WrittenScanner
 from migrationd.linux.priority import urgent_thread
-from migrationd.linux.userfaultfd import MODE_WP, register
+from migrationd.linux.userfaultfd import MODE_MINOR, MODE_MISSING, MODE_WP, register, unregister
 from migrationd.migration.blocktime import Blocktime
 
 log = logging.getLogger(__name__)
@@ -61,7 +59,7 @@ class MissingPages:
         self._lock = threading.Lock()
         self._waits: dict[Wanted, list[tuple[int, int]]] = {}
         self._ask: Ask | None = None
-        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._reader = FaultReader(userfaultfd)
         self._thread = threading.Thread(target=self._run, name="faults", daemon=True)
         self._is_stopping = False
         self.blocktime = Blocktime()
@@ -120,10 +118,10 @@ class MissingPages:
             return
         self._is_stopping = True
         self.disconnect()
-        os.eventfd_write(self._wake, 1)
+        self._reader.end()
         if self._thread.ident is not None:
             self._thread.join()
-        os.close(self._wake)
+        self._reader.close()
         try:
             for block in self._blocks:
                 block.show_no_pages()
@@ -147,12 +145,8 @@ class MissingPages:
 
     def _watch_faults(self) -> None:
         try:
-            poll = select.poll()
-            poll.register(self._fd, select.POLLIN)
-            poll.register(self._wake, select.POLLIN)
-            while not self._is_stopping:
-                poll.poll()
-                while faults := read_faults(self._fd):
+            while self._reader.wait():
+                while faults := self._reader.read():
                     self._take(faults)
         except MigrationdError as error:
             if not self._is_stopping:

@@ -1,4 +1,4 @@
-"""Missing pages of another process: reading its faults, putting pages in, waking it.
+"""Missing pages of another process: putting them in and waking it.
 
 The memory is shared: a page that is written through another mapping is there at once, but
 its owner sees it only when it is mapped to it, which is why it never sees half of one.
@@ -13,24 +13,13 @@ import ctypes
 import errno
 import mmap
 import os
-import struct
 
 from migrationd.errors import GuestError, WorkloadGone
 
-MODE_MISSING = 1 << 0
-MODE_MINOR = 1 << 2
-
-FAULTS_MAX = 64
-"""Faults of one read."""
-
-_UNREGISTER = 0x8010AA01
 _WAKE = 0x8010AA02
 _COPY = 0xC028AA03
 _ZEROPAGE = 0xC020AA04
 _CONTINUE = 0xC020AA07
-_EVENT_PAGEFAULT = 0x12
-_FAULT_BYTES = 32
-_FAULT = struct.Struct("=B7xQQI4x")
 
 # Long calls let other threads run; a call for one page is shorter than getting the GIL back.
 _long = ctypes.CDLL(None, use_errno=True).ioctl
@@ -38,10 +27,6 @@ _short = ctypes.PyDLL(None, use_errno=True).ioctl
 for _call in (_long, _short):
     _call.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p)
     _call.restype = ctypes.c_int
-
-_read = ctypes.PyDLL(None, use_errno=True).read
-_read.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t)
-_read.restype = ctypes.c_ssize_t
 
 _SHORT_BYTES = 16 * mmap.PAGESIZE
 
@@ -63,44 +48,6 @@ class _CopyRange(ctypes.Structure):
         ("mode", ctypes.c_uint64),
         ("done", ctypes.c_int64),
     )
-
-
-def read_faults(fd: int) -> list[tuple[int, int]]:
-    """Faults that wait, without waiting for one.
-
-    Args:
-        fd: A userfaultfd.
-
-    Returns:
-        Of each the address, rounded down to its page, and the thread, 0 if the kernel does not
-        tell.
-
-    Raises:
-        GuestError: The process is gone.
-    """
-    data = ctypes.create_string_buffer(FAULTS_MAX * _FAULT_BYTES)
-    count = _read(fd, data, len(data))
-    if count < 0:
-        number = ctypes.get_errno()
-        if number in (errno.EAGAIN, errno.EINTR):
-            return []
-        raise _error("reading faults", number)
-    return [
-        (address & -mmap.PAGESIZE, thread)
-        for event, _, address, thread in _FAULT.iter_unpack(data.raw[:count])
-        if event == _EVENT_PAGEFAULT
-    ]
-
-
-def unregister(fd: int, address: int, length: int) -> None:
-    """Watch a range no more; whoever waits for a page in it goes on with what is there.
-
-    Raises:
-        GuestError: The process is gone.
-    """
-    argument = _Range(address, length, 0, 0)
-    if _ioctl(fd, _UNREGISTER, ctypes.addressof(argument), length):
-        raise _error("unregister", ctypes.get_errno())
 
 
 def copy_page(fd: int, address: int, source: int, length: int) -> bool:

@@ -13,7 +13,7 @@ import fcntl
 import os
 import struct
 
-from migrationd.errors import GuestError
+from migrationd.errors import GuestError, WorkloadGone
 
 FEATURE_PAGEFAULT_FLAG_WP = 1 << 0
 FEATURE_MISSING_SHMEM = 1 << 5
@@ -171,5 +171,7 @@ def _ioctl(fd: int, request: int, argument: bytes, what: str) -> None:
     buffer = ctypes.create_string_buffer(argument, len(argument))
     if _libc.ioctl(fd, ctypes.c_ulong(request), buffer) < 0:
         number = ctypes.get_errno()
+        if number == errno.ESRCH:
+            raise WorkloadGone
         cause = OSError(number, os.strerror(number))
         raise GuestError(f"userfaultfd: {what}: {cause.strerror}") from cause

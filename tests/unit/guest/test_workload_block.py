@@ -14,14 +14,17 @@ from migrationd.errors import GuestError
 from migrationd.guest.memory import SharedMemory
 from migrationd.guest.ram_block import RamBlockSpec
 from migrationd.guest.workload_block import WorkloadBlock
-from migrationd.linux.page_faults import MODE_MINOR, MODE_MISSING, read_faults, unregister
+from migrationd.linux.faults import read_faults
 from migrationd.linux.pagemap import WrittenScanner
 from migrationd.linux.userfaultfd import (
     FEATURE_MINOR_SHMEM,
     FEATURE_MISSING_SHMEM,
     FEATURE_THREAD_ID,
+    MODE_MINOR,
+    MODE_MISSING,
     open_userfaultfd,
     register,
+    unregister,
 )
 from tests.support.deadline import wait_until
 
