@@ -248,24 +248,6 @@ class Channel(SharedDescriptor):
             except OSError as error:
                 raise self._broken("read from", error) from error
 
-    def peer_text(self) -> str:
-        """The other end in words."""
-        with contextlib.suppress(OSError), self._in_use:
-            if self._socket is not None:
-                name = self._socket.getpeername()
-                if isinstance(name, tuple):
-                    host = f"[{name[0]}]" if ":" in str(name[0]) else name[0]
-                    return f"{host}:{name[1]}"
-                return "a unix socket's peer"
-        return "the peer"
-
-    def is_hung_up(self) -> bool:
-        """Whether the peer has closed its end, although there may be bytes to read."""
-        with self._in_use:
-            poll = select.poll()
-            poll.register(self._fd, select.POLLRDHUP)
-            return bool(poll.poll(0))
-
     def recv_blocking(self, max_bytes: int) -> bytes:
         """Receive what is there, at least one byte; sockets only.
 
@@ -369,19 +351,6 @@ class Channel(SharedDescriptor):
                 self._writable.register(self._wakeup, select.POLLIN)
             self._writable.poll()
             self._refuse_if_down()
-
-    def limit_send_queue(self, size_bytes: int) -> None:
-        """Let the kernel queue about this much: what is urgent waits behind it. Sockets only."""
-        with self._in_use:
-            if self._socket is None:
-                return
-            with contextlib.suppress(OSError):  # a protocol other than TCP
-                if self._is_inet:
-                    self._socket.setsockopt(
-                        socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, size_bytes
-                    )
-                else:
-                    self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, size_bytes)
 
     def send_pages(
         self,
