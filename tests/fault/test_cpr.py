@@ -166,7 +166,7 @@ async def say(path: Path, data: bytes, fds: list[int]) -> None:
         sock.sendmsg([data], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)] if fds else [])
         sock.shutdown(socket.SHUT_WR)
         loop = asyncio.get_running_loop()
-        assert await asyncio.wait_for(loop.sock_recv(sock, 1), 10) == b""
+        assert await asyncio.wait_for(loop.sock_recv(sock, 1), 30) == b""
 
 
 TOLD = (

@@ -15,6 +15,7 @@ import pytest
 
 from migrationd.ctl.daemon_process import DaemonProcess
 from migrationd.linux.scm_rights import send_with_fds
+from tests.support.deadline import AT_ONCE_S
 
 pytestmark = pytest.mark.fault
 
@@ -23,8 +24,6 @@ STATUS = b'{"execute": "query-status"}'
 MONITORS = 4
 PATIENCE_S = 150
 """Longer than a test may take: what hangs is the test's timeout to find, not a socket's."""
-LATENCY_S = 2.0
-"""Far more than a command takes even on a busy machine, and far less than what would hold it."""
 
 
 class Client:
@@ -78,7 +77,7 @@ class Target:
         start = time.perf_counter()
         await self.daemon.query("query-status")
         taken_s = time.perf_counter() - start
-        assert taken_s < LATENCY_S
+        assert taken_s < AT_ONCE_S
 
 
 @pytest.fixture

@@ -92,7 +92,7 @@ async def test_cancel_with_a_peer_that_stopped_reading(
 
             await until(stalled, "the stream stalls")
             await daemon.execute("migrate_cancel")
-            await daemon.wait_migration("cancelled", timeout_s=5)
+            await daemon.wait_migration("cancelled")
     await expect_move(*parked, qemu_host, tmp_path, closing)
     name = "cancel with a stalled peer" + (", return path" if return_path else "")
     report(request.config, name, "cancelled", moved=True)

@@ -96,7 +96,7 @@ async def test_a_signal_ends_the_process_at_any_moment(
             left = children(daemon.pid)
             assert bool(left) == (moment == "command")
         daemon.send_signal(number)
-        assert await daemon.wait_exit(timeout_s=10) == 0
+        assert await daemon.wait_exit() == 0
         assert "Traceback" not in daemon.stderr
         await until(lambda: not any(alive(pid) for pid in left), "no command is left")
 
@@ -114,7 +114,7 @@ async def test_shutdown_is_announced(tmp_path: Path, closing: list[object]) -> N
     daemon.send_signal(signal.SIGTERM)
     event = await daemon.wait_event("SHUTDOWN")
     assert event["data"] == {"guest": False, "reason": "host-signal"}
-    assert await daemon.wait_exit(timeout_s=10) == 0
+    assert await daemon.wait_exit() == 0
 
 
 async def test_failed_loads_leave_nothing_behind(
@@ -198,7 +198,7 @@ async def test_quit_while_a_guest_is_leaving(
     async with CuttingProxy(tmp_path / "b.sock", inner):
         await daemon.execute("migrate", {"uri": f"unix:{tmp_path}/b.sock"})
         await daemon.wait_migration("active")
-        assert await daemon.quit(timeout_s=10) == 0
+        assert await daemon.quit() == 0
     again = await DaemonProcess.start(arguments=options)
     closing.append(again)
     assert await again.run_state() == "paused"

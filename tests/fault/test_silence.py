@@ -35,7 +35,7 @@ async def test_the_source_is_answered_although_it_stays_silent(
     reader, writer = await asyncio.open_unix_connection(f"{tmp_path}/in.sock")
     writer.write(STREAMS[name])
     expected = encode_return_path(Pong(1)) + encode_return_path(Shut(0))
-    async with asyncio.timeout(15):
+    async with asyncio.timeout(30):
         assert await reader.readexactly(len(expected)) == expected
     await daemon.wait_run_state("paused")
     writer.close()

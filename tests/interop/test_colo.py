@@ -165,7 +165,7 @@ async def test_a_primary_without_its_replica_goes_on(tmp_path: Path, how: str) -
         if how == "hangs":
             pair.secondary.send_signal(19)
         if how != "told":
-            await pair.primary.wait_event("COLO_EXIT", timeout_s=15)
+            await pair.primary.wait_event("COLO_EXIT")
             await pair.primary.wait_run_state("running")
             await pair.work.wait_running()
             assert (await pair.primary.query_migrate())["status"] == "colo"

@@ -51,7 +51,7 @@ async def record(
         async with server:
             await source.execute("migrate", {"uri": f"unix:{path.with_suffix('.sock')}"})
             await source.wait_migration("completed")
-            await asyncio.wait_for(ended.wait(), 10)
+            await asyncio.wait_for(ended.wait(), 30)
     compression = (await source.query_migrate())["compression"]
     assert isinstance(compression, dict)
     assert compression["pages"] > 1000

@@ -72,7 +72,7 @@ async def domain() -> AsyncIterator[Domain]:
     if shutil.which("virsh") is None:
         pytest.skip("libvirt is missing (Debian: libvirt-daemon-system libvirt-clients)")
     try:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             await virsh("version")
     except (RuntimeError, TimeoutError) as error:
         pytest.skip(f"libvirt does not run here (virtlogd -d; libvirtd -d): {error}")

@@ -24,7 +24,7 @@ GUEST = BootGuest(counted_pages=2048, filled_pages=8192, pages_per_s=100000)
 CUTS = (12, 40, 300)
 """Bytes of a recovery that pass."""
 
-SLOW = {"max-postcopy-bandwidth": 16 << 20}
+SLOW = {"max-postcopy-bandwidth": 4 << 20}
 
 
 def report(config: pytest.Config, row: tuple[str, ...]) -> None:

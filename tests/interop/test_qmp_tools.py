@@ -98,7 +98,7 @@ async def test_the_client_library(tmp_path: Path) -> None:
         with client.listener() as events:
             uri = f"unix:{tmp_path}/in.sock"
             await client.execute("migrate-incoming", {"uri": uri})
-            event = await asyncio.wait_for(events.get(), 10)
+            event = await asyncio.wait_for(events.get(), 30)
             assert (event["event"], event["data"]) == ("MIGRATION", {"status": "setup"})
         await client.disconnect()
 
@@ -111,7 +111,7 @@ async def test_a_daemon_that_connects_out(tmp_path: Path, options: str) -> None:
     arguments = ["-name", "out", "-qmp", f"unix:{path}{options}"]
     daemon = await DaemonProcess.start(arguments=arguments)
     async with daemon:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(30):
             await client.accept()
         assert await client.execute("query-name") == {"name": "out"}
         assert await daemon.query("query-name") == {"name": "out"}
@@ -158,7 +158,7 @@ async def test_a_monitor_as_libvirt_starts_it(tmp_path: Path) -> None:
         await client.execute("quit")
         with contextlib.suppress(EOFError):  # what a client is told whose monitor has gone
             await client.disconnect()
-        assert await asyncio.wait_for(process.wait(), 10) == 0
+        assert await asyncio.wait_for(process.wait(), 30) == 0
 
 
 async def test_the_terminal_interface(tmp_path: Path, request: pytest.FixtureRequest) -> None:

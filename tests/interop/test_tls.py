@@ -359,6 +359,8 @@ async def connect(peer: PeerProcess, uri: str, capabilities: dict[str, bool]) ->
     await settle(peer, capabilities)
     if uri.startswith("unix:"):
         await peer.set_parameters({"tls-hostname": "localhost"})
+    if capabilities.get("postcopy-ram"):
+        await peer.set_parameters({"max-bandwidth": 1 << 20})
     await peer.execute("migrate", {"uri": uri})
     if capabilities.get("postcopy-ram"):
         await peer.execute("migrate-start-postcopy")

@@ -5,9 +5,7 @@ import contextlib
 from pathlib import Path
 
 from tests.support.peers import CHUNK_BYTES
-from tests.support.unix_server import UnixServer
-
-CLOSE_S = 1.0
+from tests.support.unix_server import UnixServer, close_all
 
 
 class ChannelCutter(UnixServer):
@@ -35,7 +33,6 @@ class ChannelCutter(UnixServer):
         self.was_cut = False
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._writers.append(writer)
         number = len(self.passed_bytes)
         self.passed_bytes.append(0)
         self._tasks.add(asyncio.create_task(self._serve(number, reader, writer)))
@@ -47,6 +44,7 @@ class ChannelCutter(UnixServer):
         ways: set[asyncio.Task[None]] = set()
         try:
             back_reader, back_writer = await asyncio.open_unix_connection(self._connect_path)
+            self._writers.append(back_writer)
             ends.append(back_writer)
             ways = {
                 asyncio.create_task(self._stream(number, reader, back_writer)),
@@ -60,14 +58,7 @@ class ChannelCutter(UnixServer):
             for way in ways:
                 way.cancel()
             await asyncio.gather(*ways, return_exceptions=True)
-            for end in ends:
-                end.close()
-            for end in ends:
-                # A peer that stopped reading takes the rest never.
-                with contextlib.suppress(OSError, TimeoutError):
-                    async with asyncio.timeout(CLOSE_S):
-                        await end.wait_closed()
-                end.transport.abort()
+            await close_all(ends)
 
     async def _stream(
         self, number: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter

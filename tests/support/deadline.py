@@ -4,11 +4,14 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 
+AT_ONCE_S = 5.0
+"""Longest answer of a monitor that waits for nobody, on a machine that stalls for a second."""
+
 
 async def until(
     condition: Callable[[], bool] | Callable[[], Awaitable[bool]],
     what: str,
-    timeout_s: float = 20.0,
+    timeout_s: float = 30.0,
 ) -> None:
     """Poll until the condition holds.
 
@@ -25,7 +28,7 @@ async def until(
         await asyncio.sleep(0.005)
 
 
-def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 20.0) -> None:
+def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 30.0) -> None:
     """Poll on a thread without an event loop until the condition holds.
 
     Raises:

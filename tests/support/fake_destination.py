@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from migrationd.codec.postcopy import encode_ping, encode_resume, encode_run
@@ -47,21 +47,23 @@ class FakeDestination(UnixServer):
         self.taken_bytes = 0
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._writers.append(writer)
         if self._left is not None:
             self._left -= 1
             if not self._left and self._server is not None:
                 self._server.close()
         serve = self._first if self._is_first else self._again
         self._is_first = False
-        self._tasks.add(asyncio.create_task(self._serve(serve(reader, writer), writer)))
+        self._tasks.add(asyncio.create_task(self._serve(serve, reader, writer)))
 
     async def _serve(
-        self, work: Coroutine[object, object, None], writer: asyncio.StreamWriter
+        self,
+        work: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]],
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
     ) -> None:
         try:
             with contextlib.suppress(OSError):
-                await work
+                await work(reader, writer)
         finally:
             writer.transport.abort()
 

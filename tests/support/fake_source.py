@@ -85,7 +85,7 @@ class FakeSource:
 
     async def wait_answer(self, kind: type[ReturnPathMessage], count: int = 1) -> ReturnPathMessage:
         """Wait until so many messages of a kind came; returns the last of them."""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             while True:
                 found = [answer for answer in self.answers if isinstance(answer, kind)]
                 if len(found) >= count:

@@ -47,12 +47,12 @@ class CuttingProxy(UnixServer):
         self.answers = bytearray()
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._writers.append(writer)
         task = asyncio.create_task(self._serve(reader, writer))
         self._tasks.add(task)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         back_reader, back_writer = await asyncio.open_unix_connection(self._connect_path)
+        self._writers.append(back_writer)
         answers = asyncio.create_task(self._answers(back_reader, writer))
         try:
             with contextlib.suppress(OSError):

@@ -33,9 +33,10 @@ async def start_target(
 async def send_lazily(
     daemon: DaemonProcess, uri: str, *, preempt: bool, parameters: Mapping[str, object] = {}
 ) -> None:
-    """Begin a migration that goes to postcopy before any RAM is sent."""
+    """Begin a migration that goes to postcopy before any RAM to speak of is sent."""
     await daemon.set_capabilities(capabilities(preempt=preempt))
-    await daemon.set_parameters({"max-bandwidth": 0, **parameters})
+    # Memory waits for the second command, however late that one comes.
+    await daemon.set_parameters({"max-bandwidth": 1 << 20, **parameters})
     await asyncio.gather(
         daemon.execute("migrate", {"uri": uri}), daemon.execute("migrate-start-postcopy")
     )

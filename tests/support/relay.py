@@ -3,13 +3,13 @@
 import asyncio
 import contextlib
 from pathlib import Path
-from types import TracebackType
-from typing import Self
+
+from tests.support.unix_server import UnixServer
 
 CHUNK_BYTES = 16 << 10
 
 
-class Relay:
+class Relay(UnixServer):
     """Passes unix-socket connections on; all of them break together.
 
     Args:
@@ -23,13 +23,10 @@ class Relay:
     """
 
     def __init__(self, listen_path: Path, connect_path: Path) -> None:
-        self._listen_path = listen_path
+        super().__init__(listen_path)
         self._connect_path = connect_path
         self._cut_at_bytes: int | None = None
         self._cut_at_answer: bytes | None = None
-        self._server: asyncio.Server | None = None
-        self._writers: list[asyncio.StreamWriter] = []
-        self._tasks: set[asyncio.Task[None]] = set()
         self._flowing = asyncio.Event()
         self._flowing.set()
         self._answering = asyncio.Event()
@@ -41,23 +38,7 @@ class Relay:
     @property
     def uri(self) -> str:
         """Where the source goes."""
-        return f"unix:{self._listen_path}"
-
-    async def start(self) -> Self:
-        """Begin to listen."""
-        self._server = await asyncio.start_unix_server(self._accept, self._listen_path)
-        return self
-
-    async def __aenter__(self) -> Self:
-        return await self.start()
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        await self.close()
+        return f"unix:{self._path}"
 
     def cut_after(self, more_bytes: int) -> None:
         """Cut once so many more stream bytes have passed, to the byte."""
@@ -77,7 +58,6 @@ class Relay:
         for writer in self._writers:
             # What was written has arrived: a unix socket loses nothing on close.
             writer.close()
-        self._writers.clear()
 
     def stall(self) -> None:
         """Pass nothing on any more, as if packets were lost; connections stay."""
@@ -90,17 +70,13 @@ class Relay:
     async def close(self) -> None:
         """Cut, and end everything that runs."""
         self.cut()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await super().close()
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
-        task = asyncio.create_task(self._serve(reader, writer))
-        self._tasks.add(task)
+        self._tasks.add(asyncio.create_task(self._serve(reader, writer)))
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._writers.append(writer)
         try:
             back_reader, back_writer = await asyncio.open_unix_connection(self._connect_path)
         except OSError:

@@ -2,9 +2,26 @@
 
 import asyncio
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
+
+CLOSE_S = 1.0
+
+
+async def close_all(writers: Sequence[asyncio.StreamWriter]) -> None:
+    """Close connections; what was written goes out, unless a peer reads no more."""
+    for writer in writers:
+        writer.close()
+    for writer in writers:
+        try:
+            async with asyncio.timeout(CLOSE_S):
+                await writer.wait_closed()
+        except TimeoutError:
+            writer.transport.abort()
+        except OSError:
+            pass
 
 
 class UnixServer(ABC):
@@ -19,10 +36,26 @@ class UnixServer(ABC):
         self._server: asyncio.Server | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._writers: list[asyncio.StreamWriter] = []
+        """Every connection, accepted or made: all are closed at the end."""
+        self._is_over = False
+
+    async def start(self) -> Self:
+        """Begin to listen."""
+        self._server = await asyncio.start_unix_server(self._connected, self._path)
+        return self
+
+    async def close(self) -> None:
+        """End everything that runs, and close every connection."""
+        self._is_over = True
+        if self._server is not None:
+            self._server.close()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await close_all(self._writers)
 
     async def __aenter__(self) -> Self:
-        self._server = await asyncio.start_unix_server(self._accept, self._path)
-        return self
+        return await self.start()
 
     async def __aexit__(
         self,
@@ -30,15 +63,16 @@ class UnixServer(ABC):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        assert self._server is not None
-        self._server.close()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        # A task that was cancelled before it began has closed nothing.
-        for writer in self._writers:
+        await self.close()
+
+    def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        # A connection may have been on its way in when the server was closed.
+        if self._is_over:
             writer.transport.abort()
+            return
+        self._writers.append(writer)
+        self._accept(reader, writer)
 
     @abstractmethod
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """A connection came: begin a task, keep it and the writer."""
+        """A connection came: begin a task and keep it."""
