@@ -22,7 +22,7 @@ pytestmark = pytest.mark.fault
 NEGOTIATE = b'{"execute": "qmp_capabilities"}\n'
 STATUS = b'{"execute": "query-status"}'
 MONITORS = 4
-PATIENCE_S = 150
+PATIENCE_S = 240
 """Longer than a test may take: what hangs is the test's timeout to find, not a socket's."""
 
 

@@ -13,6 +13,7 @@ from tests.support.events import statuses
 from tests.support.moves import Host, check_runs_on, move_on
 from tests.support.parked_file import expect_move, holder
 from tests.support.ports import full_backlog
+from tests.support.resources import given_back, held
 from tests.support.results import add_row
 from tests.support.starting import Ahead
 
@@ -225,17 +226,12 @@ async def test_nothing_is_left_behind(
     parked: tuple[DaemonProcess, str, str], tmp_path: Path
 ) -> None:
     daemon = parked[0]
-
-    def resources() -> tuple[int, int]:
-        proc = Path(f"/proc/{daemon.pid}")
-        return len(list((proc / "fd").iterdir())), len(list((proc / "task").iterdir()))
-
     await daemon.execute("migrate", {"uri": f"unix:{tmp_path}/nobody.sock"})
     await daemon.wait_migration("failed")
-    before = resources()
+    before = held(daemon.pid)
     for _ in range(20):
         await daemon.execute("migrate", {"uri": f"unix:{tmp_path}/nobody.sock"})
         await daemon.wait_migration("failed")
         await daemon.execute("migrate", {"uri": "exec:exit 3"})
         await daemon.wait_migration("failed")
-    await until(lambda: resources() <= before, "descriptors and threads are back")
+    await given_back(daemon.pid, before, "descriptors and threads are back")

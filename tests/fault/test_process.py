@@ -13,6 +13,7 @@ from migrationd.ctl.daemon_process import DaemonProcess
 from tests.support.deadline import until
 from tests.support.moves import Host, memory_digest, send
 from tests.support.peers import CuttingProxy, Sink
+from tests.support.resources import children, given_back, held
 
 pytestmark = pytest.mark.fault
 
@@ -41,24 +42,6 @@ async def holding(file: Path, *arguments: str) -> DaemonProcess:
     await daemon.wait_run_state("paused")
     await daemon.set_parameters({"max-bandwidth": 0})
     return daemon
-
-
-def children(pid: int) -> list[int]:
-    """Child processes of all threads."""
-    found = []
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        found += [int(word) for word in (task / "children").read_text().split()]
-    return found
-
-
-def resources(pid: int) -> dict[str, int]:
-    """What a migration must give back."""
-    proc = Path(f"/proc/{pid}")
-    return {
-        "descriptors": len(list((proc / "fd").iterdir())),
-        "threads": len(list((proc / "task").iterdir())),
-        "children": len(children(pid)),
-    }
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -137,10 +120,10 @@ async def test_failed_loads_leave_nothing_behind(
 
     cuts = [len(whole) * (turn + 1) // 42 for turn in range(41)]
     await break_one(cuts[20])
-    before, resident = resources(daemon.pid), daemon.resident_bytes
+    before, resident = held(daemon.pid), daemon.resident_bytes
     for cut in cuts:
         await break_one(cut)
-    await until(lambda: resources(daemon.pid) == before, f"back to {before}")
+    await given_back(daemon.pid, before, "all that was taken is given back")
     assert daemon.resident_bytes - resident < 16 << 20
 
 
@@ -172,10 +155,10 @@ async def test_broken_and_whole_moves_leave_nothing_behind(
         await daemon.set_capabilities({"return-path": True})
 
     await cycle(0)
-    before, resident = resources(daemon.pid), daemon.resident_bytes
+    before, resident = held(daemon.pid), daemon.resident_bytes
     for turn in range(1, 8):
         await cycle(turn)
-    await until(lambda: resources(daemon.pid) == before, f"back to {before}")
+    await given_back(daemon.pid, before, "all that was taken is given back")
     assert daemon.resident_bytes - resident < 16 << 20
     uri = f"unix:{tmp_path}/last.sock"
     target = await qemu_host.start("QEMU B", incoming=uri, paused=True)

@@ -6,7 +6,6 @@ was, and never do two copies run.
 
 import asyncio
 import contextlib
-import os
 import sys
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -150,10 +149,6 @@ async def pair(directory: Path, *, here: Case | None, there: Case | None) -> Asy
         for work in works:
             await stack.enter_async_context(work)
         yield Pair(source, destination, *works)
-
-
-async def descriptors(daemon: DaemonProcess) -> int:
-    return len(os.listdir(f"/proc/{daemon.pid}/fd"))
 
 
 @pytest.mark.parametrize(
