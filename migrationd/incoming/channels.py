@@ -17,7 +17,13 @@ import logging
 
 from migrationd.codec.constants import QEMU_VM_FILE_MAGIC
 from migrationd.codec.multifd import HELLO_BYTES, MULTIFD_MAGIC, Hello, decode_hello
-from migrationd.errors import ChannelClosed, ChannelError, StreamCorrupt
+from migrationd.errors import (
+    ChannelClosed,
+    ChannelError,
+    MigrationdError,
+    StreamCorrupt,
+    StreamUnsupported,
+)
 from migrationd.transport.channel import Channel
 from migrationd.transport.listen import Listener
 
@@ -28,6 +34,9 @@ COMPLETE_WAIT_S = 30.0
 
 _LOOK_S = 0.25
 _PARTIAL_S = 0.01
+_STRAY_S = 1.0
+"""For the first bytes of connections that nobody expected."""
+
 _STRAY_CONNECTIONS = 32
 """Connections beyond the expected ones that may wait to be told apart."""
 
@@ -88,6 +97,8 @@ class IncomingChannels:
         self._uuid = uuid
         if not multifd:
             self._main = self._all[0]
+            if not expects_preempt:
+                await self._refuse_multifd()
         else:
             try:
                 async with asyncio.timeout(self._wait_s):
@@ -127,6 +138,24 @@ class IncomingChannels:
         channel = await self._listener.accept()
         self._all.append(channel)
         return channel
+
+    async def _refuse_multifd(self) -> None:
+        """Say at once that the source has multifd on: without its channels it may stand still."""
+        self._silent = await self._listener.waiting(_STRAY_S)
+        self._all += self._silent
+        if any(await asyncio.gather(*map(self._is_multifd, self._silent))):
+            raise StreamUnsupported(
+                "the source has multifd on, here it is off",
+                section="multifd",
+                hint="set the same capabilities at both ends",
+            )
+
+    async def _is_multifd(self, channel: Channel) -> bool:
+        try:
+            async with asyncio.timeout(_STRAY_S):
+                return await self._identify(channel) is not None
+        except (TimeoutError, MigrationdError):
+            return False
 
     async def _sort(self) -> None:
         first = self._all[0]

@@ -117,12 +117,35 @@ class Listener:
             if not accepting.cancelled() and not self._handshakes:
                 accepting.result()
 
+    async def waiting(self, timeout_s: float) -> list[Channel]:
+        """The channels that came besides those that were accepted, without waiting for more.
+
+        Args:
+            timeout_s: How long their handshakes may take.
+        """
+        found = []
+        for sock in () if self._is_closed else self._sockets:
+            while (connection := self._try_accept(sock)) is not None:
+                channel = Channel(connection.detach())
+                if self.secure is None:
+                    found.append(channel)
+                else:
+                    self._shake_hands(channel)
+        if self._handshakes:
+            await asyncio.wait(self._handshakes, timeout=timeout_s)
+            while (secured := await self._secured()) is not None:
+                found.append(secured)
+        return found
+
     def _shake_hands(self, channel: Channel) -> None:
         assert self.secure is not None
         if self._is_closed or len(self._handshakes) >= _HANDSHAKES_LIMIT:
             channel.close()
             return
-        self._handshakes[asyncio.create_task(_call(self.secure, channel))] = None
+        task = asyncio.create_task(_call(self.secure, channel))
+        # One that is cancelled before it began does not get to close its channel.
+        task.add_done_callback(lambda done: channel.close() if done.cancelled() else None)
+        self._handshakes[task] = None
 
     async def _secured(self) -> Channel | None:
         """The first encrypted channel that is ready; one that came before it has a moment more."""

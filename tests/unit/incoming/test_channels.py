@@ -8,7 +8,13 @@ from pathlib import Path
 import pytest
 
 from migrationd.codec.multifd import Hello, encode_hello
-from migrationd.errors import ChannelClosed, ChannelError, MigrationdError, StreamCorrupt
+from migrationd.errors import (
+    ChannelClosed,
+    ChannelError,
+    MigrationdError,
+    StreamCorrupt,
+    StreamUnsupported,
+)
 from migrationd.incoming.channels import IncomingChannels
 from migrationd.transport.address import UnixAddress
 from migrationd.transport.listen import listen
@@ -65,6 +71,32 @@ async def test_without_multifd_the_first_connection_is_main(
     assert await gather(channels) == MAIN.hex()
     with pytest.raises(FileNotFoundError):
         source.connect()
+
+
+async def test_multifd_that_nobody_expects_is_named(
+    ends: tuple[IncomingChannels, Source],
+) -> None:
+    """A QEMU whose channels are cut off may keep the main connection open and send nothing."""
+    channels, source = ends
+    source.connect(MAIN)
+    source.connect(b"something else")
+    channel = source.connect(hello(0))
+    await channels.accept_first()
+    with pytest.raises(StreamUnsupported, match="the source has multifd on, here it is off"):
+        await channels.gather()
+    channels.close()
+    channel.settimeout(5)
+    assert channel.recv(1) == b""
+
+
+async def test_other_connections_are_no_matter(ends: tuple[IncomingChannels, Source]) -> None:
+    channels, source = ends
+    source.connect(MAIN)
+    silent = source.connect()
+    source.connect(b"something else")
+    assert await gather(channels) == MAIN.hex()
+    silent.settimeout(5)
+    assert silent.recv(1) == b""
 
 
 @pytest.mark.parametrize("order", ["m012", "210m", "1m20"])

@@ -16,6 +16,7 @@ from migrationd.transport.address import (
     VsockAddress,
     parse_uri,
 )
+from migrationd.transport.channel import Channel
 from migrationd.transport.connect import connect
 from migrationd.transport.listen import Listener, listen
 from tests.unit.transport.support import no_fds, tcp_pair, unix_pair
@@ -343,6 +344,25 @@ async def test_cancel_with_a_source_at_the_door() -> None:
         channel = task.result()
     for used in (source, channel, listener):
         used.close()
+
+
+async def test_close_ends_a_connection_whose_handshake_has_not_begun(tmp_path: Path) -> None:
+    path = tmp_path / "in.sock"
+    listener = await opened(f"unix:{path}")
+
+    async def secure(channel: Channel) -> Channel:
+        return channel
+
+    listener.secure = secure
+    with socket.socket(socket.AF_UNIX) as first, socket.socket(socket.AF_UNIX) as second:
+        for sock in (first, second):
+            sock.connect(str(path))
+            sock.setblocking(False)
+        channel = await listener.accept()
+        listener.close()
+        end = asyncio.get_running_loop().sock_recv(second, 1)
+        assert await asyncio.wait_for(end, 5) == b""
+        channel.close()
 
 
 async def test_close_ends_a_waiting_accept() -> None:
