@@ -123,15 +123,16 @@ class Shares:
 FIRST_GIVES_WAY_S = 3.0
 """What a guest's first resume may take longer, so that all that it asks for is known."""
 
-_QUIET_S = 0.003
-_HOLD_S = 0.001
+_QUIET_S = 0.02
+_WINDOW_S = 0.001
 
 
 class GivesWay:
     """Holds the push back while the guest asks for pages here and there; pure.
 
     What is pushed before it is asked for is never learned, and is in the way of what the guest
-    waits for. One thread asks.
+    waits for. A guest that asks for nothing just now may only be slow: for a while it costs one
+    window a millisecond, then nobody is waited for any more. One thread asks.
 
     Args:
         budget_s: How long it may hold the push back in all.
@@ -141,6 +142,7 @@ class GivesWay:
         self._left_s = budget_s
         self._requests = -1
         self._heard_s = 0.0
+        self._asked_s = 0.0
 
     def hold_s(self, requests: int, now_s: float) -> float:
         """Seconds to wait before asking again; 0 when the push may go on.
@@ -149,11 +151,13 @@ class GivesWay:
             requests: Requests so far.
             now_s: Time.
         """
-        if self._left_s <= 0:
-            return 0.0
-        if requests != self._requests:
+        since_s, self._asked_s = now_s - self._asked_s, now_s
+        is_new = requests != self._requests
+        if is_new:
             self._requests, self._heard_s = requests, now_s
-        if now_s - self._heard_s >= _QUIET_S:
+        if self._left_s <= 0 or now_s - self._heard_s >= _QUIET_S:
             return 0.0
-        self._left_s -= _HOLD_S
-        return _HOLD_S
+        if not is_new and since_s >= _WINDOW_S:
+            return 0.0
+        self._left_s -= _WINDOW_S
+        return _WINDOW_S
