@@ -59,6 +59,7 @@ def main() -> None:
     parser.add_argument("--mib", type=int, default=64, help="memory that is written")
     parser.add_argument("--rate-mb-s", type=float, default=200.0, help="memory a second; 0: all")
     parser.add_argument("--report", type=Path, help="file that always holds the state, as JSON")
+    parser.add_argument("--huge", action="store_true", help="in huge pages that are set aside")
     options = parser.parse_args()
     pages = (options.mib << 20) // PAGE
     state = Dirtier()
@@ -69,7 +70,7 @@ def main() -> None:
         state.passes, state.at, state.mistakes = 1, 0, 0
 
     workload = Workload("dirtier", on_reset=reset)
-    memory = memoryview(workload.add_block("heap", pages * PAGE))
+    memory = memoryview(workload.add_block("heap", pages * PAGE, huge=options.huge))
     workload.add_device(STATE, state)
     workload.attach(options.socket)
     step_s = PAGES_A_STEP * PAGE / (options.rate_mb_s * 1e6) if options.rate_mb_s else 0.0

@@ -40,6 +40,7 @@ class DirtierProcess:
         rate_mb_s: Memory that it writes a second.
         program: Its source.
         binary: A compiled program instead, with a size and rate of its own.
+        huge: Whether its memory is in huge pages, which have to be set aside.
     """
 
     def __init__(
@@ -51,12 +52,15 @@ class DirtierProcess:
         rate_mb_s: float = 40.0,
         program: Path = PROGRAM,
         binary: Path | None = None,
+        huge: bool = False,
     ) -> None:
         self.socket = directory / f"{name}.guest"
         self._report = directory / f"{name}.json"
         self._command = [sys.executable, str(program), str(self.socket)]
         self._command += ["--mib", str(mib), "--rate-mb-s", str(rate_mb_s)]
         self._command += ["--report", str(self._report)]
+        if huge:
+            self._command.append("--huge")
         if binary is not None:
             self._command = [str(binary), str(self.socket), str(self._report)]
         self.process: asyncio.subprocess.Process

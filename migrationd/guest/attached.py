@@ -17,8 +17,9 @@ from migrationd.guest.dirty import DirtyTracker, NoTracker, PagemapTracker
 from migrationd.guest.dirty_log import DirtyLog
 from migrationd.guest.fault_tracker import FaultTracker
 from migrationd.guest.handed import HandedMemory, empty_memfd
+from migrationd.guest.huge_block import workload_block
 from migrationd.guest.instant import MemoryAtInstant
-from migrationd.guest.memory import Pages, SharedMemory
+from migrationd.guest.memory import Pages, SharedMemory, memory_page_bytes
 from migrationd.guest.owner_note import OwnerNote, decode_note, encode_note
 from migrationd.guest.protocol import Begin, Check, Keep, Remap, Throttle
 from migrationd.guest.ram_block import RamBlock, RamBlockSpec
@@ -82,9 +83,12 @@ class AttachedGuest(Owned):
         blocks: list[WorkloadBlock] = []
         try:
             for block, fd in introduced.blocks:
-                spec = RamBlockSpec(block.name, block.size, hello.page_size)
                 memory = SharedMemory(fd, block.size, hello.page_size)
-                blocks.append(WorkloadBlock(spec, memory, block.address))
+                grain = memory.grain_bytes if memory.grain_bytes > hello.page_size else None
+                spec = RamBlockSpec(
+                    block.name, block.size, hello.page_size, backing_page_size=grain
+                )
+                blocks.append(workload_block(spec, memory, block.address))
         except GuestError:
             for made in blocks:
                 made.memory.close()
@@ -318,6 +322,26 @@ class AttachedGuest(Owned):
         self._is_loaded = True
         self.devices = tuple(devices)
 
+    def check_page_sizes(self, there: Sequence[RamBlockSpec]) -> None:
+        """Whether its memory has the pages that a postcopy's source has: they come whole.
+
+        Raises:
+            GuestError: It has not, naming the block.
+        """
+        for block, spec in zip(self.ram, there, strict=True):
+            if block.backing_page_size != spec.backing_page_size:
+                sizes = [
+                    size or spec.page_size
+                    for size in (
+                        spec.backing_page_size,
+                        block.backing_page_size,
+                    )
+                ]
+                raise GuestError(
+                    f"RAM block '{block.idstr}' is in pages of {sizes[0]} bytes at the source, "
+                    f"of {sizes[1]} here: postcopy needs the same at both ends"
+                )
+
     def now_whole(self) -> None:
         """Tell the workload that all of its memory has come.
 
@@ -382,6 +406,11 @@ class AttachedGuest(Owned):
             GuestError: It does not fit, or the workload does not obey.
         """
         found = [handed.fd_of_block(block.idstr, block.used_length) for block in self.ram]
+        for block, fd in zip(self.ram, found, strict=True):
+            if memory_page_bytes(fd) > (block.backing_page_size or block.page_size):
+                raise GuestError(
+                    f"the memory of RAM block '{block.idstr}' is in huge pages, here it is not"
+                )
         for index, fd in enumerate(found):
             self._remap(index, os.dup(fd), is_lent=True)
 
@@ -401,7 +430,8 @@ class AttachedGuest(Owned):
             GuestError: The workload does not obey.
         """
         for index, block in enumerate(self.ram):
-            self._remap(index, empty_memfd(block.idstr, block.used_length), is_lent=False)
+            fd = empty_memfd(block.idstr, block.used_length, block.backing_page_size)
+            self._remap(index, fd, is_lent=False)
 
     def _remap(self, index: int, fd: int, *, is_lent: bool) -> None:
         """Replace a block's memory by that of a descriptor, which is owned from now on."""

@@ -9,6 +9,8 @@ from migrationd.errors import GuestError, StreamCorrupt
 from migrationd.guest.memory import AnonymousMemory, Pages, SharedMemory, data_runs, seal_size
 from migrationd.linux.scm_rights import close_all
 
+_MFD_HUGE_SHIFT = 26
+
 
 class HandedMemory:
     """Descriptors and what the source says of them.
@@ -133,14 +135,22 @@ def map_handed(fd: int, size: int, page_size: int) -> SharedMemory | CopiedMemor
     return SharedMemory(fd, size, page_size)
 
 
-def empty_memfd(name: str, size: int) -> int:
+def empty_memfd(name: str, size: int, huge_page_bytes: int | None = None) -> int:
     """A memfd of zeros that neither shrinks nor grows; it belongs to the caller.
+
+    Args:
+        name: For people.
+        size: Bytes.
+        huge_page_bytes: Of the pages that it is made of; None for those of the host.
 
     Raises:
         GuestError: The kernel has none.
     """
+    flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
+    if huge_page_bytes is not None:
+        flags |= os.MFD_HUGETLB | (huge_page_bytes.bit_length() - 1) << _MFD_HUGE_SHIFT
     try:
-        fd = os.memfd_create(f"migrationd-{name}"[:200], os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        fd = os.memfd_create(f"migrationd-{name}"[:200], flags)
     except OSError as error:
         raise GuestError(f"a memfd: {error.strerror}") from error
     try:

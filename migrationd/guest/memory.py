@@ -185,6 +185,15 @@ def seal_size(fd: int) -> None:
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
 
 
+def memory_page_bytes(fd: int) -> int:
+    """Bytes of the pages that a memfd is made of: those of huge ones, if it is so.
+
+    Raises:
+        OSError: It is none.
+    """
+    return os.fstatvfs(fd).f_bsize
+
+
 def data_runs(fd: int, size: int, page_size: int) -> Pages:
     """Runs of pages of a memfd that were ever touched, shape ``(n, 2)``: first page, count.
 
@@ -244,7 +253,7 @@ class SharedMemory(MappedMemory):
     @property
     def grain_bytes(self) -> int:
         """Bytes that the kernel protects and gives back at once: of a huge page, if it is so."""
-        return max(self._page_size, os.fstatvfs(self._fd).f_bsize)
+        return max(self._page_size, memory_page_bytes(self._fd))
 
     def forget(self, first_page: int, count: int) -> None:
         """Make pages zero and give their memory back: nobody has them mapped then.

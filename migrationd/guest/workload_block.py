@@ -31,9 +31,11 @@ class WorkloadBlock(RamBlock):
 
     Attributes:
         address_there: The same.
+        host_pages: Target pages of one page of its memory.
     """
 
     memory: SharedMemory
+    host_pages = 1
 
     def __init__(self, spec: RamBlockSpec, memory: SharedMemory, address: int) -> None:
         super().__init__(spec, memory)
@@ -121,10 +123,7 @@ class WorkloadBlock(RamBlock):
         Raises:
             GuestError: As :meth:`place_batch`, or too early.
         """
-        if self._userfaultfd < 0:
-            raise GuestError(
-                f"page {page} of RAM block '{self.idstr}' came before it was asked for"
-            )
+        self._refuse_early(page)
         if self._came[page]:
             raise self._second(page)
         if source < 0:
@@ -205,6 +204,12 @@ class WorkloadBlock(RamBlock):
         first = int(gaps[at - 1]) + 1 if at else low
         end = int(gaps[at]) if at < len(gaps) else low + len(here)
         self._map(first, end - first)
+
+    def _refuse_early(self, page: int) -> None:
+        if self._userfaultfd < 0:
+            raise GuestError(
+                f"page {page} of RAM block '{self.idstr}' came before it was asked for"
+            )
 
     def _refuse_second(self, pages: Pages | list[int]) -> None:
         assert self.received is not None

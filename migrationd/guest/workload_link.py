@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from migrationd.errors import GuestError
+from migrationd.guest.memory import memory_page_bytes
 from migrationd.guest.protocol import (
     MAX_BLOCKS,
     MAX_PACKET_BYTES,
@@ -280,9 +281,9 @@ class WorkloadLink:
             raise GuestError(f"the workload has RAM block '{block.name}' twice")
         try:
             size = os.fstat(fds[0]).st_size
+            page_size = max(found.hello.page_size, memory_page_bytes(fds[0]))
         except OSError as error:
             raise GuestError(f"RAM block '{block.name}': {error.strerror}") from error
-        page_size = found.hello.page_size
         if size < block.size or block.size % page_size or block.address % page_size:
             raise GuestError(
                 f"RAM block '{block.name}' of {block.size} bytes at {block.address:#x} does not "

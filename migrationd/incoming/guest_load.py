@@ -186,6 +186,7 @@ class GuestLoad:
             for block in guest.ram:
                 block.track_received()
         if self.postcopy.has_ram and isinstance(guest, AttachedGuest):
+            guest.check_page_sizes(specs)
             self._expect_lazy(guest)
         if self._multifd is not None:
             self._multifd.start(guest.ram, self.loader.page_size)

@@ -206,7 +206,8 @@ class LazyRun:
             block = blocks[index]
             name = block.idstr if index != self._last_block else None
             self._last_block = index
-            request = RequestPages(page * block.page_size, block.page_size, name)
+            length = block.host_pages * block.page_size
+            request = RequestPages(page * block.page_size, length, name)
             parts.append(encode_return_path(request))
         try:
             self._send(b"".join(parts))

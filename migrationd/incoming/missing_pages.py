@@ -163,6 +163,7 @@ class MissingPages:
             if block.has_come(page):
                 block.show_again(page, AROUND_PAGES)
                 continue
+            page -= page % block.host_pages
             key = (index, page)
             with self._lock:
                 waits = self._waits.get(key)

@@ -94,6 +94,23 @@ def map_pages(fd: int, address: int, length: int) -> None:
     _fill(fd, _CONTINUE, address, length, _ZEROPAGE, "continue")
 
 
+def map_huge_page(fd: int, address: int, length: int) -> None:
+    """Map and wake one huge page of shared memory that is there as a whole.
+
+    Raises:
+        GuestError: The process is gone, or the page is not there.
+    """
+    argument = _Range(address, length, 0, 0)
+    pointer = ctypes.addressof(argument)
+    while _long(fd, _CONTINUE, pointer):
+        number = ctypes.get_errno()
+        if number == errno.EEXIST:  # mapped already
+            _short(fd, _WAKE, pointer)
+            return
+        if number != errno.EAGAIN:
+            raise _error("continue", number)
+
+
 def _fill(fd: int, request: int, address: int, length: int, other: int, what: str) -> None:
     """One call for as much as it takes; pages that it does not fit get the other one."""
     end = address + length

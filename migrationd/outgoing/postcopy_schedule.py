@@ -59,11 +59,15 @@ class BlockPages:
     def __post_init__(self) -> None:
         self.sent = np.zeros(len(self.present), np.bool_)
         self.taken = self.sent.data.cast("B")
+        self.recount()
+
+    def recount(self) -> None:
+        """Find what must be sent after ``present`` or ``sent`` was changed from outside."""
         self.wanted = self.present
         if self.host_pages > 1:
             whole = self.present.reshape(-1, self.host_pages).any(axis=1)
             self.wanted = np.repeat(whole, self.host_pages)
-        self.remaining = int(np.count_nonzero(self.wanted))
+        self.remaining = int(np.count_nonzero(self.wanted & ~self.sent))
 
 
 @dataclass(slots=True, eq=False)
@@ -133,7 +137,7 @@ class PageSchedule:
         """Count again what remains, after ``sent`` was filled in before postcopy began."""
         with self._lock:
             for state in self.blocks:
-                state.remaining = int(np.count_nonzero(state.wanted & ~state.sent))
+                state.recount()
 
     def discards(self, block: int) -> Pages:
         """What the destination must forget before it listens, as runs.

@@ -30,6 +30,20 @@ _mmap.argtypes = (
 )
 
 
+def huge_page_bytes() -> int:
+    """Bytes of a huge page, of the size that is used where none is named.
+
+    Raises:
+        GuestError: This kernel has none.
+    """
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            found = next(line for line in file if line.startswith("Hugepagesize:"))
+    except (OSError, StopIteration):
+        raise GuestError("this kernel has no huge pages") from None
+    return int(found.split()[1]) << 10
+
+
 class Origin(Enum):
     """Whose memory a block has."""
 
@@ -44,6 +58,7 @@ class Block:
     Args:
         name: Unique in the workload.
         size: Bytes, whole pages.
+        is_huge: In huge pages of the default size, which somebody has set aside.
 
     Attributes:
         memory: Where it is mapped; stays valid when the memfd is replaced.
@@ -54,17 +69,19 @@ class Block:
         GuestError: There is no memory.
     """
 
-    def __init__(self, name: str, size: int) -> None:
+    def __init__(self, name: str, size: int, *, is_huge: bool = False) -> None:
         self.name = name
         self.size = size
         self.origin = Origin.OWN
+        self._is_huge = is_huge
         self._lock_fd = -1
         self.fd = self._empty_memfd()
         try:
             self.memory = mmap.mmap(self.fd, size)
         except (OSError, ValueError) as error:
             os.close(self.fd)
-            raise GuestError(f"block '{name}' of {size} bytes: {error}") from error
+            hint = ": are so many huge pages set aside (vm.nr_hugepages)?" if is_huge else ""
+            raise GuestError(f"block '{name}' of {size} bytes: {error}{hint}") from error
 
     @property
     def address(self) -> int:
@@ -143,8 +160,11 @@ class Block:
         self._lock_fd = -1
 
     def _empty_memfd(self) -> int:
+        flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
+        if self._is_huge:
+            flags |= os.MFD_HUGETLB
         try:
-            fd = os.memfd_create(f"migrationd-{self.name}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            fd = os.memfd_create(f"migrationd-{self.name}", flags)
         except (OSError, ValueError) as error:
             raise GuestError(f"block '{self.name}': {error}") from error
         try:

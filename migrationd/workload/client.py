@@ -33,7 +33,7 @@ from migrationd.linux.userfaultfd import (
     open_userfaultfd,
     register,
 )
-from migrationd.workload.block import Block, Origin
+from migrationd.workload.block import Block, Origin, huge_page_bytes
 from migrationd.workload.compare import problems
 from migrationd.workload.devices import RESERVED_INSTANCE_ID, Devices
 from migrationd.workload.gate import Gate
@@ -100,12 +100,14 @@ class Workload:
         self._note = ""
         self._has_guest = False
 
-    def add_block(self, name: str, size: int) -> mmap.mmap:
+    def add_block(self, name: str, size: int, *, huge: bool = False) -> mmap.mmap:
         """Make a RAM block.
 
         Args:
             name: Unique in the workload.
             size: Bytes; rounded up to whole pages.
+            huge: In huge pages, which have to be set aside on this host. Writes are noted, and
+                memory follows in a postcopy, by whole ones; both ends of a postcopy have them.
 
         Returns:
             Its memory, shared with the daemon and zero at first.
@@ -117,8 +119,8 @@ class Workload:
             raise GuestError("blocks are added before the workload is attached")
         if any(block.name == name for block in self._blocks):
             raise GuestError(f"there is a block '{name}' already")
-        size = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
-        block = Block(name, size)
+        page_bytes = huge_page_bytes() if huge else mmap.PAGESIZE
+        block = Block(name, -(-size // page_bytes) * page_bytes, is_huge=huge)
         block.lock()
         self._blocks.append(block)
         return block.memory

@@ -25,11 +25,17 @@ async def pair(
     there_program: Path = PROGRAM,
     there_mib: int | None = None,
     binary: Path | None = None,
+    huge: tuple[bool, bool] = (False, False),
 ) -> AsyncIterator[Pair]:
     """Two workloads and their daemons, ready for cpr-transfer."""
-    here = DirtierProcess(directory, "here", mib=mib, binary=binary)
+    here = DirtierProcess(directory, "here", mib=mib, binary=binary, huge=huge[0])
     there = DirtierProcess(
-        directory, "there", mib=there_mib or mib, program=there_program, binary=binary
+        directory,
+        "there",
+        mib=there_mib or mib,
+        program=there_program,
+        binary=binary,
+        huge=huge[1],
     )
     async with contextlib.AsyncExitStack() as stack:
         source, destination = await start_both(

@@ -50,6 +50,7 @@ async def pair(
     incoming: dict[str, bool] | None = None,
     uri: str = "tcp:127.0.0.1:0",
     tracking: str = "auto",
+    huge: tuple[bool, bool] = (False, False),
 ) -> AsyncIterator[Pair]:
     """Two dirtiers, the first of them running, and daemons that are ready for a migration.
 
@@ -63,10 +64,19 @@ async def pair(
         incoming: Capabilities of the destination.
         uri: Where it listens.
         tracking: How the source tracks writes.
+        huge: Which of them have their memory in huge pages.
     """
-    here = DirtierProcess(directory, "here", mib=mib, rate_mb_s=rate_mb_s, binary=binary)
+    here = DirtierProcess(
+        directory, "here", mib=mib, rate_mb_s=rate_mb_s, binary=binary, huge=huge[0]
+    )
     there = DirtierProcess(
-        directory, "there", mib=mib, rate_mb_s=rate_mb_s, program=there_program, binary=binary
+        directory,
+        "there",
+        mib=mib,
+        rate_mb_s=rate_mb_s,
+        program=there_program,
+        binary=binary,
+        huge=huge[1],
     )
     async with contextlib.AsyncExitStack() as stack:
         source, destination = await start_both(

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from migrationd.errors import GuestError
+from migrationd.guest.huge_block import workload_block
 from migrationd.guest.memory import SharedMemory
 from migrationd.guest.ram_block import RamBlockSpec
-from migrationd.guest.workload_block import WorkloadBlock
 from migrationd.linux.faults import read_faults
 from migrationd.linux.pagemap import WrittenScanner
 from migrationd.linux.userfaultfd import (
@@ -36,9 +36,13 @@ memcpy.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 
 
 class Here:
-    """A block, and the same memory as the workload sees it."""
+    """A block, and the same memory as the workload sees it.
 
-    def __init__(self) -> None:
+    Args:
+        host_pages: Pages that are shown together, as if they were a huge one.
+    """
+
+    def __init__(self, host_pages: int | None = None) -> None:
         fd = os.memfd_create("block", os.MFD_ALLOW_SEALING)
         os.ftruncate(fd, PAGES * PAGE)
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
@@ -50,12 +54,19 @@ class Here:
         )
         self.placed = 0
         memory = SharedMemory(fd, PAGES * PAGE, PAGE)
-        self.block = WorkloadBlock(RamBlockSpec("heap", PAGES * PAGE, PAGE), memory, self.address)
+        host_bytes = host_pages * PAGE if host_pages is not None else None
+        spec = RamBlockSpec("heap", PAGES * PAGE, PAGE, backing_page_size=host_bytes)
+        self.block = workload_block(spec, memory, self.address)
         self.block.track_received()
 
     def watch(self, scanner: WrittenScanner | None = None) -> None:
         register(self.faults, self.address, PAGES * PAGE, MODE_MISSING | MODE_MINOR)
         self.block.show_pages(self.faults, self._count, scanner)
+
+    def close(self) -> None:
+        unregister(self.faults, self.address, PAGES * PAGE)
+        os.close(self.faults)
+        os.close(self.fd)
 
     def read(self, page: int) -> "Callable[[], bytes]":
         """Begin to read a page; the result waits for its content."""
@@ -95,12 +106,8 @@ def here() -> Iterator[Here]:
         made = Here()
     except GuestError as error:
         pytest.skip(str(error))
-    try:
-        yield made
-    finally:
-        unregister(made.faults, made.address, PAGES * PAGE)
-        os.close(made.faults)
-        os.close(made.fd)
+    yield made
+    made.close()
 
 
 def content(number: int) -> np.ndarray:
