@@ -36,7 +36,15 @@ def mapped_huge(pid: int) -> bool:
     return int(line.split()[1]) > 4
 
 
-@pytest.mark.parametrize("huge", [BOTH, (True, False), (False, True)], ids=str)
+@pytest.mark.parametrize(
+    "huge",
+    [
+        BOTH,
+        pytest.param((True, False), marks=pytest.mark.matrix),
+        pytest.param((False, True), marks=pytest.mark.matrix),
+    ],
+    ids=str,
+)
 async def test_it_runs_on_and_has_lost_nothing(tmp_path: Path, huge: tuple[bool, bool]) -> None:
     async with pair(tmp_path, huge=huge) as two:
         await two.here.wait_passes(1)
@@ -50,7 +58,9 @@ async def test_it_runs_on_and_has_lost_nothing(tmp_path: Path, huge: tuple[bool,
         assert after.place > last.place
 
 
-@pytest.mark.parametrize("preempt", [False, True], ids=["plain", "preempt"])
+@pytest.mark.parametrize(
+    "preempt", [pytest.param(False, marks=pytest.mark.matrix), True], ids=["plain", "preempt"]
+)
 async def test_by_postcopy_a_huge_page_comes_whole(tmp_path: Path, preempt: bool) -> None:
     incoming = PREEMPT if preempt else POSTCOPY
     async with pair(tmp_path, huge=BOTH, incoming=incoming) as two:
@@ -70,7 +80,9 @@ async def test_by_postcopy_a_huge_page_comes_whole(tmp_path: Path, preempt: bool
         assert 1 <= requests <= 8, "one for each huge page at most"
 
 
-@pytest.mark.parametrize("huge", [(True, False), (False, True)], ids=str)
+@pytest.mark.parametrize(
+    "huge", [(True, False), pytest.param((False, True), marks=pytest.mark.matrix)], ids=str
+)
 async def test_postcopy_into_other_pages_is_refused_while_it_runs(
     tmp_path: Path, huge: tuple[bool, bool]
 ) -> None:
@@ -84,6 +96,7 @@ async def test_postcopy_into_other_pages_is_refused_while_it_runs(
         await two.here.wait_passes(1)
 
 
+@pytest.mark.matrix
 async def test_its_state_at_an_instant(tmp_path: Path) -> None:
     async with pair(tmp_path, huge=BOTH, rate_mb_s=200) as two:
         await two.here.wait_passes(1)
@@ -110,6 +123,7 @@ async def test_its_memory_passes_to_another_process(tmp_path: Path) -> None:
         assert after.place > last.place
 
 
+@pytest.mark.matrix
 async def test_it_does_not_pass_to_one_without_huge_pages(tmp_path: Path) -> None:
     async with cpr_pair(tmp_path, huge=(True, False)) as two:
         await listen(two, tmp_path)
