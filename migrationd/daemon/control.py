@@ -277,7 +277,7 @@ class GuestControl:
                 self._events,
                 guest,
                 describe(address),
-                gives_memory=settings.hands_memory_over,
+                gives_memory=settings.hands_memory_over and guest.shares_memory,
                 releases_memory=capabilities["release-ram"]
                 and guest.file is None
                 and not self._config.keep,

@@ -380,6 +380,11 @@ class AttachedGuest(Owned):
         saved, bodies = devices_to_load(devices)
         self._link.load(saved, bodies, timeout_s=timeout_s)
 
+    @property
+    def shares_memory(self) -> bool:
+        """What :meth:`offer_memory` gives is the memory that it has."""
+        return True
+
     def offer_memory(self) -> HandedMemory:
         """Its memory for another process, with what a destination has to know beforehand.
 

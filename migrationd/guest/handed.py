@@ -4,10 +4,24 @@ import fcntl
 import os
 from collections.abc import Sequence
 
+import numpy as np
+
 from migrationd.codec.cpr import CprEntry, CprState
 from migrationd.errors import GuestError, StreamCorrupt
-from migrationd.guest.memory import AnonymousMemory, Pages, SharedMemory, data_runs, seal_size
+from migrationd.guest.memory import (
+    AnonymousMemory,
+    Pages,
+    SharedMemory,
+    data_runs,
+    page_runs,
+    seal_size,
+)
+from migrationd.guest.ram_block import RamBlock
+from migrationd.linux.iovec import pwrite_rows
 from migrationd.linux.scm_rights import close_all
+
+GROWTH_BYTES = 64 << 20
+"""Room behind each copied block: a QEMU's may grow, how far it does not tell. It costs nothing."""
 
 _MFD_HUGE_SHIFT = 26
 
@@ -133,6 +147,33 @@ def map_handed(fd: int, size: int, page_size: int) -> SharedMemory | CopiedMemor
     except OSError:
         return CopiedMemory(fd, size, page_size)
     return SharedMemory(fd, size, page_size)
+
+
+def copied_memory(blocks: Sequence[RamBlock]) -> HandedMemory:
+    """A copy of a guest's memory that can be handed over; takes as long as memory does.
+
+    Args:
+        blocks: All of its blocks; it stands still.
+
+    Raises:
+        GuestError: There is no memory for it, or it cannot be read.
+    """
+    fds: list[int] = []
+    try:
+        for block in blocks:
+            if block.is_elsewhere:
+                raise GuestError(f"the memory of RAM block '{block.idstr}' is not here")
+            fds.append(empty_memfd(block.idstr, block.used_length + GROWTH_BYTES))
+            rows = block.memory.view.reshape(-1, block.page_size)
+            for first, count in page_runs(np.flatnonzero(block.present)).tolist():
+                pwrite_rows(fds[-1], rows[first : first + count], first * block.page_size)
+    except OSError as error:
+        close_all(fds)
+        raise GuestError(f"copying memory to hand it over: {error.strerror}") from error
+    except BaseException:
+        close_all(fds)
+        raise
+    return HandedMemory(CprState(tuple(CprEntry(block.idstr) for block in blocks)), fds)
 
 
 def empty_memfd(name: str, size: int, huge_page_bytes: int | None = None) -> int:

@@ -12,7 +12,7 @@ from migrationd.errors import GuestError
 from migrationd.guest.base import GuestIdentity, SeenOnArrival
 from migrationd.guest.device import DeviceState
 from migrationd.guest.guest_file import GuestFile
-from migrationd.guest.handed import CopiedMemory, HandedMemory
+from migrationd.guest.handed import CopiedMemory, HandedMemory, copied_memory
 from migrationd.guest.memory import AnonymousMemory, Memory, Pages, SharedMemory
 from migrationd.guest.ram_block import IGNORE_SHARED, RamBlock, RamBlockSpec
 from migrationd.guest.run_state import (
@@ -118,18 +118,18 @@ class ParkedGuest(Owned):
                 present[first : first + count] = True
             block.present = present
 
+    @property
+    def shares_memory(self) -> bool:
+        """Whether what :meth:`offer_memory` gives is the memory that it has here."""
+        return self._handed is not None
+
     def offer_memory(self) -> HandedMemory:
-        """Its memory for another process.
+        """Its memory for another process: a copy, unless it came by descriptors itself.
 
         Raises:
-            GuestError: It did not come by cpr-transfer, so that there are no descriptors.
+            GuestError: There is no memory for a copy, or it cannot be read.
         """
-        if self._handed is None:
-            raise GuestError(
-                "the guest's memory is not shared memory: cpr-transfer is for a workload, or "
-                "for a guest that came by cpr-transfer itself"
-            )
-        return self._handed.copy()
+        return self._handed.copy() if self._handed is not None else copied_memory(self.ram)
 
     def give_up_memory(self) -> None:
         """Let go of its memory, which another process has."""

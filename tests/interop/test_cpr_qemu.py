@@ -177,3 +177,44 @@ async def test_a_qemu_whose_memory_is_not_taken_runs_on(
     assert await source.run_state() == "running"
     assert "STOP" not in [event["event"] for event in source.events]
     await source.wait_serial(len(source.serial) + 2)
+
+
+@pytest.mark.parametrize(
+    ("version", "at_rest"),
+    [
+        ("11.1", False),
+        pytest.param("11.1", True, marks=pytest.mark.matrix),
+        pytest.param("10.0", False, marks=pytest.mark.matrix),
+        pytest.param("10.0", True, marks=pytest.mark.matrix),
+    ],
+)
+async def test_what_came_by_a_stream_leaves_by_descriptors(
+    version: str, at_rest: bool, tmp_path: Path, closing: list[object]
+) -> None:
+    where = host(version, "pc")
+    resting = ["-name", "guest", "-ram-dir", str(tmp_path / "rest")] if at_rest else []
+    daemon = await DaemonProcess.start(incoming=f"unix:{tmp_path}/main.a", arguments=resting)
+    closing.append(daemon)
+    source = await where.start("QEMU A")
+    closing.append(source)
+    await source.wait_serial(4)
+    await source.execute("migrate", {"uri": f"unix:{tmp_path}/main.a"})
+    await source.wait_migration("completed")
+    await daemon.wait_migration("completed")
+    before = source.serial
+    digest = await memory_digest(source, where)
+    await source.close()
+    start = await start_destination(where, tmp_path, paused=True)
+    await hand_over(daemon, tmp_path / "main.b", tmp_path / "cpr.b")
+    destination = await start
+    closing.append(destination)
+    info = await daemon.wait_migration("completed")
+    await destination.wait_migration("completed")
+    ram = info["ram"]
+    assert isinstance(ram, dict)
+    assert (ram["normal"], ram["duplicate"]) == (0, 0)
+    assert await memory_digest(destination, where) == digest
+    await destination.execute("cont")
+    await check_runs_on(before, destination, where)
+    # The guest is still here, as after any other migration, for whoever knows that it is lost.
+    assert await daemon.run_state() == "postmigrate"

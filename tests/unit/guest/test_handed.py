@@ -2,13 +2,14 @@
 
 import os
 
+import numpy as np
 import pytest
 
 from migrationd.codec.cpr import CprEntry, CprState
 from migrationd.errors import GuestError, StreamCorrupt
 from migrationd.guest.base import GuestIdentity, SeenOnArrival
 from migrationd.guest.handed import CopiedMemory, HandedMemory, empty_memfd, map_handed
-from migrationd.guest.memory import Memory, SharedMemory
+from migrationd.guest.memory import AnonymousMemory, Memory, SharedMemory
 from migrationd.guest.parked import ParkedGuest
 from migrationd.guest.ram_block import RamBlockSpec
 from tests.support.descriptors import open_count
@@ -76,10 +77,27 @@ def test_a_parked_guest_stays_in_the_memory_that_it_had() -> None:
     assert open_count() == before
 
 
-def test_other_memory_cannot_be_handed_over() -> None:
-    guest = ParkedGuest(GuestIdentity(), ())
-    with pytest.raises(GuestError, match="not shared memory"):
+def test_other_memory_is_handed_over_as_a_copy() -> None:
+    before = open_count()
+    specs = [RamBlockSpec("ram", 8 * 4096, 4096), RamBlockSpec("rom", 4096, 4096)]
+    guest = ParkedGuest.create(
+        GuestIdentity(), specs, lambda _, spec: AnonymousMemory(spec.used_length, spec.page_size)
+    )
+    guest.ram[0].place_batch(np.array([5]), np.full((1, 4096), 7, np.uint8), is_run=True)
+    assert not guest.shares_memory
+    offered = guest.offer_memory()
+    assert [entry.name for entry in offered.state.entries] == ["ram", "rom"]
+    fd = offered.fd_of_block("ram", 8 * 4096)
+    assert os.pread(fd, 8 * 4096, 0) == bytes(5 * 4096) + bytes([7]) * 4096 + bytes(2 * 4096)
+    assert os.fstat(fd).st_blocks * 512 == 4096, "what is zero takes no memory"
+    os.pwrite(fd, b"theirs", 5 * 4096)
+    assert bytes(guest.ram[0].page(5)[:6]) == bytes([7]) * 6
+    offered.close()
+    guest.ram[1].is_elsewhere = True
+    with pytest.raises(GuestError, match="'rom' is not here"):
         guest.offer_memory()
+    guest.close()
+    assert open_count() == before
 
 
 def unsealable(size: int) -> int:
