@@ -116,6 +116,8 @@ class DirtyRateMeter:
                     sum(item.block.used_length for item in sample),
                     self._clock.monotonic_s() - begin_s,
                 )
+        except GuestError as error:
+            log.warning("the dirty rate cannot be measured: %s", error)
         finally:
             self.state = DirtyRateState(
                 "measured", self.state.start_time_s, request, rate_mib_per_s=rate
@@ -141,9 +143,8 @@ def _count_changed(sample: list[_Sample]) -> int:
 
 
 def _digests(block: RamBlock, pages: Pages, by_contents: bool) -> Digests:
-    if by_contents:
-        return page_digests(block.memory.view, block.page_size, pages)
+    looked_at = np.ones(len(pages), np.bool_) if by_contents else block.present[pages]
+    content = block.memory.read(pages[looked_at])
     digests = np.zeros(len(pages), np.uint64)
-    present = block.present[pages]
-    digests[present] = page_digests(block.memory.view, block.page_size, pages[present])
+    digests[looked_at] = page_digests(content.reshape(-1), block.page_size, np.arange(len(content)))
     return digests

@@ -49,6 +49,13 @@ class Memory(Protocol):
     ) -> None:
         """Place different pages whose contents lie at these indices of a buffer."""
 
+    def read(self, pages: Pages) -> Bytes:
+        """A copy of pages, shape ``(n, page size)``, that nothing outside can end this process by.
+
+        Raises:
+            GuestError: Somebody took them away.
+        """
+
     def zero_pages(self, pages: Pages) -> None:
         """Make pages zero again that held something."""
 
@@ -99,6 +106,10 @@ class MappedMemory:
         source = memoryview(buffer)
         for page, at in zip(pages, content_at, strict=True):
             target[page * size : (page + 1) * size] = source[at : at + size]
+
+    def read(self, pages: Pages) -> Bytes:
+        """A copy of pages: this memory nobody can take away."""
+        return self._pages[pages]
 
     def zero_pages(self, pages: Pages) -> None:
         """Fill pages with zero."""
@@ -297,7 +308,7 @@ class FileMemory:
     mapping of the same page cache. A page that is zero again becomes a hole.
 
     Args:
-        fd: File, open for reading and, unless it is only read, writing; not owned.
+        fd: File, open for reading and, unless it is only read, writing; duplicated, not owned.
         position: Where the pages area begins.
         size: Bytes of the block; the area must lie within the file.
         page_size: Target page size in bytes.
@@ -310,7 +321,7 @@ class FileMemory:
     """
 
     def __init__(self, fd: int, position: int, size: int, page_size: int) -> None:
-        self._fd = fd
+        self._fd = -1
         self.position = position
         self._page_size = page_size
         self._map: mmap.mmap | None = None
@@ -322,6 +333,7 @@ class FileMemory:
         try:
             if position + size > os.fstat(fd).st_size:
                 raise ValueError(f"the file ends before byte {position + size}")
+            self._fd = os.dup(fd)
             self._map = mmap.mmap(
                 fd,
                 skipped + size,
@@ -330,6 +342,7 @@ class FileMemory:
                 offset=position - skipped,
             )
         except (OSError, OverflowError, ValueError) as error:
+            self.close()
             raise GuestError(f"cannot map {size} bytes of the guest's file: {error}") from error
         self.view = np.frombuffer(self._map, np.uint8, size, skipped)
 
@@ -358,6 +371,24 @@ class FileMemory:
         source = memoryview(buffer)
         for page, at in zip(pages, content_at, strict=True):
             self._place_one(page, source[at : at + self._page_size])
+
+    def read(self, pages: Pages) -> Bytes:
+        """A copy of pages by ``preadv``: the file may be cut short while it is mapped."""
+        rows = np.empty((len(pages), self._page_size), np.uint8)
+        at = 0
+        for first, count in page_runs(pages).tolist():
+            left = rows[at : at + count].reshape(-1).data
+            position = self.position + first * self._page_size
+            while left:
+                try:
+                    done = os.preadv(self._fd, (left,), position)
+                except OSError as error:
+                    raise GuestError(f"reading the guest's file: {error.strerror}") from error
+                if not done:
+                    raise GuestError("the guest's file was cut short while it was read")
+                left, position = left[done:], position + done
+            at += count
+        return rows
 
     def zero_pages(self, pages: Pages) -> None:
         """Make holes of pages, one for each run."""
@@ -391,6 +422,9 @@ class FileMemory:
     def close(self) -> None:
         """Unmap; the file stays."""
         self.view = np.empty(0, np.uint8)
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
         if self._map is not None:
             with contextlib.suppress(BufferError):
                 self._map.close()

@@ -13,6 +13,8 @@ from typing import cast
 import numpy as np
 import numpy.typing as npt
 
+from migrationd.errors import GuestError
+
 IOV_MAX = 1024
 """Entries that the kernel takes in one call."""
 
@@ -218,12 +220,16 @@ def view_of(address: int, size: int) -> memoryview:
 
 
 def gather(vector: Vector, into: npt.NDArray[np.uint8]) -> None:
-    """Copy what a vector points to, one entry behind the other, into an array of its size."""
+    """Copy what a vector points to, one entry behind the other, into an array of its size.
+
+    Raises:
+        GuestError: Some of it is of a mapped file that was cut short.
+    """
     _copy_own(_process_vm_readv, vector, into, is_gather=True)
 
 
 def scatter(data: npt.NDArray[np.uint8], vector: Vector) -> None:
-    """Copy an array to where a vector of its size points."""
+    """Copy an array to where a vector of its size points; raises as :func:`gather`."""
     _copy_own(_process_vm_writev, vector, data, is_gather=False)
 
 
@@ -237,9 +243,13 @@ def _copy_own(
         size = int(part[:, 1].sum())
         ours = np.array([[address, size]], np.uint64)
         pointers = (ours.__array_interface__["data"][0], part.__array_interface__["data"][0])
-        if call(os.getpid(), pointers[0], 1, pointers[1], len(part), 0) != size:
-            # Some sandboxes do not have the call; memory itself cannot be at fault.
+        done = call(os.getpid(), pointers[0], 1, pointers[1], len(part), 0)
+        if done < 0 and ctypes.get_errno() in (errno.ENOSYS, errno.EPERM):
+            # Some sandboxes do not have the call.
             _copy_each(part, address, is_gather=is_gather)
+        elif done != size:
+            # Behind a mapped file's new end: a look at it would end this process.
+            raise GuestError("memory that was to be copied was taken away")
         address += size
 
 

@@ -67,11 +67,9 @@ class CompressSaver(EncodingSaver):
             self._send_batch(threads, block, pages[start : start + BATCH_PAGES])
 
     def _send_batch(self, threads: Executor, block: RamBlock, pages: Pages) -> None:
-        content = block.memory.view.reshape(-1, self._page_size)
-
         def deflate(part: Pages) -> list[bytes]:
             level = self._level
-            return [zlib.compress(content[page], level) for page in part.tolist()]
+            return [zlib.compress(page, level) for page in block.memory.read(part)]
 
         slices = [pages[at : at + SLICE_PAGES] for at in range(0, len(pages), SLICE_PAGES)]
         deflated = list(chain.from_iterable(threads.map(deflate, slices)))

@@ -25,6 +25,7 @@ from migrationd.codec.multifd import (
     set_data_bytes,
 )
 from migrationd.errors import ChannelClosed, MigrationCancelled
+from migrationd.guest.memory import FileMemory
 from migrationd.guest.ram_block import RamBlock
 from migrationd.linux.iovec import Vector, address_of, packet_vector
 from migrationd.migration.stats import OutgoingStats
@@ -391,11 +392,12 @@ class _Worker:
         size = self._page_size
         if batch.is_zero:
             return self._zero_packet()[: len(pages) * size].data
-        memory = batch.block.memory.view
+        memory = batch.block.memory
         first, count = int(pages[0]), len(pages)
-        if not self._is_live and int(pages[-1]) - first == count - 1:
-            return memory[first * size : (first + count) * size].data
-        return memory.reshape(-1, size)[pages].reshape(-1).data
+        is_run = int(pages[-1]) - first == count - 1
+        if is_run and not self._is_live and not isinstance(memory, FileMemory):
+            return memory.view[first * size : (first + count) * size].data
+        return memory.read(pages).reshape(-1).data
 
     def _zero_packet(self) -> npt.NDArray[np.uint8]:
         if not len(self._zeros):

@@ -187,9 +187,8 @@ class PageWriter:
 
     def _write_some(self, block: int, pages: Pages) -> int:
         """Pages that hold something, without a prepared vector."""
-        lead = self._named_header(block, int(pages[0])) + bytes(
-            self._blocks[block].page(int(pages[0]))
-        )
+        first = self._blocks[block].memory.read(pages[:1])
+        lead = self._named_header(block, int(pages[0])) + first.tobytes()
         headers = page_headers(pages[1:], self._page_size)
         memory = self._blocks[block].memory.view
         return self.channel.send_pages(lead, headers, memory, pages[1:], self._page_size)

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import os
+import re
 import resource
 import struct
 from collections.abc import AsyncIterator, Iterator
@@ -18,6 +19,7 @@ from migrationd.errors import MigrationdError
 from migrationd.store.mapped_ram import MAP_HEADER_BYTES
 from migrationd.store.mapped_ram_reader import read_contents
 from migrationd.transport.rate_limit import WINDOW_S
+from tests.support.deadline import until
 from tests.support.moves import Host, move_on
 from tests.support.results import add_fault
 from tests.support.small_disk import small_disk
@@ -150,6 +152,61 @@ async def test_a_changed_file_is_noticed_on_any_way_out(
     await daemon.execute("migrate", {"uri": "exec:cat >/dev/null"})
     await daemon.wait_migration("failed")
     assert "was changed while the guest was held" in await error_of(daemon)
+    assert await daemon.run_state() == "paused"
+
+
+CUT = "was changed while|cut short while|Bad address|taken away"
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        "zlib",
+        pytest.param("zstd", marks=pytest.mark.matrix),
+        pytest.param("plain", marks=pytest.mark.matrix),
+        pytest.param("none", marks=pytest.mark.matrix),
+        pytest.param("mapped-ram", marks=pytest.mark.matrix),
+    ],
+)
+async def test_a_file_that_is_cut_short_while_it_is_sent(
+    way: str, mapped: Path, daemon: DaemonProcess, tmp_path: Path
+) -> None:
+    """A look at what is gone would end the daemon."""
+    await load(daemon, mapped)
+    multifd = way in ("zlib", "zstd", "none")
+    async with await DaemonProcess.start(incoming="defer") as sink:
+        for end in (daemon, sink):
+            await end.set_capabilities({"mapped-ram": False})
+            await end.set_capabilities({"multifd": multifd})
+            if multifd:
+                await end.set_parameters({"multifd-compression": way})
+        if way == "mapped-ram":
+            await daemon.set_capabilities({"mapped-ram": True})
+        uri = f"file:{tmp_path}/out" if way == "mapped-ram" else f"unix:{tmp_path}/sink"
+        if way != "mapped-ram":
+            await sink.execute("migrate-incoming", {"uri": uri, "exit-on-error": False})
+        await daemon.set_parameters({"max-bandwidth": 200_000})
+        await daemon.execute("migrate", {"uri": uri})
+        await daemon.wait_migration("active")
+        os.truncate(mapped, 1 << 20)
+        await daemon.set_parameters({"max-bandwidth": 0})
+        await daemon.wait_migration("failed")
+        assert re.search(CUT, await error_of(daemon))
+        assert await daemon.run_state() == "paused"
+
+
+async def test_a_file_that_is_cut_short_before_its_pages_are_sampled(
+    mapped: Path, daemon: DaemonProcess
+) -> None:
+    await load(daemon, mapped)
+    os.truncate(mapped, 1 << 20)
+    await daemon.execute("calc-dirty-rate", {"calc-time": 1})
+
+    async def is_over() -> bool:
+        return (await daemon.query("query-dirty-rate"))["status"] == "measured"
+
+    await until(is_over, "the measurement ends")
+    assert "cut short" in daemon.stderr
     assert await daemon.run_state() == "paused"
 
 

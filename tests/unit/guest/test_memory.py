@@ -201,3 +201,39 @@ def test_pages_of_a_mixed_row_come_from_their_places_in_the_buffer(memory: Memor
     assert (pages[30] == ord("a")).all()
     assert (pages[7] == ord("b")).all()
     assert np.count_nonzero(pages.any(axis=1)) == 2
+
+
+def test_pages_are_read_in_any_order(memory: Memory) -> None:
+    data = rows(512)
+    memory.place_run(0, data)
+    pages = np.array([3, 4, 5, 100, 9, 511, 0])
+    read = memory.read(pages)
+    assert (read == data[pages]).all()
+    read[:] = 0
+    assert (memory.read(pages) == data[pages]).all(), "a copy"
+
+
+def test_a_file_that_was_cut_short_is_read_up_to_there(file: int) -> None:
+    memory = FileMemory(file, 1 << 20, 512 * PAGE, PAGE)
+    data = rows(512)
+    memory.place_run(0, data)
+    os.ftruncate(file, (1 << 20) + 100 * PAGE)
+    assert (memory.read(np.arange(90, 100)) == data[90:100]).all()
+    with pytest.raises(GuestError, match="cut short while it was read"):
+        memory.read(np.arange(90, 101))
+    memory.close()
+
+
+def test_it_outlives_the_descriptor_that_it_was_made_with(tmp_path: Path) -> None:
+    fd = os.open(tmp_path / "pages", os.O_RDWR | os.O_CREAT)
+    os.ftruncate(fd, 8 * PAGE)
+    memory = FileMemory(fd, 0, 8 * PAGE, PAGE)
+    data = rows(8)
+    memory.place_run(0, data)
+    os.close(fd)
+    other = os.open("/dev/null", os.O_RDONLY)  # the same number, most likely
+    assert (memory.read(np.arange(8)) == data).all()
+    assert memory.is_at_hand(np.arange(8))
+    memory.close()
+    memory.close()
+    os.close(other)

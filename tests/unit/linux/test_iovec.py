@@ -1,5 +1,6 @@
 import ctypes
 import errno
+import mmap
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,9 +9,11 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from migrationd.errors import GuestError
 from migrationd.linux import iovec
 from migrationd.linux.iovec import (
     address_of,
+    gather,
     packet_vector,
     page_vector,
     pwrite_rows,
@@ -202,3 +205,15 @@ def test_a_page_outside_the_memory_is_no_packet() -> None:
     memory = np.zeros(64, np.uint8)
     with pytest.raises(ValueError, match="does not lie"):
         run_vector(memory, np.array([4]), 16)
+
+
+def test_what_lies_behind_the_end_of_a_mapped_file_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(2 * mmap.PAGESIZE))
+    with path.open("r+b") as file:
+        mapped = np.frombuffer(mmap.mmap(file.fileno(), 2 * mmap.PAGESIZE), np.uint8)
+        file.truncate(mmap.PAGESIZE)
+    into = np.empty(2 * mmap.PAGESIZE, np.uint8)
+    vector = np.array([[address_of(mapped), mapped.size]], np.uint64)
+    with pytest.raises(GuestError, match="taken away"):
+        gather(vector, into)
