@@ -1,3 +1,4 @@
+import contextlib
 import fcntl
 import os
 import socket
@@ -36,9 +37,11 @@ def test_nobody_listens(value: str) -> None:
 
 
 def test_passed_descriptors_are_taken_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    with socket.socket() as first, socket.socket() as second:
-        fds = [first.fileno(), second.fileno()]
-        assert fds[1] == fds[0] + 1
+    with socket.socket() as one, contextlib.ExitStack() as stack:
+        # One behind the other, wherever this process has its others.
+        fds = [os.dup2(one.fileno(), number) for number in (800, 801)]
+        for fd in fds:
+            stack.callback(os.close, fd)
         monkeypatch.setattr("migrationd.linux.sd_notify._FIRST_PASSED_FD", fds[0])
         for fd in fds:
             os.set_inheritable(fd, True)
