@@ -1,9 +1,5 @@
 """Writes of a real process, tracked by the faults that they wait for."""
 
-import socket
-import subprocess
-import sys
-import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,8 +7,8 @@ import pytest
 
 from migrationd.errors import GuestError
 from migrationd.guest.attached import AttachedGuest
-from migrationd.guest.workload_link import WorkloadLink
 from migrationd.linux.userfaultfd import can_serve_faults
+from tests.unit.guest.support import Process, attached_program
 
 pytestmark = pytest.mark.skipif(
     not can_serve_faults(), reason="needs Linux 5.19 and a userfaultfd for the kernel's faults too"
@@ -37,7 +33,7 @@ for line in sys.stdin:
 class Writer:
     """A guest that writes what it is told, when it is told."""
 
-    def __init__(self, guest: AttachedGuest, process: "subprocess.Popen[str]") -> None:
+    def __init__(self, guest: AttachedGuest, process: Process) -> None:
         self.guest = guest
         self.process = process
 
@@ -56,27 +52,10 @@ class Writer:
 
 @pytest.fixture
 def writer(tmp_path: Path) -> Iterator[Writer]:
-    path = str(tmp_path / "guest.sock")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
-        sock.bind(path)
-        sock.listen()
-        sock.settimeout(30)
-        command = [sys.executable, "-c", textwrap.dedent(PROGRAM), path]
-        with subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        ) as process:
-            try:
-                link = WorkloadLink(sock.accept()[0])
-                guest = AttachedGuest(link, link.introduction(), "userfaultfd")
-                try:
-                    guest.begin(is_destination=False)
-                    assert process.stdout is not None
-                    assert process.stdout.readline() == "ready\n"
-                    yield Writer(guest, process)
-                finally:
-                    guest.close()
-            finally:
-                process.kill()
+    with attached_program(tmp_path, PROGRAM, "userfaultfd") as (guest, process):
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        yield Writer(guest, process)
 
 
 def test_each_write_is_found_once(writer: Writer) -> None:

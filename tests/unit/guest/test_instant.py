@@ -1,9 +1,5 @@
 """The memory of a real process that goes on writing, as it was at one instant."""
 
-import socket
-import subprocess
-import sys
-import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,10 +11,10 @@ from migrationd.errors import GuestError
 from migrationd.guest import instant
 from migrationd.guest.attached import AttachedGuest
 from migrationd.guest.instant import MemoryAtInstant
-from migrationd.guest.workload_link import WorkloadLink
 from migrationd.linux.pagemap import can_scan
 from migrationd.linux.userfaultfd import can_serve_faults
 from tests.support.deadline import wait_until
+from tests.unit.guest.support import Process, attached_program
 
 pytestmark = pytest.mark.skipif(
     not can_serve_faults(), reason="needs Linux 5.19 and a userfaultfd for the kernel's faults too"
@@ -50,24 +46,9 @@ Contents = list[npt.NDArray[np.uint8]]
 
 
 @pytest.fixture
-def attached(tmp_path: Path) -> Iterator["tuple[AttachedGuest, subprocess.Popen[bytes]]"]:
-    path = str(tmp_path / "guest.sock")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
-        sock.bind(path)
-        sock.listen()
-        sock.settimeout(30)
-        command = [sys.executable, "-c", textwrap.dedent(PROGRAM), path]
-        with subprocess.Popen(command) as process:
-            try:
-                link = WorkloadLink(sock.accept()[0])
-                guest = AttachedGuest(link, link.introduction())
-                try:
-                    guest.begin(is_destination=False)
-                    yield guest, process
-                finally:
-                    guest.close()
-            finally:
-                process.kill()
+def attached(tmp_path: Path) -> Iterator[tuple[AttachedGuest, Process]]:
+    with attached_program(tmp_path, PROGRAM) as both:
+        yield both
 
 
 def heap(guest: AttachedGuest) -> npt.NDArray[np.uint8]:
@@ -106,7 +87,7 @@ def collect(guest: AttachedGuest, memory: MemoryAtInstant) -> Contents:
 
 
 def test_what_is_written_since_is_not_in_it(
-    attached: "tuple[AttachedGuest, subprocess.Popen[bytes]]",
+    attached: tuple[AttachedGuest, Process],
 ) -> None:
     guest, _ = attached
     resident = guest.present_bytes
@@ -122,7 +103,7 @@ def test_what_is_written_since_is_not_in_it(
 
 
 def test_what_is_written_while_it_is_read_is_not_in_it(
-    attached: "tuple[AttachedGuest, subprocess.Popen[bytes]]", monkeypatch: pytest.MonkeyPatch
+    attached: tuple[AttachedGuest, Process], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(instant, "TAKE_BYTES", 16384)
     guest, _ = attached
@@ -135,7 +116,7 @@ def test_what_is_written_while_it_is_read_is_not_in_it(
 
 
 def test_a_guest_that_writes_more_than_may_wait_goes_on_when_something_was_sent(
-    attached: "tuple[AttachedGuest, subprocess.Popen[bytes]]", monkeypatch: pytest.MonkeyPatch
+    attached: tuple[AttachedGuest, Process], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(instant, "TAKE_BYTES", 4 * PAGE)
     monkeypatch.setattr(instant, "WAITING_SLABS", 4)
@@ -152,7 +133,7 @@ def test_a_guest_that_writes_more_than_may_wait_goes_on_when_something_was_sent(
 
 
 def test_one_that_is_given_up_lets_it_go_on(
-    attached: "tuple[AttachedGuest, subprocess.Popen[bytes]]", monkeypatch: pytest.MonkeyPatch
+    attached: tuple[AttachedGuest, Process], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(instant, "TAKE_BYTES", PAGE)
     monkeypatch.setattr(instant, "WAITING_SLABS", 1)
@@ -170,7 +151,7 @@ def test_one_that_is_given_up_lets_it_go_on(
 
 
 def test_a_guest_that_dies_after_the_instant_is_whole(
-    attached: "tuple[AttachedGuest, subprocess.Popen[bytes]]",
+    attached: tuple[AttachedGuest, Process],
 ) -> None:
     guest, process = attached
     memory = guest.memory_at_instant()

@@ -1,8 +1,10 @@
 """A workload's block, whose memory can be replaced."""
 
+import contextlib
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 
@@ -59,39 +61,41 @@ sys.stdin.read()
 """
 
 
-def test_two_processes_do_not_run_on_the_same_memory(block: Block) -> None:
+@contextlib.contextmanager
+def holder(block: Block) -> Iterator["subprocess.Popen[str]"]:
+    """Another process that runs on the block's memory."""
     with subprocess.Popen(
         [sys.executable, "-c", HOLDER, str(block.fd)],
         pass_fds=[block.fd],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-    ) as holder:
-        assert holder.stdin is not None
-        assert holder.stdout is not None
-        assert holder.stdout.readline() == "locked\n"
+    ) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "locked\n"
+            yield process
+        finally:
+            process.kill()
+
+
+def test_two_processes_do_not_run_on_the_same_memory(block: Block) -> None:
+    with holder(block) as process:
         with pytest.raises(GuestError, match="another process runs on this memory"):
             block.lock()
-        holder.stdin.write(".")
-        holder.stdin.flush()
-        assert holder.stdout.readline() == "unlocked\n"
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(".")
+        process.stdin.flush()
+        assert process.stdout.readline() == "unlocked\n"
         block.lock()
         block.lock()
         block.unlock()
-        holder.kill()
 
 
 def test_a_process_that_dies_runs_no_more(block: Block) -> None:
-    with subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(block.fd)],
-        pass_fds=[block.fd],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as holder:
-        assert holder.stdout is not None
-        assert holder.stdout.readline() == "locked\n"
-        holder.kill()
-        holder.wait()
+    with holder(block) as process:
+        process.kill()
+        process.wait()
         block.lock()
         block.unlock()
