@@ -76,6 +76,8 @@ ANSWERS: dict[str, Callable[[Message, list[int]], tuple[Message | bytes, list[in
     "wrong length": lambda message, fds: (shorter(message), fds),
     "another device": lambda message, fds: (renamed(message), fds),
     "another version": lambda message, fds: ({"hello": message["hello"] | {"version": 9}}, fds),
+    "none passed": lambda message, fds: (message, []),
+    "none given": lambda message, fds: ({"hello": message["hello"] | {"descriptors": []}}, []),
     "two pipes": lambda message, fds: (message, [pipe() for _ in fds]),
 }
 """What is answered instead."""
