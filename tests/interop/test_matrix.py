@@ -76,7 +76,9 @@ async def move(
     await source.wait_serial(3)
     if paused:
         await source.execute("stop")
-    await park(source, daemon, await source_uri(daemon, uri_in), return_path=return_path)
+    await park(
+        source, daemon, await source_uri(daemon, uri_in), return_path=return_path, is_live=True
+    )
     before = source.serial
     digest = await memory_digest(source, host)
     assert await source.run_state() == "postmigrate"
@@ -97,7 +99,7 @@ async def move(
 async def test_a_running_guest_resumes_by_itself(
     qemu_host: Host, tmp_path: Path, closing: list[object]
 ) -> None:
-    source, daemon = await parked_guest(qemu_host, tmp_path, closing)
+    source, daemon = await parked_guest(qemu_host, tmp_path, closing, is_live=True)
     target = await qemu_host.start("QEMU B", incoming=f"unix:{tmp_path}/out.sock")
     closing.append(target)
     await send(daemon, target, f"unix:{tmp_path}/out.sock", return_path=True)

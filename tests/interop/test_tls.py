@@ -18,7 +18,7 @@ from tests.support.certificates import (
     make_leaf,
     write_directory,
 )
-from tests.support.moves import Host, memory_digest, source_uri
+from tests.support.moves import Host, memory_digest, park, source_uri
 from tests.support.releases import RELEASES, qemu_binary, release_cases
 from tests.support.results import add_fault, add_row
 from tests.support.starting import start_both
@@ -377,7 +377,5 @@ async def holding(
     source = await host.start("QEMU A")
     closing.append(source)
     await source.wait_serial(3)
-    await source.migrate(uri, return_path=True)
-    await source.wait_migration("completed")
-    await daemon.wait_run_state("paused")
+    await park(source, daemon, uri, return_path=True)
     return daemon

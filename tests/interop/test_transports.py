@@ -10,6 +10,7 @@ from migrationd.ctl.boot_guest import BootGuest, check_run
 from migrationd.ctl.daemon_process import DaemonProcess
 from migrationd.ctl.peer_process import PeerProcess
 from migrationd.ctl.qemu_process import QemuProcess
+from tests.support.moves import stand_still
 from tests.support.releases import qemu_binary
 
 pytestmark = pytest.mark.interop
@@ -53,8 +54,11 @@ async def test_fd(binary: str) -> None:
         daemon = await DaemonProcess.start(incoming=f"fd:{fd}", pass_fds=[fd])
         await stack.enter_async_context(daemon)
         theirs.close()
+        was_stopped = await stand_still(source)
         await send_over_passed_fd(source, ours)
         await daemon.wait_migration()
+        if was_stopped:
+            await daemon.execute("cont")
 
         ours, theirs = socket.socketpair()
         fd = theirs.fileno()
@@ -77,11 +81,14 @@ async def test_by_way_of_a_file(binary: str, kind: str, tmp_path: Path) -> None:
         source = await QemuProcess.start(binary, machine="q35", guest=GUEST, name="A")
         await stack.enter_async_context(source)
         await source.wait_serial(3)
+        was_stopped = await stand_still(source)
         await source.migrate(f"exec:cat > {way_in}", return_path=False)
         await source.wait_migration()
         daemon = await DaemonProcess.start(incoming=incoming)
         await stack.enter_async_context(daemon)
         await daemon.wait_migration()
+        if was_stopped:
+            await daemon.execute("cont")
         await daemon.execute("migrate", {"uri": outgoing})
         await daemon.wait_migration()
         target = await QemuProcess.start(
