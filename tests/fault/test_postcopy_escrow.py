@@ -20,7 +20,7 @@ VERSIONS = [
     pytest.param(version, marks=[pytest.mark.matrix] if number else [])
     for number, version in enumerate(installed_versions())
 ]
-SLOW = {"max-postcopy-bandwidth": 4 << 20}
+SLOW = {"max-postcopy-bandwidth": 1 << 20}
 
 
 async def parked_in_file(
