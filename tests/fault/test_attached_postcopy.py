@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 from qemu.qmp import ExecuteError
 
+from migrationd.codec.command import encode_command
+from migrationd.codec.constants import MIG_CMD_PACKAGED
+from migrationd.codec.records import Command
 from migrationd.ctl.daemon_process import DaemonProcess
 from migrationd.ctl.dirtier_process import PROGRAM, Progress
 from migrationd.ctl.peer_process import PeerError
@@ -24,6 +27,8 @@ from tests.support.workloads import Pair, compile_counter, needs_scan, pair
 pytestmark = [pytest.mark.fault, needs_scan]
 
 REST_BYTES_PER_S = 1 << 20
+PACKAGE = encode_command(Command(MIG_CMD_PACKAGED, bytes(4)))[:5]
+"""How a package begins in the stream; its length follows."""
 
 
 async def running_there(two: Pair) -> Progress:
@@ -210,7 +215,10 @@ async def test_the_answer_is_lost(tmp_path: Path) -> None:
     async with (
         pair(tmp_path, incoming=POSTCOPY, uri=f"unix:{path}") as two,
         CuttingProxy(
-            tmp_path / "net.sock", path, cut_after_bytes=2 << 20, withholds_answers=True
+            tmp_path / "net.sock",
+            path,
+            cut_after_bytes=2 << 20,
+            withholds_answers_behind=PACKAGE,
         ) as proxy,
     ):
         await two.here.wait_passes(1)
@@ -230,7 +238,12 @@ async def test_taken_back_by_somebody_who_knows(tmp_path: Path) -> None:
     path = tmp_path / "there.sock"
     async with (
         pair(tmp_path, incoming=POSTCOPY, uri=f"unix:{path}") as two,
-        CuttingProxy(tmp_path / "net.sock", path, cut_after_bytes=2 << 20, withholds_answers=True),
+        CuttingProxy(
+            tmp_path / "net.sock",
+            path,
+            cut_after_bytes=2 << 20,
+            withholds_answers_behind=PACKAGE,
+        ),
     ):
         await two.here.wait_passes(1)
         await two.destination.execute("stop")  # so that it does not run there, whatever comes

@@ -183,7 +183,7 @@ async def test_the_last_word_is_lost(
     )
     await source.wait_serial(3)
     proxy = CuttingProxy(
-        tmp_path / "out.sock", tmp_path / "in.sock", withholds_answers=True
+        tmp_path / "out.sock", tmp_path / "in.sock", withholds_answers_behind=b""
     )  # fmt: skip
     async with proxy:
         await source.migrate(f"unix:{tmp_path}/out.sock")

@@ -22,7 +22,8 @@ class CuttingProxy(UnixServer):
         connect_path: Where the destination listens.
         cut_after_bytes: Stream bytes that pass; None for all of them.
         at_cut: Called when they have passed, before the connections close.
-        withholds_answers: Swallow what the destination says, as if it were lost on the way.
+        withholds_answers_behind: Swallow what the destination says, as if it were lost on the
+            way, as soon as these bytes have passed in the stream; of no bytes, from the start.
 
     Attributes:
         passed_bytes: Stream bytes that went to the destination.
@@ -36,13 +37,14 @@ class CuttingProxy(UnixServer):
         *,
         cut_after_bytes: int | None = None,
         at_cut: Callable[[], Awaitable[object]] | None = None,
-        withholds_answers: bool = False,
+        withholds_answers_behind: bytes | None = None,
     ) -> None:
         super().__init__(listen_path)
         self._connect_path = connect_path
         self._left = cut_after_bytes
         self._at_cut = at_cut
-        self._withholds_answers = withholds_answers
+        self._mark = withholds_answers_behind
+        self._withholds_answers = withholds_answers_behind == b""
         self.passed_bytes = 0
         self.answers = bytearray()
 
@@ -71,11 +73,15 @@ class CuttingProxy(UnixServer):
                     await end.wait_closed()
 
     async def _stream(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        end = b""
         while self._left != 0:
             want = CHUNK_BYTES if self._left is None else min(CHUNK_BYTES, self._left)
             data = await reader.read(want)
             if not data:
                 return
+            if self._mark:
+                self._withholds_answers |= self._mark in end + data
+                end = (end + data)[-len(self._mark) :]
             writer.write(data)
             await writer.drain()
             self.passed_bytes += len(data)
