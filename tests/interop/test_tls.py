@@ -18,6 +18,7 @@ from tests.support.certificates import (
     make_leaf,
     write_directory,
 )
+from tests.support.deadline import until
 from tests.support.moves import Host, memory_digest, park, source_uri
 from tests.support.releases import RELEASES, qemu_binary, release_cases
 from tests.support.results import add_fault, add_row
@@ -260,7 +261,8 @@ async def test_a_bad_client_is_refused_and_the_next_one_let_in(
         "authority": "certificate 'CN=client,O=migrationd tests' was issued by an authority",
         "none": "the peer has no certificate",
     }
-    assert reasons[trouble] in daemon.stderr
+    # The source hears of it before it is written here.
+    await until(lambda: reasons[trouble] in daemon.stderr, reasons[trouble])
     assert (await daemon.query_migrate())["status"] == "setup"
 
     await source.execute("object-del", {"id": "client"})
@@ -297,7 +299,8 @@ async def test_authorization_asks_for_the_name_that_qemu_asks_for(
         await source.execute("migrate", {"uri": uri})
         await source.wait_migration("completed" if is_allowed else "failed")
     if not is_allowed:
-        assert "TLS x509 authz check for O=migrationd tests,CN=client is denied" in daemon.stderr
+        denied = "TLS x509 authz check for O=migrationd tests,CN=client is denied"
+        await until(lambda: denied in daemon.stderr, denied)
 
 
 def objects(directory: Path, *, checked: bool = True) -> tuple[str, ...]:
