@@ -125,7 +125,7 @@ async def test_the_way_in_cut_at_exact_bytes(
             else:
                 await daemon.wait_migration("completed")
                 assert await daemon.run_state() == "paused"
-                assert await source.run_state() == "postmigrate"
+                await source.wait_run_state("postmigrate")
         outcomes.append(status)
         await daemon.close()
         if status == "completed":
