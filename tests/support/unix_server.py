@@ -12,16 +12,26 @@ CLOSE_S = 1.0
 
 async def close_all(writers: Sequence[asyncio.StreamWriter]) -> None:
     """Close connections; what was written goes out, unless a peer reads no more."""
+    waits: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
     for writer in writers:
         writer.close()
-    for writer in writers:
-        try:
-            async with asyncio.timeout(CLOSE_S):
-                await writer.wait_closed()
-        except TimeoutError:
-            writer.transport.abort()
-        except OSError:
-            pass
+        # A task of its own: to be cancelled here must not cancel what the next one waits for.
+        wait = asyncio.create_task(writer.wait_closed())
+        wait.add_done_callback(_hear)
+        waits[wait] = writer
+    if not waits:
+        return
+    _, late = await asyncio.wait(waits, timeout=CLOSE_S)
+    for wait in late:
+        waits[wait].transport.abort()
+    if late:
+        await asyncio.wait(late)
+
+
+def _hear(wait: asyncio.Task[None]) -> None:
+    """A connection may well have ended with an error."""
+    if not wait.cancelled():
+        wait.exception()
 
 
 class UnixServer(ABC):
