@@ -58,6 +58,11 @@ class DeviceState:
         )
 
     @property
+    def is_device(self) -> bool:
+        """Whether it is a device as it stands at the switchover: whole, after all RAM."""
+        return self.kind == QEMU_VM_SECTION_FULL and not self.is_early
+
+    @property
     def is_of_setup(self) -> bool:
         """Whether it belongs to the setup phase."""
         return self.is_early or self.kind == QEMU_VM_SECTION_START

@@ -1,10 +1,8 @@
 """From what a stream brought to a guest: who it is, its blocks, and its last touches."""
 
-from migrationd.codec.constants import QEMU_VM_SECTION_FULL
 from migrationd.codec.records import Configuration, RamBlockList
 from migrationd.errors import StreamCorrupt, StreamUnsupported
 from migrationd.guest.base import GuestIdentity, SeenOnArrival
-from migrationd.guest.device import DeviceState
 from migrationd.guest.held import HeldGuest
 from migrationd.guest.ram_block import IGNORE_SHARED, RamBlockSpec
 from migrationd.incoming.loader import Arrival
@@ -99,7 +97,7 @@ def complete(guest: HeldGuest, arrival: Arrival, *, by_postcopy: bool) -> None:
     has_description = arrival.vmdescription is not None
     devices = without_incomplete(arrival.devices)
     if by_postcopy:
-        devices = sorted(devices, key=_is_late)
+        devices = sorted(devices, key=lambda device: device.is_device)
         has_description = describes_devices(identity_of(arrival, None).machine)
     guest.complete(
         devices,
@@ -111,7 +109,3 @@ def complete(guest: HeldGuest, arrival: Arrival, *, by_postcopy: bool) -> None:
             switchover_start=arrival.has_switchover_start,
         ),
     )
-
-
-def _is_late(device: DeviceState) -> bool:
-    return device.kind == QEMU_VM_SECTION_FULL and not device.is_early

@@ -162,9 +162,9 @@ class Replica:
         keys = [(device.idstr, device.instance_id) for device in devices]
         if twice := [key for key, count in Counter(keys).items() if count > 1]:
             raise StreamCorrupt(f"{_named(twice[0])} came twice", section="COLO")
-        for device in filter(_is_replaced, self._guest.devices):
+        for device in self._guest.devices:
             key = (device.idstr, device.instance_id)
-            if key not in keys and device.idstr != GLOBAL_STATE:
+            if device.is_device and key not in keys and device.idstr != GLOBAL_STATE:
                 raise StreamCorrupt(f"the checkpoint lacks {_named(key)}", section="COLO")
 
     def _commit(self, staged: bytes, devices: list[DeviceState]) -> None:
@@ -174,7 +174,7 @@ class Replica:
         for record in _records(decoder, staged):
             if isinstance(record, _PLACED):
                 place_record(guest.ram[record.block], record, decoder.position)
-        kept = [device for device in guest.devices if not _is_replaced(device)]
+        kept = [device for device in guest.devices if not device.is_device]
         guest.complete([*kept, *devices], _still_true(guest, devices), guest.seen)
 
     def _say(self, message: ColoMessage) -> None:
@@ -206,11 +206,6 @@ class Replica:
         if not count:
             raise ChannelClosed("the primary closed the connection")
         return bytes(memoryview(view)[:count])
-
-
-def _is_replaced(device: DeviceState) -> bool:
-    """Whether a checkpoint brings its state anew."""
-    return device.kind == QEMU_VM_SECTION_FULL and not device.is_early
 
 
 def _named(key: tuple[str, int]) -> str:

@@ -11,8 +11,6 @@ from migrationd.codec.constants import (
     MIG_CMD_PING,
     MIG_CMD_SWITCHOVER_START,
     QEMU_VM_FILE_VERSION,
-    QEMU_VM_SECTION_FULL,
-    QEMU_VM_SECTION_START,
 )
 from migrationd.codec.encode import StreamEncoder, encode_opaque_section
 from migrationd.codec.records import (
@@ -70,11 +68,7 @@ def stream_head(
         parts.append(encode_record(Command(MIG_CMD_OPEN_RETURN_PATH, b"")))
         parts.append(encode_record(Command(MIG_CMD_PING, (1).to_bytes(4, "big"))))
     parts.append(advise)
-    parts += [
-        encode_device(device, dialect)
-        for device in guest.devices
-        if device.is_early or device.kind == QEMU_VM_SECTION_START
-    ]
+    parts += [encode_device(device, dialect) for device in guest.devices if device.is_of_setup]
     return b"".join(parts)
 
 
@@ -96,8 +90,8 @@ def stream_tail(
     parts = []
     if dialect.send_switchover_start:
         parts.append(encode_record(Command(MIG_CMD_SWITCHOVER_START, b"")))
-    late = [d for d in guest.devices if not d.is_early and d.kind != QEMU_VM_SECTION_START]
-    parts += [encode_device(d, dialect) for d in late if d.kind != QEMU_VM_SECTION_FULL]
+    late = [d for d in guest.devices if not d.is_of_setup]
+    parts += [encode_device(d, dialect) for d in late if not d.is_device]
     parts.append(ram_end)
     parts += full_sections(guest, dialect)
     parts.append(encode_record(EndOfStream()))
@@ -121,11 +115,7 @@ def _configuration(
 
 def full_sections(guest: Guest, dialect: Dialect) -> list[bytes]:
     """FULL sections of a guest: the state of its devices when it stands still."""
-    return [
-        encode_device(device, dialect)
-        for device in guest.devices
-        if device.kind == QEMU_VM_SECTION_FULL and not device.is_early
-    ]
+    return [encode_device(device, dialect) for device in guest.devices if device.is_device]
 
 
 def encode_device(device: DeviceState, dialect: Dialect) -> bytes:
