@@ -330,16 +330,11 @@ class AttachedGuest(Owned):
         """
         for block, spec in zip(self.ram, there, strict=True):
             if block.backing_page_size != spec.backing_page_size:
-                sizes = [
-                    size or spec.page_size
-                    for size in (
-                        spec.backing_page_size,
-                        block.backing_page_size,
-                    )
-                ]
+                at_source = spec.backing_page_size or spec.page_size
+                here = block.backing_page_size or block.page_size
                 raise GuestError(
-                    f"RAM block '{block.idstr}' is in pages of {sizes[0]} bytes at the source, "
-                    f"of {sizes[1]} here: postcopy needs the same at both ends"
+                    f"RAM block '{block.idstr}' is in pages of {at_source} bytes at the source, "
+                    f"of {here} here: postcopy needs the same at both ends"
                 )
 
     def now_whole(self) -> None:

@@ -14,6 +14,7 @@ from migrationd.guest.memory import (
     SharedMemory,
     data_runs,
     page_runs,
+    read_whole,
     seal_size,
 )
 from migrationd.guest.ram_block import RamBlock
@@ -116,15 +117,9 @@ class CopiedMemory(AnonymousMemory):
             GuestError: It is not there any more.
         """
         for first, count in (self.data_runs() * self._page_size).tolist():
-            left = self.view.data[first : first + count]
-            while left:
-                try:
-                    done = os.preadv(self._fd, (left,), first)
-                except OSError as error:
-                    raise GuestError(f"reading handed memory: {error.strerror}") from error
-                if not done:
-                    raise GuestError("the source took memory away that it had handed over")
-                left, first = left[done:], first + done
+            into = self.view.data[first : first + count]
+            if not read_whole(self._fd, into, first, "handed memory"):
+                raise GuestError("the source took memory away that it had handed over")
 
     def data_runs(self) -> Pages:
         """See :class:`SharedMemory`."""

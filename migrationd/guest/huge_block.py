@@ -32,15 +32,8 @@ class HugeWorkloadBlock(WorkloadBlock):
         assert spec.backing_page_size is not None
         self.host_pages = spec.backing_page_size // spec.page_size
 
-    def place_page(self, page: int, source: int) -> None:
-        """See :class:`WorkloadBlock`; it is waited for until its huge page is whole."""
-        self._refuse_early(page)
-        if self._came[page]:
-            raise self._second(page)
-        if source < 0:
-            self._zero_run(page, 1)
-        else:
-            self._place_one(page, source)
+    def _tell_placed(self, page: int) -> None:
+        # It is waited for until its huge page is whole.
         if self.has_come(page):
             self._on_placed(page - page % self.host_pages)
 

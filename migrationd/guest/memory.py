@@ -377,16 +377,10 @@ class FileMemory:
         rows = np.empty((len(pages), self._page_size), np.uint8)
         at = 0
         for first, count in page_runs(pages).tolist():
-            left = rows[at : at + count].reshape(-1).data
+            into = rows[at : at + count].reshape(-1).data
             position = self.position + first * self._page_size
-            while left:
-                try:
-                    done = os.preadv(self._fd, (left,), position)
-                except OSError as error:
-                    raise GuestError(f"reading the guest's file: {error.strerror}") from error
-                if not done:
-                    raise GuestError("the guest's file was cut short while it was read")
-                left, position = left[done:], position + done
+            if not read_whole(self._fd, into, position, "the guest's file"):
+                raise GuestError("the guest's file was cut short while it was read")
             at += count
         return rows
 
@@ -455,6 +449,32 @@ def pages_of(runs: Pages) -> Pages:
     offsets = np.repeat(np.cumsum(counts) - counts, counts)
     pages: Pages = np.repeat(runs[:, 0], counts) + np.arange(len(offsets)) - offsets
     return pages
+
+
+def read_whole(fd: int, into: memoryview, position: int, what: str) -> bool:
+    """Fill a buffer by ``preadv``, whatever becomes of the file meanwhile.
+
+    Args:
+        fd: File.
+        into: Bytes to fill.
+        position: Where they are in the file.
+        what: What is read, for the error.
+
+    Returns:
+        False where the file ends before.
+
+    Raises:
+        GuestError: It cannot be read.
+    """
+    while into:
+        try:
+            done = os.preadv(fd, (into,), position)
+        except OSError as error:
+            raise GuestError(f"reading {what}: {error.strerror}") from error
+        if not done:
+            return False
+        into, position = into[done:], position + done
+    return True
 
 
 def _write_error(error: OSError) -> GuestError:

@@ -130,6 +130,9 @@ class WorkloadBlock(RamBlock):
             self._zero_run(page, 1)
         else:
             self._place_one(page, source)
+        self._tell_placed(page)
+
+    def _tell_placed(self, page: int) -> None:
         self._on_placed(page)
 
     def has_come(self, page: int) -> bool:
