@@ -15,6 +15,7 @@ import pytest
 
 from migrationd.ctl.daemon_process import DaemonProcess
 from migrationd.ctl.dirtier_process import DirtierProcess
+from tests.support import workloads
 from tests.support.deadline import until
 from tests.support.results import add_row
 from tests.support.starting import start_both
@@ -113,12 +114,8 @@ class FaultyDirtier(DirtierProcess):
             self._command = [sys.executable, str(FAULTY), case.at, case.fault, *self._command[1:]]
 
 
-@dataclass(frozen=True, slots=True)
-class Pair:
-    source: DaemonProcess
-    destination: DaemonProcess
-    here: DirtierProcess
-    there: DirtierProcess
+class Pair(workloads.Pair):
+    """Two workloads that may fail, and what became of them."""
 
     async def runs(self) -> set[str]:
         """The copies that go on within a quarter of a second."""

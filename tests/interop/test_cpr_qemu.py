@@ -64,6 +64,27 @@ async def park(
     return qemu, daemon
 
 
+async def leave_by_descriptors(
+    source: QemuProcess, daemon: DaemonProcess, where: Host, directory: Path, closing: list[object]
+) -> None:
+    """The guest that came from a QEMU, which stands still, goes to another: no page is sent."""
+    before = source.serial
+    digest = await memory_digest(source, where)
+    await source.close()
+    start = await start_destination(where, directory, paused=True)
+    await hand_over(daemon, directory / "main.b", directory / "cpr.b")
+    destination = await start
+    closing.append(destination)
+    info = await daemon.wait_migration("completed")
+    await destination.wait_migration("completed")
+    ram = info["ram"]
+    assert isinstance(ram, dict)
+    assert (ram["normal"], ram["duplicate"]) == (0, 0)
+    assert await memory_digest(destination, where) == digest
+    await destination.execute("cont")
+    await check_runs_on(before, destination, where)
+
+
 @pytest.mark.parametrize(
     ("version", "machine"),
     [
@@ -78,21 +99,7 @@ async def test_in_and_out_without_a_copy(
 ) -> None:
     where = host(version, machine)
     source, daemon = await park(where, tmp_path, closing)
-    before = source.serial
-    digest = await memory_digest(source, where)
-    await source.close()
-    start = await start_destination(where, tmp_path, paused=True)
-    await hand_over(daemon, tmp_path / "main.b", tmp_path / "cpr.b")
-    destination = await start
-    closing.append(destination)
-    info = await daemon.wait_migration("completed")
-    await destination.wait_migration("completed")
-    ram = info["ram"]
-    assert isinstance(ram, dict)
-    assert (ram["normal"], ram["duplicate"]) == (0, 0)
-    assert await memory_digest(destination, where) == digest
-    await destination.execute("cont")
-    await check_runs_on(before, destination, where)
+    await leave_by_descriptors(source, daemon, where, tmp_path, closing)
 
 
 @pytest.mark.matrix
@@ -201,20 +208,6 @@ async def test_what_came_by_a_stream_leaves_by_descriptors(
     await source.execute("migrate", {"uri": f"unix:{tmp_path}/main.a"})
     await source.wait_migration("completed")
     await daemon.wait_migration("completed")
-    before = source.serial
-    digest = await memory_digest(source, where)
-    await source.close()
-    start = await start_destination(where, tmp_path, paused=True)
-    await hand_over(daemon, tmp_path / "main.b", tmp_path / "cpr.b")
-    destination = await start
-    closing.append(destination)
-    info = await daemon.wait_migration("completed")
-    await destination.wait_migration("completed")
-    ram = info["ram"]
-    assert isinstance(ram, dict)
-    assert (ram["normal"], ram["duplicate"]) == (0, 0)
-    assert await memory_digest(destination, where) == digest
-    await destination.execute("cont")
-    await check_runs_on(before, destination, where)
+    await leave_by_descriptors(source, daemon, where, tmp_path, closing)
     # The guest is still here, as after any other migration, for whoever knows that it is lost.
     assert await daemon.run_state() == "postmigrate"
