@@ -321,35 +321,44 @@ async def _request_row(name: str, total: Total, qemu: QemuProcess) -> str:
 async def learned(binary: str, root: Path, bandwidth_bytes_per_s: int) -> None:
     """A scattered working set out of a cold file, again and again, with and without memory.
 
-    A request is *blocking* where the page was not on its way yet.
+    A request is *blocking* where the page was not on its way yet. Each resume has a daemon of
+    its own: pages that another has mapped would stay in the cache.
     """
     limit = f"{bandwidth_bytes_per_s >> 20} MiB/s" if bandwidth_bytes_per_s else "no limit"
     for learns in ("on", "off"):
         directory = root / f"learned-{learns}-{bandwidth_bytes_per_s}"
         directory.mkdir()
         bench = Bench(binary, SCATTERED, 1100, directory)
-        arguments = ("-ram-dir", str(directory), "-name", "g", "-learn-order", learns)
-        first: tuple[int, float] | None = None
+        arguments = ("-ram-dir", str(directory), "-name", "g", "-keep", "-learn-order", learns)
         async with await bench.park(*arguments) as daemon:
-            await daemon.set_parameters({"max-postcopy-bandwidth": bandwidth_bytes_per_s})
-            for name in ("first", "second", "third"):
-                forget(directory / "g.mapped-ram")
-                warm_memory(1100 << 20)
-                async with bench.target(preempt=True) as (qemu, uri):
-                    begin_s = await lazily(daemon, uri, preempt=True)
-                    resume_ms = (await resumed_s(qemu) - begin_s) * 1000
-                    # The first letter ends the pass that it was parked in.
-                    await qemu.wait_serial(2, timeout_s=120)
-                    steady_s = time.time() - begin_s
-                    info = await daemon.wait_migration("completed", timeout_s=300)
-                    ram = info["ram"]
-                    assert isinstance(ram, dict)
-                    blocking = int(_ANSWERED.findall(daemon.stderr)[-1])
-                    first = first or (blocking, steady_s)
-                    print(f"  {limit:9} learning {learns:3} {name:6}: RESUME {resume_ms:5.1f} ms, "
-                          f"first pass after {steady_s:5.2f} s ({first[1] / steady_s:4.1f} x), "
-                          f"requests {ram['postcopy-requests']:6}, blocking {blocking:5} "
-                          f"({100 * (1 - blocking / max(first[0], 1)):5.1f} % fewer)")  # fmt: skip
+            await daemon.quit()
+        first: tuple[int, float] | None = None
+        for name in ("first", "second", "third"):
+            forget(directory / "g.mapped-ram")
+            warm_memory(1100 << 20)
+            async with (
+                await DaemonProcess.start(arguments=arguments) as daemon,
+                bench.target(preempt=True) as (qemu, uri),
+            ):
+                await daemon.set_parameters({"max-postcopy-bandwidth": bandwidth_bytes_per_s})
+                begin_s = await lazily(daemon, uri, preempt=True)
+                resume_ms = (await resumed_s(qemu) - begin_s) * 1000
+                # The first letter ends the pass that it was parked in.
+                await qemu.wait_serial(2, timeout_s=120)
+                steady_s = time.time() - begin_s
+                info = await daemon.wait_migration("completed", timeout_s=300)
+                total_s = time.time() - begin_s
+                ram = info["ram"]
+                assert isinstance(ram, dict)
+                answered = _ANSWERED.findall(daemon.stderr)
+                blocking = int(answered[-1]) if answered else 0
+                first = first or (blocking, steady_s)
+                print(f"  {limit:9} learning {learns:3} {name:6}: RESUME {resume_ms:5.1f} ms, "
+                      f"first pass after {steady_s:5.2f} s ({first[1] / steady_s:4.1f} x), "
+                      f"total {total_s:5.2f} s, "
+                      f"requests {ram['postcopy-requests']:6}, blocking {blocking:5} "
+                      f"({100 * (1 - blocking / max(first[0], 1)):5.1f} % fewer)")  # fmt: skip
+                await daemon.quit()
 
 
 PIECES = ("resume", "total", "total-2g", "requests", "learned")

@@ -224,6 +224,7 @@ class PostcopyLink:
             source.stats,
             source.pacer,
             source.gives_way,
+            source.requests,
             source.clock,
             self._stop,
             shares=Shares(has_own_channel=self._preempt is not None),

@@ -56,10 +56,12 @@ class RequestLog:
 
     Attributes:
         pages: Block index and page of each, packed; at most ``REQUESTS_KEPT``.
+        turns: Requests that came and those that were dealt with, together.
     """
 
     def __init__(self) -> None:
         self.pages: list[int] = []
+        self.turns = 0
 
     def add(self, block: int, page: int) -> None:
         """Remember a request."""
@@ -168,13 +170,17 @@ class RequestServer:
         self._stats.postcopy_requests += 1
         self._requests.add(block, first)
         if self._schedule.blocks[block].taken[first]:
+            self._requests.turns += 2
             return  # under way: not worth waiting for the channel
+        self._requests.turns += 1
         try:
             pages, size = writer.answer(block, first, count)
         except ChannelClosed:
             if self._may_end():
                 return  # the destination has all it needs, and closes what it needs no more
             raise
+        finally:
+            self._requests.turns += 1
         if not pages:
             return
         self._latency.add(time.perf_counter_ns() - arrived_ns)
@@ -227,6 +233,7 @@ class Push:
         pacer: ``max-postcopy-bandwidth``. What the guest asked for last time is exempt as it
             was when it was asked for: it is the same bytes, only sooner.
         gives_way: Holds it back for a while, but for what lies ahead of walks.
+        requests: What it gives way to.
         clock: Time.
         stop: Set when the connection is given up.
         shares: How long its turns on the channel are.
@@ -240,6 +247,7 @@ class Push:
         stats: OutgoingStats,
         pacer: Pacer,
         gives_way: GivesWay,
+        requests: RequestLog,
         clock: Clock,
         stop: threading.Event,
         *,
@@ -251,6 +259,7 @@ class Push:
         self._stats = stats
         self._pacer = pacer
         self._gives_way = gives_way
+        self._requests = requests
         self._clock = clock
         self._stop = stop
         self._with_zeros = with_zeros
@@ -295,10 +304,8 @@ class Push:
         """Give way to requests; False when what follows one of them goes before the batch."""
         if batch.is_first or (batch.walk is not None and batch.walk.is_sure):
             return True
-        clock = self._clock
-        while (
-            hold_s := self._gives_way.hold_s(self._stats.postcopy_requests, clock.monotonic_s())
-        ) > 0:
+        clock, requests = self._clock, self._requests
+        while (hold_s := self._gives_way.hold_s(requests.turns, clock.monotonic_s())) > 0:
             if self._stop.wait(hold_s):
                 raise ChannelClosed("the channel was shut down")
             if self._schedule.has_restart:

@@ -15,7 +15,7 @@ from migrationd.guest.ram_block import RamBlock, RamBlockSpec
 from migrationd.migration.stats import OutgoingStats
 from migrationd.outgoing.postcopy_pacer import GivesWay, Pacer, Shares
 from migrationd.outgoing.postcopy_schedule import Batch, BlockPages, PageSchedule
-from migrationd.outgoing.postcopy_server import Push
+from migrationd.outgoing.postcopy_server import Push, RequestLog
 from migrationd.outgoing.postcopy_writer import PageWriter
 from migrationd.transport.channel import Channel
 
@@ -70,7 +70,7 @@ class Pushed:
         shares = Shares(has_own_channel=False)
         self._push = Push(
             writer, self.schedule, stats, Pacer(bytes_per_s), GivesWay(0),
-            SystemClock(), self.stop, shares=shares, with_zeros=False,
+            RequestLog(), SystemClock(), self.stop, shares=shares, with_zeros=False,
         )  # fmt: skip
         self.thread = threading.Thread(target=self._run)
         self.thread.start()

@@ -144,18 +144,26 @@ def test_short_turns_only_while_requests_come() -> None:
 
 def test_the_push_gives_way_until_nobody_asks_or_its_time_is_up() -> None:
     way = GivesWay(0.01)
-    assert way.hold_s(1, 1.0) > 0
-    assert way.hold_s(2, 1.001) > 0
-    assert way.hold_s(2, 1.0011) > 0, "too soon to tell"
-    assert way.hold_s(2, 1.0022) == 0
-    assert way.hold_s(2, 1.0023) > 0, "one window a millisecond while the guest may be slow"
-    assert way.hold_s(2, 1.0231) == 0
-    assert way.hold_s(2, 1.0232) == 0, "nobody has asked since, however soon the push asks again"
-    held = 0.0
+    assert way.hold_s(2, 1.0) > 0
+    assert way.hold_s(4, 1.001) > 0
+    assert way.hold_s(4, 1.0035) > 0, "the guest may be slow"
+    assert way.hold_s(4, 1.0041) == 0
+    assert way.hold_s(4, 1.0042) == 0, "nobody has asked since, however soon the push asks again"
+    held_s, now_s = 0.0, 2.0
     for number in range(3, 100):
-        held += way.hold_s(number, 1.0 + number / 1000)
-    assert 0 < held < 0.011
-    assert GivesWay(0).hold_s(1, 1.0) == 0
+        hold_s = way.hold_s(2 * number, now_s)
+        held_s += hold_s
+        now_s += hold_s or 0.001
+    assert 0.004 < held_s < 0.008
+    assert GivesWay(0).hold_s(2, 1.0) == 0
+
+
+def test_the_push_gives_way_while_a_disk_is_asked_for_a_page() -> None:
+    way = GivesWay(1.0)
+    for step in range(50):
+        assert way.hold_s(3, 1.0 + step / 100) > 0
+    assert way.hold_s(4, 1.5) > 0
+    assert way.hold_s(4, 1.5031) == 0
 
 
 def test_zero_pages_that_went_ahead_are_not_forgotten() -> None:
