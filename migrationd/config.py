@@ -12,7 +12,7 @@ from pathlib import Path
 from uuid import UUID
 
 from migrationd.errors import ConfigError
-from migrationd.units import parse_size
+from migrationd.units import PORT_MAX, parse_size, parse_whole
 
 TRACKING = ("auto", "pagemap", "userfaultfd")
 LOG_LEVELS = ("debug", "info", "warning", "error")
@@ -235,7 +235,7 @@ def check_incoming_text(text: str) -> None:
     if text.startswith("{"):
         try:
             json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"-incoming: not a JSON MigrationChannel: {error}") from None
 
 
@@ -272,6 +272,8 @@ def _read_file(path: Path) -> Values:
                 item = "on" if item else "off"
             elif not isinstance(item, str | int):
                 raise ConfigError(f"option '{name}' in '{path}' expects text or a number")
+            elif "\0" in str(item):
+                raise ConfigError(f"option '{name}' in '{path}' has a NUL character in it")
             _add(values, option, str(item))
     return values
 
@@ -363,9 +365,10 @@ def _attachment(text: str) -> tuple[str | None, str]:
 
 def _host_and_port(name: str, text: str) -> tuple[str, int]:
     host, colon, port = text.rpartition(":")
-    if not colon or not port.isascii() or not port.isdigit() or int(port) > 65535:
+    number = parse_whole(port, PORT_MAX)
+    if not colon or number is None:
         raise ConfigError(f"-{name} expects HOST:PORT, not '{text}'")
-    return host.removeprefix("[").removesuffix("]"), int(port)
+    return host.removeprefix("[").removesuffix("]"), number
 
 
 def _added_fd(text: str) -> AddedFd:

@@ -1,4 +1,4 @@
-"""Sizes as people and QEMU write them."""
+"""Sizes and numbers as people and QEMU write them."""
 
 import re
 
@@ -6,6 +6,11 @@ _DECIMAL = re.compile(r"\s*([+-]?)(\d{1,64})(\.\d{1,64})?([bkmgtpe]?)", re.ASCII
 _HEX = re.compile(r"\s*([+-]?)0x([0-9a-f]{1,64})", re.ASCII | re.IGNORECASE)
 _SHIFT = {"": 0, "b": 0, "k": 10, "m": 20, "g": 30, "t": 40, "p": 50, "e": 60}
 _LIMIT = 1 << 64
+_WHOLE = re.compile(r"[0-9]{1,19}")
+
+PORT_MAX = 65535
+FD_MAX = 1 << 20
+"""As many descriptors as Linux lets a process have."""
 
 
 def parse_size(text: str) -> int:
@@ -41,3 +46,9 @@ def parse_size(text: str) -> int:
     if size >= _LIMIT or (match[1] == "-" and size):
         raise OverflowError(f"'{text}' is out of range")
     return size
+
+
+def parse_whole(text: str, most: int) -> int | None:
+    """A whole number from 0 to ``most`` in ASCII digits; None if the text is anything else."""
+    number = int(text) if _WHOLE.fullmatch(text) else most + 1
+    return number if number <= most else None

@@ -20,9 +20,12 @@ from migrationd.ctl.file_summary import FileSummary
 from migrationd.ctl.progress import size_text
 from migrationd.errors import StoreError, StreamCorrupt
 from migrationd.migration.dirty_bitmaps import DirtyBitmap
+from migrationd.units import parse_whole
 
 ROW_ELEMENTS = 8
 """Longer arrays of numbers are shown in one line."""
+
+_INSTANCE_MAX = (1 << 32) - 1
 
 KINDS = {
     QEMU_VM_SECTION_START: "start",
@@ -110,15 +113,16 @@ def find_devices(summary: FileSummary, name: str) -> list[OpaqueSection]:
     Raises:
         StoreError: There is none.
     """
-    wanted, _, instance = name.rpartition(":")
-    if not wanted or not instance.isdigit() or "." in instance:
-        wanted, instance = name, ""
+    wanted, _, number = name.rpartition(":")
+    instance = parse_whole(number, _INSTANCE_MAX)
+    if not wanted or instance is None:
+        wanted, instance = name, None
     names = (wanted, name)
     found = [
         section
         for section in summary.sections
         if any(section.idstr == n or section.idstr.endswith(f"/{n}") for n in names)
-        and (not instance or section.idstr == name or section.instance_id == int(instance))
+        and (instance is None or section.idstr == name or section.instance_id == instance)
     ]
     if not found:
         known = ", ".join(dict.fromkeys(section.idstr for section in summary.sections))

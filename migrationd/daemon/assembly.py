@@ -16,9 +16,16 @@ from migrationd.objects.option import add_from_option
 from migrationd.objects.registry import ObjectRegistry
 from migrationd.qmp.context import Chardev, MigrationChannel
 from migrationd.qmp.event_bus import EventBus
-from migrationd.transport.address import address_from_qapi, parse_uri
+from migrationd.qmp.handlers.migrate import channel_of
+from migrationd.qmp.models.base import parse_arguments
+from migrationd.qmp.models.migration import MigrationChannelModel
+from migrationd.transport.address import parse_uri
+from migrationd.units import FD_MAX, parse_whole
 
 log = logging.getLogger(__name__)
+
+_TEXTS = ("transport", "type", "host", "port", "path", "cid", "str", "filename")
+"""Members of a MigrationAddress that are text, also where they look like a number."""
 
 
 async def assemble(
@@ -136,29 +143,46 @@ def incoming_channels(texts: Sequence[str]) -> list[MigrationChannel]:
             channels.pop("main", None)
             continue
         try:
-            if text.startswith(("{", "main,", "cpr,")):
-                tree = json.loads(text) if text.startswith("{") else _channel_tree(text)
-                kind = tree.get("channel-type", "main")
-                assert kind in ("main", "cpr")
-                channels[kind] = MigrationChannel(kind, address_from_qapi(tree["addr"]))
-            else:
-                channels["main"] = MigrationChannel("main", parse_uri(text))
+            channel = _channel(text)
+        except QMPError as error:
+            raise ConfigError(f"-incoming {text}: {error.desc}") from None
         except MigrationdError as error:
             raise ConfigError(f"-incoming {text}: {error}") from None
-        except (ValueError, KeyError, TypeError, AssertionError):
-            raise ConfigError(f"-incoming {text}: not a MigrationChannel") from None
+        channels[channel.channel_type] = channel
     return list(channels.values())
+
+
+def _channel(text: str) -> MigrationChannel:
+    if text.startswith("{"):
+        tree = {"channel-type": "main"} | json.loads(text)
+    elif text.startswith(("main,", "cpr,")):
+        tree = _channel_tree(text)
+    else:
+        return MigrationChannel("main", parse_uri(text))
+    model: MigrationChannelModel = parse_arguments(MigrationChannelModel, tree)
+    return channel_of(model)
 
 
 def _channel_tree(text: str) -> dict[str, Any]:
     """``cpr,addr.transport=socket,addr.type=unix,addr.path=P`` as the tree of its JSON form."""
     kind, *settings = text.split(",")
-    pairs = (setting.partition("=") for setting in settings)
-    address = {key.removeprefix("addr."): value for key, _, value in pairs}
+    address: dict[str, object] = {}
+    for setting in settings:
+        key, _, value = setting.partition("=")
+        name = key.removeprefix("addr.")
+        address[name] = value if name in _TEXTS else _scalar(value)
     return {"channel-type": kind, "addr": address}
 
 
+def _scalar(text: str) -> object:
+    if text in ("on", "off"):
+        return text == "on"
+    number = parse_whole(text, 1 << 62)
+    return text if number is None else number
+
+
 def _number_fd(name: str) -> int:
-    if not name.isdigit() or int(name) > 1 << 20:
+    fd = parse_whole(name, FD_MAX)
+    if fd is None:
         raise QMPError(f"File descriptor named '{name}' has not been found")
-    return int(name)
+    return fd

@@ -10,6 +10,8 @@ import socket
 from collections.abc import MutableMapping
 from dataclasses import dataclass
 
+from migrationd.units import FD_MAX, parse_whole
+
 _FIRST_PASSED_FD = 3
 _PASSED_FD_LIMIT = 64
 
@@ -67,12 +69,12 @@ def listen_fds(
     """
     variables = os.environ if environment is None else environment
     meant_for = variables.pop("LISTEN_PID", "")
-    count = variables.pop("LISTEN_FDS", "")
+    count = parse_whole(variables.pop("LISTEN_FDS", ""), FD_MAX)
     names = variables.pop("LISTEN_FDNAMES", "").split(":")
-    if meant_for != str(os.getpid() if pid is None else pid) or not count.isdecimal():
+    if meant_for != str(os.getpid() if pid is None else pid) or count is None:
         return []
     passed = []
-    for index in range(min(int(count), _PASSED_FD_LIMIT)):
+    for index in range(min(count, _PASSED_FD_LIMIT)):
         fd = _FIRST_PASSED_FD + index
         fcntl.fcntl(fd, fcntl.F_SETFD, fcntl.FD_CLOEXEC)
         name = names[index] if index < len(names) and names[index] else "unknown"

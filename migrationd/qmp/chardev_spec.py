@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from migrationd.errors import ConfigError
 from migrationd.qmp.monitor_spec import UNIX_PATH_LIMIT, MonitorSpec
+from migrationd.units import FD_MAX, PORT_MAX, parse_whole
 
 _SOCKET = frozenset(("id", "path", "host", "port", "fd", "server", "wait", "nodelay"))
 _FLAGS = frozenset(("server", "wait", "nodelay", "pretty"))
@@ -73,13 +74,14 @@ def _chardev(text: str) -> MonitorSpec:
             raise ConfigError(f"-chardev: '{values['path']}' cannot be a unix socket")
         return replace(spec, path=values["path"])
     if "fd" in values:
-        if not is_server or not values["fd"].isdecimal() or int(values["fd"]) <= 2:
+        fd = parse_whole(values["fd"], FD_MAX)
+        if not is_server or fd is None or fd <= 2:
             raise ConfigError(f"-chardev: '{text}': fd is a listening socket, with server=on")
-        return replace(spec, fd=int(values["fd"]))
-    port = values.get("port", "")
-    if not port.isdecimal() or int(port) > 65535:
+        return replace(spec, fd=fd)
+    port = parse_whole(values.get("port", ""), PORT_MAX)
+    if port is None:
         raise ConfigError(f"-chardev: '{text}' expects a port number")
-    return replace(spec, kind="tcp", host=values["host"], port=int(port))
+    return replace(spec, kind="tcp", host=values["host"], port=port)
 
 
 def _values(option: str, text: str, known: frozenset[str], implied: str = "") -> dict[str, str]:

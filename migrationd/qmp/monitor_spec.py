@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 
 from migrationd.errors import ConfigError
+from migrationd.units import PORT_MAX, parse_whole
 
 UNIX_PATH_LIMIT = 107
 
@@ -67,9 +68,10 @@ def parse_monitor_spec(text: str) -> MonitorSpec:
             raise ConfigError(f"-qmp: the path '{place}' is too long for a unix socket")
         return replace(spec, path=place)
     host, separator, port = place.rpartition(":")
-    if not separator or not port.isdigit() or int(port) > 65535:
+    number = parse_whole(port, PORT_MAX)
+    if not separator or number is None:
         raise ConfigError(f"-qmp expects tcp:HOST:PORT, not '{text}'")
-    return replace(spec, host=host.strip("[]"), port=int(port))
+    return replace(spec, host=host.strip("[]"), port=number)
 
 
 def _flag(option: str, text: str) -> dict[str, bool]:

@@ -50,8 +50,10 @@ def test_options_with_one_dash_or_two() -> None:
         ((*QMP, "-ram-prealloc", "1G", "-name", "x", "-ram-dir", "/x"), "not with -ram-dir"),
         ((*QMP, "-metrics", "9100"), "expects HOST:PORT"),
         ((*QMP, "-metrics", "host:65536"), "expects HOST:PORT"),
+        ((*QMP, "-metrics", "host:" + "9" * 5000), "expects HOST:PORT"),
         ((*QMP, "-log-level", "loud"), "expects one of debug"),
         ((*QMP, "-incoming", "{bad"), "not a JSON MigrationChannel"),
+        ((*QMP, "-incoming", '{"a":' * 20000), "not a JSON MigrationChannel"),
         ((*QMP, "-config", "/nonexistent/x"), "cannot read"),
     ],
 )
@@ -69,7 +71,9 @@ def test_a_file_gives_options_and_the_command_line_wins(tmp_path: Path) -> None:
     assert (config.name, config.keep, config.ram_limit_bytes) == ("vm2", True, 1 << 30)
 
 
-@pytest.mark.parametrize("text", ["qmp = 1.5", "bogus = 1", "qmp = [", "config = 'x'"])
+@pytest.mark.parametrize(
+    "text", ["qmp = 1.5", "bogus = 1", "qmp = [", "config = 'x'", r'ram-dir = "a\u0000b"']
+)
 def test_mistakes_in_a_file(tmp_path: Path, text: str) -> None:
     path = tmp_path / "guest.toml"
     path.write_text(text)

@@ -1,6 +1,6 @@
 import pytest
 
-from migrationd.units import parse_size
+from migrationd.units import parse_size, parse_whole
 
 
 @pytest.mark.parametrize(
@@ -36,3 +36,15 @@ def test_no_sizes(text: str) -> None:
 def test_out_of_range(text: str) -> None:
     with pytest.raises(OverflowError):
         parse_size(text)
+
+
+@pytest.mark.parametrize(("text", "number"), [("0", 0), ("007", 7), ("65535", 65535)])
+def test_whole_numbers(text: str, number: int) -> None:
+    assert parse_whole(text, 65535) == number
+
+
+@pytest.mark.parametrize(
+    "text", ["", "-1", "+1", " 1", "1.0", "0x1", "65536", "²", "١", "9" * 5000]
+)
+def test_no_whole_numbers(text: str) -> None:
+    assert parse_whole(text, 65535) is None

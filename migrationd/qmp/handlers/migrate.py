@@ -152,9 +152,15 @@ def _channels(models: list[MigrationChannelModel]) -> list[MigrationChannel]:
             raise QMPError(f"Channel list has more than one {name} entry")
     if "main" not in types:
         raise QMPError("Channel list has no main entry")
-    return [
-        MigrationChannel(
-            model.channel_type, address_from_qapi(model.addr.model_dump(by_alias=True))
-        )
-        for model in models
-    ]
+    return [channel_of(model) for model in models]
+
+
+def channel_of(model: MigrationChannelModel) -> MigrationChannel:
+    """The channel that a client describes.
+
+    Raises:
+        AddressError: A combination that cannot serve.
+    """
+    return MigrationChannel(
+        model.channel_type, address_from_qapi(model.addr.model_dump(by_alias=True))
+    )

@@ -52,6 +52,7 @@ GOOD = "socket,id=c,path=/x,server=on,wait=off"
         (["socket,id=c,fd=7"], [], "with server=on"),
         (["socket,id=c,fd=0,server=on"], [], "is a listening socket"),
         (["socket,id=c,host=h,port=http"], [], "expects a port number"),
+        (["socket,id=c,host=h,port=²"], [], "expects a port number"),
         (["socket,id=c,path=" + "x" * 200], [], "cannot be a unix socket"),
         (["socket,id=c,path=/x,server=yes"], [], "unknown setting 'server=yes'"),
         ([GOOD, GOOD], [], "duplicate ID 'c'"),
