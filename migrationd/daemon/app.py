@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from migrationd.clock import SystemClock
 from migrationd.config import DaemonConfig
 from migrationd.daemon.passed_sockets import pair_monitors
-from migrationd.errors import ConfigError, MigrationdError
+from migrationd.errors import ConfigError
 from migrationd.linux.malloc import trim
 from migrationd.linux.sd_notify import listen_fds, notify
 from migrationd.qmp.chardev_spec import monitors_of
@@ -46,13 +46,16 @@ class Daemon:
         self._monitor_specs = [parse_monitor_spec(text) for text in config.monitors]
         self._monitor_specs += monitors_of(config.chardevs, config.mons)
         self._ended: asyncio.Event
-        self._fatal: MigrationdError | None = None
+        self._control: GuestControl | None = None
+        self._metrics: MetricsServer | None = None
+        self._exit_status = 0
 
     async def run(self) -> int:
         """Serve until ``quit``, a signal or a fatal error.
 
         Returns:
-            Exit status 0.
+            Exit status: 0, or 1 after an incoming migration that failed with ``exit-on-error``;
+            why has been logged.
 
         Raises:
             MigrationdError: What ends the process with status 1; ConfigError: with 2.
@@ -63,32 +66,44 @@ class Daemon:
         dispatch: asyncio.Future[Dispatch] = asyncio.get_running_loop().create_future()
         monitors = pair_monitors(self._monitor_specs, listen_fds())
         servers = [MonitorServer(dispatch, bus, spec, inherited) for spec, inherited in monitors]
-        control: GuestControl | None = None
-        metrics: MetricsServer | None = None
+        self._watch_signals(bus)
+        starting = asyncio.create_task(self._start(bus, dispatch, servers), name="start")
+        ending = asyncio.create_task(self._ended.wait(), name="end")
         try:
-            # As in QEMU, what -incoming names is open before a monitor accepts commands.
-            if self._opens_before_monitors:
-                control = await self._assemble(bus, dispatch, servers)
-            for server in servers:
-                await server.start()
-            if control is None:
-                control = await self._assemble(bus, dispatch, servers)
-            if self._config.metrics is not None:
-                metrics = await self._serve_metrics(*self._config.metrics, control)
-            self._watch_signals(bus)
-            notify("READY=1")
-            await self._ended.wait()
+            await asyncio.wait((starting, ending), return_when=asyncio.FIRST_COMPLETED)
+            if starting.done():
+                starting.result()
+                notify("READY=1")
+                await ending
             notify("STOPPING=1")
         finally:
-            if metrics is not None:
-                await metrics.aclose()
-            if control is not None:
-                await control.aclose()
+            starting.cancel()
+            ending.cancel()
+            await asyncio.gather(starting, ending, return_exceptions=True)
+            if self._metrics is not None:
+                await self._metrics.aclose()
+            if self._control is not None:
+                await self._control.aclose()
             for server in servers:
                 await server.aclose()
-        if self._fatal is not None:
-            raise self._fatal
-        return 0
+        return self._exit_status
+
+    async def _start(
+        self,
+        bus: EventBus,
+        dispatch: "asyncio.Future[Dispatch]",
+        servers: Sequence[MonitorServer],
+    ) -> None:
+        """Open everything; with ``wait=on`` that takes until a client is there."""
+        # As in QEMU, what -incoming names is open before a monitor accepts commands.
+        if self._opens_before_monitors:
+            self._control = await self._assemble(bus, dispatch, servers)
+        for server in servers:
+            await server.start()
+        if self._control is None:
+            self._control = await self._assemble(bus, dispatch, servers)
+        if self._config.metrics is not None:
+            self._metrics = await self._serve_metrics(*self._config.metrics, self._control)
 
     def _add_fds(self) -> None:
         for added in self._config.added_fds:
@@ -121,7 +136,7 @@ class Daemon:
             self._config,
             bus,
             on_quit=self._ended.set,
-            on_fatal=self._die,
+            on_fatal=self._fail,
             chardevs={
                 server.label or f"compat_monitor{n}": server for n, server in enumerate(servers)
             },
@@ -150,6 +165,6 @@ class Daemon:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             loop.add_signal_handler(number, on_signal)
 
-    def _die(self, error: MigrationdError) -> None:
-        self._fatal = MigrationdError(f"load of migration failed: {error}")
+    def _fail(self) -> None:
+        self._exit_status = 1
         self._ended.set()

@@ -33,7 +33,7 @@ async def assemble(
     bus: EventBus,
     *,
     on_quit: Callable[[], None],
-    on_fatal: Callable[[MigrationdError], None],
+    on_fatal: Callable[[], None],
     chardevs: Mapping[str, Chardev] | None = None,
 ) -> GuestControl:
     """Build the control of the one guest; a guest at rest is offered, ``-incoming`` opened.

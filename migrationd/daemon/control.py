@@ -57,7 +57,7 @@ class GuestControl:
         clock: Time.
         shelter: Where guests rest.
         on_quit: Called when the process is to end.
-        on_fatal: Called with the error that ends the process with status 1.
+        on_fatal: Called when a failure, which was logged, ends the process with status 1.
         chardevs: Character devices of the monitors, by label.
     """
 
@@ -70,7 +70,7 @@ class GuestControl:
         shelter: Shelter,
         *,
         on_quit: Callable[[], None],
-        on_fatal: Callable[[MigrationdError], None],
+        on_fatal: Callable[[], None],
         chardevs: Mapping[str, Chardev] | None = None,
     ) -> None:
         self.options = options

@@ -16,7 +16,7 @@ from migrationd.daemon.run_control import RunControl
 from migrationd.daemon.settings import incoming_settings
 from migrationd.daemon.shelter import Shelter
 from migrationd.daemon.tls import MigrationTls
-from migrationd.errors import MigrationdError, QMPError
+from migrationd.errors import QMPError
 from migrationd.guest.held import HeldGuest
 from migrationd.incoming.berth import Berth, IncomingSettings
 from migrationd.incoming.cpr import CprArrival
@@ -41,7 +41,7 @@ class IncomingControl:
         events: Told of statuses.
         tls: Encrypts connections.
         spawn: Owns the task that loads.
-        on_fatal: Called with the error that ends the process with status 1.
+        on_fatal: Called when a failure, which was logged, ends the process with status 1.
 
     Attributes:
         migration: The last one that was begun.
@@ -57,7 +57,7 @@ class IncomingControl:
         tls: MigrationTls,
         *,
         spawn: Callable[[Coroutine[None, None, None]], None],
-        on_fatal: Callable[[MigrationdError], None],
+        on_fatal: Callable[[], None],
     ) -> None:
         self._config = config
         self._options = options
@@ -152,7 +152,7 @@ class IncomingControl:
         if guest is not None:
             return
         if exit_on_error and migration.error is not None:
-            self._on_fatal(migration.error)
+            self._on_fatal()
         else:
             # Differs from QEMU: a bad source costs its own migration, the next may come.
             self._is_started = False

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -82,6 +83,21 @@ async def test_a_signal_ends_the_process_at_any_moment(
         assert await daemon.wait_exit() == 0
         assert "Traceback" not in daemon.stderr
         await until(lambda: not any(alive(pid) for pid in left), "no command is left")
+
+
+async def test_a_signal_ends_a_process_whose_monitor_waits_for_its_first_client(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "qmp"
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "migrationd", "-qmp", f"unix:{path},server=on",
+        stdin=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    await until(path.exists, "the monitor listens")
+    process.terminate()
+    _, said = await process.communicate()
+    assert (process.returncode, said) == (0, b"")
+    assert not path.exists()
 
 
 def alive(pid: int) -> bool:
