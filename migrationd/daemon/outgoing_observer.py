@@ -4,6 +4,7 @@ import logging
 from dataclasses import replace
 
 from migrationd.daemon.run_control import RunControl
+from migrationd.errors import StoreError
 from migrationd.guest.held import HeldGuest
 from migrationd.guest.run_state import LazyHandOver, Owner
 from migrationd.migration.options import MigrationOptions
@@ -122,17 +123,28 @@ class OutgoingObserver:
         self._run.learn_order(self._guest, order)
 
     async def handed_over(self) -> None:
-        """Put on record that the guest is elsewhere."""
+        """Put on record that the guest is elsewhere, as it is whatever the disk says."""
         was_postcopy = self._lazy is not None
         if self._gives_memory or (self._releases_memory and was_postcopy):
             self._run.give_up_memory(self._guest)
-        await self._run.record_owner(self._guest, Owner.HANDED_OVER, self._destination)
+        await self._record_end(Owner.HANDED_OVER, self._destination)
         self._run.in_switchover = False
 
     async def kept(self, *, may_be_elsewhere: bool) -> None:
         """Put on record that the guest is held here; let it go on unless it may run elsewhere."""
         if self._run.in_switchover:
-            await self._run.record_owner(self._guest, Owner.HELD, None)
+            await self._record_end(Owner.HELD, None)
             self._run.in_switchover = False
         if self._was_stopped and not may_be_elsewhere:
             await self._run.resume_workload(self._guest)
+
+    async def _record_end(self, owner: Owner, destination: str | None) -> None:
+        """Put on record how it ended.
+
+        A disk that cannot take it keeps ``handing-over``, with which the next daemon sends
+        nothing before its user has looked.
+        """
+        try:
+            await self._run.record_owner(self._guest, owner, destination)
+        except StoreError as error:
+            log.error("on record the guest is still being handed over: %s", error)

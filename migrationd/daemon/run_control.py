@@ -12,7 +12,7 @@ from collections.abc import Callable, Coroutine
 
 from migrationd.config import DaemonConfig
 from migrationd.daemon.shelter import Shelter
-from migrationd.errors import GuestError, QMPError
+from migrationd.errors import GuestError, QMPError, StoreError
 from migrationd.guest.attached import AttachedGuest
 from migrationd.guest.held import HeldGuest
 from migrationd.guest.parked import ParkedGuest
@@ -112,15 +112,16 @@ class RunControl:
 
         Raises:
             QMPError: It has no memory any more.
+            StoreError: It cannot be put on record that it is here again, and so it is not.
             GuestError: It does not start.
         """
         guest = self.guest
         if guest is not None and not guest.has_memory:
             raise QMPError("The guest's memory itself went to the destination, none is left here")
         if guest is not None and guest.owner is not Owner.HELD:
+            await self._shelter.record_owner(guest, Owner.HELD, None)
             log.warning("the guest is taken back: it must not run at the destination any more")
             guest.owner = Owner.HELD
-            self._spawn(self._shelter.record_owner(guest, None))
             if isinstance(guest, ParkedGuest):
                 self.set_next_run_state(guest, RUNNING)
                 self._bus.emit("RESUME", None)
@@ -144,7 +145,7 @@ class RunControl:
     def set_next_run_state(self, guest: ParkedGuest, run_state: str) -> None:
         """Put on record what a parked guest does where it goes next."""
         guest.choose_run_state(run_state)
-        self._spawn(self._shelter.record_run_state(run_state))
+        self._keep_record(self._shelter.record_run_state(run_state))
 
     async def resume_workload(self, guest: HeldGuest) -> None:
         """Let a workload go on that was stopped for a migration which failed."""
@@ -209,7 +210,7 @@ class RunControl:
                 await self._shelter.forget_clone()
             return
         guest.owner = owner
-        await self._shelter.record_owner(guest, destination, lazy)
+        await self._shelter.record_owner(guest, owner, destination, lazy)
 
     def give_up_memory(self, guest: HeldGuest) -> None:
         """Let the guest's memory go, which the destination has: nothing can be taken back."""
@@ -228,9 +229,20 @@ class RunControl:
         """Put on record that the destination of a postcopy has loaded the guest."""
         # Handed to the writer now: it keeps the order of the calls.
         if self._config.keep:
-            self._spawn(self._shelter.record_clone(destination, lazy))
+            self._keep_record(self._shelter.record_clone(destination, lazy))
         else:
-            self._spawn(self._shelter.record_owner(guest, destination, lazy))
+            self._keep_record(self._shelter.record_owner(guest, guest.owner, destination, lazy))
+
+    def _keep_record(self, written: "asyncio.Future[None]") -> None:
+        """Let a record be written that nobody waits for: the one before it is safe as well."""
+
+        async def log_failure() -> None:
+            try:
+                await written
+            except StoreError as error:
+                log.error("the record beside the guest is not up to date: %s", error)
+
+        self._spawn(log_failure())
 
     def learned_order(self) -> Order | None:
         """In which order the guest asks for its pages, empty if unknown; None if unwanted."""

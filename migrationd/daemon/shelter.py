@@ -240,7 +240,11 @@ class Shelter:
         return guest
 
     def record_owner(
-        self, guest: HeldGuest, destination: str | None, lazy: LazyHandOver | None = None
+        self,
+        guest: HeldGuest,
+        owner: Owner,
+        destination: str | None,
+        lazy: LazyHandOver | None = None,
     ) -> "asyncio.Future[None]":
         """Put on record who owns the guest, durably where it rests in a file.
 
@@ -248,10 +252,15 @@ class Shelter:
 
         Returns:
             Done when the record is on stable storage; raises StoreError if it cannot be.
+        Args:
+            guest: The held guest.
+            owner: What is to be on record; the guest itself is not changed.
+            destination: Where it goes or went.
+            lazy: How, if it goes by postcopy.
+
         """
         if isinstance(guest, AttachedGuest):
-            return self._tell_workload(guest, OwnerNote(guest.owner, destination, lazy))
-        owner = guest.owner.value
+            return self._tell_workload(guest, OwnerNote(owner, destination, lazy))
         flags = asdict(lazy) if lazy is not None else None
         return self._record(lambda directory: directory.record_owner(owner, destination, flags))
 

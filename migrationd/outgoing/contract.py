@@ -108,10 +108,10 @@ class Observer(Protocol):
         """A postcopy is complete: the order in which the guest asks for its pages."""
 
     async def handed_over(self) -> None:
-        """The destination holds the guest (before status ``completed``)."""
+        """The destination holds the guest (before status ``completed``); never raises."""
 
     async def kept(self, *, may_be_elsewhere: bool) -> None:
-        """The guest stays here (before status ``failed`` or ``cancelled``).
+        """The guest stays here (before status ``failed`` or ``cancelled``); never raises.
 
         Args:
             may_be_elsewhere: Whether the destination has all that it needs to run it.
