@@ -26,7 +26,13 @@ from migrationd.errors import StoreError
 from migrationd.store.mapped_ram import Layout, plan_layout
 from migrationd.store.mapped_ram_reader import Contents, read_contents
 from migrationd.store.mapped_ram_writer import MappedRamWriter
-from migrationd.store.sidecar import Sidecar, read_sidecar, sync_directory, write_sidecar
+from migrationd.store.sidecar import (
+    Sidecar,
+    read_sidecar,
+    sync_directory,
+    write_aside,
+    write_sidecar,
+)
 from migrationd.store.write_behind import WriteBehind
 
 
@@ -131,7 +137,7 @@ class ParkedDirectory:
         self._part = path / f"{name}.mapped-ram.part"
         self._sidecar = path / f"{name}.json"
         try:
-            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            _make_directory(path)
             self._lock = os.open(
                 path / f"{name}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600
             )
@@ -177,17 +183,20 @@ class ParkedDirectory:
         """Let another whole file be the guest, whatever rests here; it keeps its own name too.
 
         Raises:
-            OSError: As the calls. A crash leaves the old guest, none, or the new one.
+            OSError: As the calls; with a full disk the old guest is still there. A crash leaves
+                the old guest, none, or the new one.
             StoreError: The guest here is a template.
         """
         if self._is_template:
             raise StoreError(f"'{self._ram}' is a template (-keep): it is only read")
         self.remove_part()
+        record = write_aside(self._sidecar, sidecar)
         os.link(file, self._part)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self._ram)
             sync_directory(self._path)
-        write_sidecar(self._sidecar, sidecar)
+        os.rename(record, self._sidecar)
+        sync_directory(self._path)
         os.rename(self._part, self._ram)
         sync_directory(self._path)
 
@@ -363,3 +372,11 @@ class ParkedDirectory:
             write_sidecar(self._sidecar, sidecar)
         except OSError as error:
             raise StoreError(f"'{self._sidecar}': {error.strerror}") from error
+
+
+def _make_directory(path: Path) -> None:
+    """Make what is missing of a path, durably: a guest is not kept in what nobody finds again."""
+    missing = [place for place in (path, *path.parents) if not place.exists()]
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for place in reversed(missing):
+        sync_directory(place.parent)

@@ -71,14 +71,23 @@ def write_sidecar(path: Path, sidecar: Sidecar) -> None:
     Raises:
         OSError: It is not on stable storage.
     """
+    os.rename(write_aside(path, sidecar), path)
+    sync_directory(path.parent)
+
+
+def write_aside(path: Path, sidecar: Sidecar) -> Path:
+    """Write a sidecar beside the one that it is to replace; returns where, to be renamed.
+
+    Raises:
+        OSError: It is not on stable storage.
+    """
     aside = path.with_name(path.name + ".part")
     text = json.dumps({"version": SIDECAR_VERSION, **asdict(sidecar)}, indent=2)
     with open(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
         file.write(text.encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
-    os.rename(aside, path)
-    sync_directory(path.parent)
+    return aside
 
 
 def sync_directory(path: Path) -> None:

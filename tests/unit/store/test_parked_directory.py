@@ -201,6 +201,16 @@ def test_a_section_that_would_not_read_back_is_not_stored(directory: ParkedDirec
     assert directory.find() is None
 
 
+def test_a_directory_that_is_made_is_durable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[Path] = []
+    monkeypatch.setattr(parked_directory, "sync_directory", synced.append)
+    ParkedDirectory(tmp_path / "a" / "b", "vm1").close()
+    ParkedDirectory(tmp_path / "a" / "b", "vm1").close()
+    assert synced == [tmp_path, tmp_path / "a"]
+
+
 class Died(BaseException):
     """Stands for the end of the process."""
 

@@ -108,3 +108,19 @@ def test_a_state_that_cannot_be_read_takes_nobodys_place(
     with pytest.raises(StoreError):
         snapshots.load("bad")
     assert inode(directory) == there
+
+
+def test_the_guest_stays_if_the_disk_is_too_full_for_the_record_of_another_one(
+    directory: ParkedDirectory, tmp_path: Path
+) -> None:
+    snapshots = Snapshots(directory)
+    snapshots.save("first")
+    let_another_guest_arrive(directory)
+    second = inode(directory)
+    (tmp_path / "vm1.json.part").mkdir()
+    with pytest.raises(StoreError, match="Is a directory"):
+        snapshots.load("first")
+    assert inode(directory) == second
+    (tmp_path / "vm1.json.part").rmdir()
+    snapshots.load("first")
+    assert inode(directory) != second
