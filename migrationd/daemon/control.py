@@ -253,6 +253,8 @@ class GuestControl:
             if self._run.expects_guest:
                 raise QMPError("Guest is waiting for an incoming migration")
             raise QMPError("There is no guest to migrate: start with -incoming or a guest at rest")
+        if self._shelter.is_replacing:
+            raise QMPError("A snapshot is being loaded")
         if guest.owner is not Owner.HELD:
             raise QMPError("Can't migrate the vm that was paused due to previous migration")
         incoming = self.incoming.migration

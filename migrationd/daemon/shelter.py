@@ -176,10 +176,12 @@ class Shelter:
 
     Attributes:
         slot: The workload that is attached.
+        is_replacing: Whether a saved state is just taking the held guest's place.
     """
 
     def __init__(self, config: DaemonConfig) -> None:
         self.slot = WorkloadSlot()
+        self.is_replacing = False
         self._is_attached = config.attach_path is not None
         self._is_template = config.keep
         self._clone: CloneRecord | None = None
@@ -250,19 +252,21 @@ class Shelter:
 
         Records are written in the order of the calls, awaited or not.
 
-        Returns:
-            Done when the record is on stable storage; raises StoreError if it cannot be.
         Args:
             guest: The held guest.
             owner: What is to be on record; the guest itself is not changed.
             destination: Where it goes or went.
             lazy: How, if it goes by postcopy.
 
+        Returns:
+            Done when the record is on stable storage; raises StoreError if it cannot be.
         """
         if isinstance(guest, AttachedGuest):
             return self._tell_workload(guest, OwnerNote(owner, destination, lazy))
         flags = asdict(lazy) if lazy is not None else None
-        return self._record(lambda directory: directory.record_owner(owner, destination, flags))
+        return self._record(
+            lambda directory: directory.record_owner(owner.value, destination, flags)
+        )
 
     def record_clone(self, destination: str, lazy: LazyHandOver) -> "asyncio.Future[None]":
         """Put on record that a clone of the template runs, or may run, without its memory."""

@@ -85,9 +85,13 @@ class GuestSnapshots:
             snapshots.load(tag)
             return self._shelter.find()
 
-        guest = await self._shelter.with_snapshots(load)
-        assert guest is not None
-        self._replace(guest)
+        self._shelter.is_replacing = True
+        try:
+            guest = await self._shelter.with_snapshots(load)
+            assert guest is not None
+            self._replace(guest)
+        finally:
+            self._shelter.is_replacing = False
 
     async def delete(self, tag: str) -> None:
         """Remove a saved state; nothing if there is none.
@@ -110,6 +114,8 @@ class GuestSnapshots:
     def _check_rests(self) -> None:
         if self._is_migrating():
             raise QMPError("There's a migration process in progress")
+        if self._shelter.is_replacing:
+            raise QMPError("A snapshot is being loaded")
         guest = self._guest()
         if isinstance(guest, AttachedGuest):
             raise QMPError("Snapshots of an attached guest are not supported in this version")

@@ -2,16 +2,20 @@
 
 import asyncio
 import json
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from migrationd.clock import SystemClock
 from migrationd.config import DaemonConfig
 from migrationd.daemon.assembly import assemble
 from migrationd.daemon.control import GuestControl
 from migrationd.qmp.event_bus import EventBus
+from migrationd.store.snapshots import Snapshots
 from tests.support.deadline import until
 from tests.support.monitor import Monitor
 from tests.unit.store.guests import store_guest
@@ -131,3 +135,30 @@ async def test_not_while_it_migrates(tmp_path: Path) -> None:
         await until(lambda: control.run_state == "postmigrate", "the migration")
         gone = "The guest was handed over; cont takes it back"
         assert await run_job(monitor, "snapshot-load", "s") == gone
+
+
+async def test_a_guest_that_is_being_replaced_does_not_leave(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store_guest(tmp_path)
+    begun, may_go_on = threading.Event(), threading.Event()
+    load = Snapshots.load
+
+    def wait_and_load(snapshots: Snapshots, tag: str) -> None:
+        begun.set()
+        assert may_go_on.wait(30)
+        load(snapshots, tag)
+
+    monkeypatch.setattr(Snapshots, "load", wait_and_load)
+    async with daemon(tmp_path) as (control, monitor):
+        assert await run_job(monitor, "snapshot-save", "s") is None
+        held = control.guest
+        loading = asyncio.create_task(run_job(monitor, "snapshot-load", "s"))
+        await until(begun.is_set, "the job has begun")
+        refused = await ask(monitor, "migrate", uri="exec:cat > /dev/null")
+        may_go_on.set()
+        assert refused == "A snapshot is being loaded"
+        assert await loading is None
+        assert control.guest is not held
+        assert await ask(monitor, "migrate", uri="exec:cat > /dev/null") == {}
+        await until(lambda: control.run_state == "postmigrate", "the migration")
