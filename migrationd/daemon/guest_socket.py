@@ -16,13 +16,15 @@ import stat
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-from migrationd.errors import GuestError, MigrationdError
+from migrationd.errors import MigrationdError
 from migrationd.guest.attached import AttachedGuest
 from migrationd.guest.workload_link import WorkloadLink
 
 log = logging.getLogger(__name__)
 
 _BACKLOG = 4
+_AGAIN_S = 0.1
+"""After a workload that could not be taken: what is short may be there again."""
 
 
 class GuestSocket:
@@ -65,14 +67,22 @@ class GuestSocket:
         while True:
             await _readable(self._socket.fileno())
             try:
-                sock, _ = self._socket.accept()
+                with contextlib.ExitStack() as on_error:
+                    sock, _ = self._socket.accept()
+                    on_error.callback(sock.close)
+                    # Ours, so that it is noticed as well that a failed migration closed the link.
+                    watched = os.dup(sock.fileno())
+                    on_error.pop_all()
+            except BlockingIOError:
+                continue
             except OSError as error:
                 log.warning("guest socket: %s", error.strerror)
+                await asyncio.sleep(_AGAIN_S)
                 continue
-            # Ours, so that it is noticed as well that a failed migration has closed the link.
-            watched = os.dup(sock.fileno())
             try:
                 await self._attend(WorkloadLink(sock), watched)
+            except Exception:  # a defect of ours must not keep the next workload out
+                log.exception("internal error while a workload was attended")
             finally:
                 os.close(watched)
 
@@ -83,12 +93,14 @@ class GuestSocket:
                 None, _introduce, link, self._tracking
             )
             await self._on_attached(guest)
-        except MigrationdError as error:
-            log.warning("a workload was refused: %s", error)
+        except Exception as error:
             if guest is not None:
                 guest.close()
             else:
                 link.close()
+            if not isinstance(error, MigrationdError):
+                raise
+            log.warning("a workload was refused: %s", error)
             return
         log.info(
             "workload %s attached: %d RAM blocks, %d MiB",
@@ -106,7 +118,7 @@ def _introduce(link: WorkloadLink, tracking: str) -> AttachedGuest:
     introduced = link.introduction()
     try:
         return AttachedGuest(link, introduced, tracking)
-    except GuestError:
+    except BaseException:
         introduced.close()
         raise
 
