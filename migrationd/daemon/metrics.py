@@ -7,6 +7,7 @@ counters. The library is imported when the option is used.
 
 import asyncio
 import logging
+import socket
 import threading
 from collections.abc import Iterator
 from concurrent.futures import TimeoutError as FutureTimeoutError
@@ -99,7 +100,7 @@ class MetricsServer:
         registry.register(_GuestCollector(gauged, asyncio.get_running_loop()))
         try:
             self._server: WSGIServer = make_server(
-                host, port, make_wsgi_app(registry), _Server, _Handler
+                host, port, make_wsgi_app(registry), _server_class(host), _Handler
             )
         except OSError as error:
             raise MigrationdError(f"-metrics {host}:{port}: {error.strerror or error}") from error
@@ -133,6 +134,18 @@ class _Server(ThreadingWSGIServer):
         self.server_name = str(self.server_address[0])
         self.server_port = int(self.server_address[1])
         self.setup_environ()
+
+
+class _ServerOverIPv6(_Server):
+    address_family = socket.AF_INET6
+
+
+def _server_class(host: str) -> type[_Server]:
+    """What can listen on an address; IPv4 where the host has both, or none is named."""
+    if not host:
+        return _Server
+    families = {info[0] for info in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)}
+    return _Server if socket.AF_INET in families else _ServerOverIPv6
 
 
 class _Handler(_SilentHandler):

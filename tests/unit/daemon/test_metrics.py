@@ -45,9 +45,9 @@ class Gauged:
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
 
-async def scrape(server: MetricsServer) -> Samples:
+async def scrape(server: MetricsServer, host: str = "127.0.0.1") -> Samples:
     def get() -> str:
-        url = f"http://127.0.0.1:{server.port}/metrics"
+        url = f"http://{host}:{server.port}/metrics"
         with urllib.request.urlopen(url, timeout=10) as reply:
             return str(reply.read().decode())
 
@@ -117,3 +117,12 @@ async def test_an_address_in_use_is_one_clear_error() -> None:
         port = taken.getsockname()[1]
         with pytest.raises(MigrationdError, match=f"-metrics 127.0.0.1:{port}: "):
             MetricsServer("127.0.0.1", port, Gauged())
+
+
+async def test_metrics_over_ipv6() -> None:
+    server = MetricsServer("::1", 0, Gauged())
+    try:
+        samples = await scrape(server, "[::1]")
+    finally:
+        await server.aclose()
+    assert value(samples, "migrationd_guest_ram_bytes") == 0
