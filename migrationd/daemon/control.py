@@ -82,6 +82,7 @@ class GuestControl:
         self._shelter = shelter
         self._on_quit = on_quit
         self._outgoing: OutgoingMigration | None = None
+        self._leaving: set[HeldGuest] = set()
         self._guest_socket: GuestSocket | None = None
         self._tasks: set[asyncio.Future[None]] = set()
         self._run = RunControl(config, bus, shelter, self._spawn)
@@ -171,7 +172,7 @@ class GuestControl:
         )
         dialect = dialect_of(guest.identity.machine, guest.seen)
         self._outgoing = OutgoingMigration(guest, dialect, settings, self._clock, observer)
-        self._spawn(self._outgoing.run(None))
+        self._carry(self._outgoing, guest, None)
 
     def open_guest_socket(self, path: str) -> None:
         """Listen for the workload of ``-guest attach``.
@@ -226,8 +227,7 @@ class GuestControl:
         if self._run.guest is guest:
             self._run.guest = None
             self._run.in_switchover = False
-        is_leaving = self._outgoing is not None and self._outgoing.is_running
-        if not is_loading and not is_leaving:
+        if not is_loading and guest not in self._leaving:
             guest.close()
 
     def migrate(self, channels: Sequence[MigrationChannel], *, resume: bool, fds: FdLookup) -> None:
@@ -295,9 +295,25 @@ class GuestControl:
                 open_channel = after_hand_over(guest, CprSender(cpr), open_channel)
         except MigrationdError as error:
             failure = error
-            self._spawn(migration.run(lambda: _fail(failure)))
+            self._carry(migration, guest, lambda: _fail(failure))
             raise
-        self._spawn(migration.run(open_channel))
+        self._carry(migration, guest, open_channel)
+
+    def _carry(
+        self, migration: OutgoingMigration, guest: HeldGuest, open_channel: OpenChannel | None
+    ) -> None:
+        """Let a migration run; a workload that died on the way is let go behind it."""
+        self._leaving.add(guest)
+
+        async def run() -> None:
+            try:
+                await migration.run(open_channel)
+            finally:
+                self._leaving.discard(guest)
+                if isinstance(guest, AttachedGuest) and self._run.guest is not guest:
+                    guest.close()
+
+        self._spawn(run())
 
     def _opener(self, address: Address, fds: FdLookup, keep: tuple[int, int] | None) -> OpenChannel:
         """What opens the main channel; what is opened at once is open when this returns."""

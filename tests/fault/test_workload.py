@@ -17,6 +17,7 @@ from migrationd.ctl.daemon_process import DaemonProcess
 from migrationd.ctl.dirtier_process import DirtierProcess
 from tests.support import workloads
 from tests.support.deadline import until
+from tests.support.resources import given_back, held
 from tests.support.results import add_row
 from tests.support.starting import start_both
 from tests.support.workloads import needs_scan
@@ -201,3 +202,23 @@ async def a_next_one_is_taken(directory: Path, two: Pair, at_source: bool) -> No
         else:
             marks = len(daemon.stderr)
             await until(lambda: "attached" in daemon.stderr[marks:], "it attaches")
+
+
+async def test_workloads_that_die_on_their_way_leave_nothing_behind(tmp_path: Path) -> None:
+    socket = FaultyDirtier(tmp_path, "here", None)
+    async with await DaemonProcess.start(arguments=socket.daemon_arguments) as daemon:
+        await daemon.set_parameters({"max-bandwidth": 1 << 20})
+
+        async def die() -> None:
+            async with FaultyDirtier(tmp_path, "here", None) as work:
+                await daemon.wait_run_state("running")
+                await daemon.execute("migrate", {"uri": "exec:cat > /dev/null"})
+                await daemon.wait_migration("active")
+                work.process.kill()
+                await work.process.wait()
+                await daemon.wait_migration("failed")
+
+        await die()
+        before = held(daemon.pid)
+        await die()
+        await given_back(daemon.pid, before, "the memory of a dead workload is given back")
