@@ -5,6 +5,7 @@ import contextlib
 import logging
 import os
 import re
+import socket
 from collections.abc import AsyncIterator, Mapping
 
 from qemu.qmp import EventListener, ExecuteError, QMPClient, QMPError
@@ -90,8 +91,11 @@ async def connected(address: str, timeout_s: float = CONNECT_TIMEOUT_S) -> Async
         ) from None
     except QMPError as error:
         cause = getattr(error, "exc", None)
-        errno = cause.errno if isinstance(cause, OSError) else None
-        reason = os.strerror(errno) if errno else str(error)
+        reason = str(error)
+        if isinstance(cause, socket.gaierror):
+            reason = cause.strerror or reason
+        elif isinstance(cause, OSError) and cause.errno:
+            reason = os.strerror(cause.errno)  # shorter than the event loop's text
         raise ClientError(f"cannot connect to {address}: {reason}") from error
     try:
         yield Monitor(client, address)
@@ -104,13 +108,16 @@ def parse_address(text: str) -> str | tuple[str, int]:
     """Tell a socket's path from a host and port.
 
     Raises:
-        ClientError: A ``tcp:`` address without a port.
+        ClientError: A ``tcp:`` address without a port, or with one that is none.
     """
     if text.startswith("unix:"):
         return text.removeprefix("unix:")
     found = re.fullmatch(r"(?:tcp:)?(\[[^]]+]|[^:/\[\]]+):(\d{1,5})", text)
     if found is not None:
-        return found[1].strip("[]"), int(found[2])
+        port = units.parse_whole(found[2], units.PORT_MAX)
+        if port is None:
+            raise ClientError(f"'{text}': ports go up to {units.PORT_MAX}")
+        return found[1].strip("[]"), port
     if text.startswith("tcp:"):
         raise ClientError(f"'{text}' is not tcp:HOST:PORT")
     return text

@@ -46,7 +46,8 @@ async def recover(source: Monitor, destination: Monitor, listen: str, connect: s
     is_told = False
     while (status := (await source.query_migrate()).get("status")) != PAUSED:
         if status not in _MIGRATING:
-            raise ClientError(f"the source has no postcopy to recover: its status is '{status}'")
+            found = f"its status is '{status}'" if status else "it has not migrated"
+            raise ClientError(f"the source has no postcopy to recover: {found}")
         if status == "postcopy-active" and not is_told:
             is_told = True
             await pause(source)

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from qemu.qmp import ConnectError, QMPClient
 
 from migrationd.ctl.client import ClientError, connected, parse_address, parse_size
 
@@ -28,6 +29,23 @@ def test_addresses(text: str, address: object) -> None:
 def test_tcp_needs_a_port() -> None:
     with pytest.raises(ClientError, match="is not tcp:HOST:PORT"):
         parse_address("tcp:host")
+
+
+def test_ports_have_an_end() -> None:
+    with pytest.raises(ClientError, match="ports go up to 65535"):
+        parse_address("host:65536")
+
+
+async def test_a_host_that_is_not_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def fail(_: QMPClient, address: object) -> None:
+        raise ConnectError(
+            "Failed to establish connection", socket.gaierror(-2, "Name or service not known")
+        )
+
+    monkeypatch.setattr(QMPClient, "connect", fail)
+    with pytest.raises(ClientError, match="cannot connect to host:1: Name or service not known"):
+        async with connected("host:1"):
+            pass
 
 
 @pytest.mark.parametrize(

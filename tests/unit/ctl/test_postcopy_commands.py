@@ -14,7 +14,9 @@ NOTHING_TO_PAUSE = "migrate-pause is currently only supported during postcopy-ac
 class End:
     """A monitor whose status follows a script; refusals by command."""
 
-    def __init__(self, *statuses: str, refuses: Mapping[str, list[str]] | None = None) -> None:
+    def __init__(
+        self, *statuses: str | None, refuses: Mapping[str, list[str]] | None = None
+    ) -> None:
         self.statuses = list(statuses)
         self.refuses = dict(refuses or {})
         self.said: list[tuple[str, bool]] = []
@@ -64,6 +66,7 @@ async def test_ends_that_have_not_noticed_are_paused_first() -> None:
     ("source", "destination", "text"),
     [
         (End("completed"), End("x"), "no postcopy to recover: its status is 'completed'"),
+        (End(None), End("x"), "no postcopy to recover: it has not migrated"),
         (End("postcopy-active"), End("x"), "the source is still in 'postcopy-active'"),
         (
             End("postcopy-paused"),
