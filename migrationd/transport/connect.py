@@ -32,6 +32,7 @@ from migrationd.transport.channel import Channel
 from migrationd.transport.command import start_command
 from migrationd.transport.fdset import open_file
 from migrationd.transport.resolve import SocketTarget, resolve
+from migrationd.units import parse_whole
 
 FdLookup = Callable[[str], int]
 """Gives up the descriptor of a name; raises an error of ours if there is none."""
@@ -188,9 +189,10 @@ def vsock_socket(cid: str, port: str) -> tuple[socket.socket, tuple[int, int]]:
     """
     numbers = []
     for name, text in (("cid", cid), ("port", port)):
-        if not (text.isascii() and text.isdigit()) or int(text[:20]) >= 1 << 32:
+        number = parse_whole(text, (1 << 32) - 1)
+        if number is None:
             raise ConnectFailed(f"Failed to parse {name} '{text}'")
-        numbers.append(int(text))
+        numbers.append(number)
     try:
         sock = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
     except OSError as error:

@@ -100,6 +100,10 @@ async def test_each_address_of_a_name_is_tried(
         ("vsock:a:1", "Failed to parse cid 'a'"),
         ("vsock:1:2:3", "Failed to parse port '2:3'"),
         ("vsock:2:99999999999", "Failed to parse port '99999999999'"),
+        (
+            "vsock:000000000000000000004294967297:1",
+            "Failed to parse cid '000000000000000000004294967297'",
+        ),
         ("unix:/nonexistent/s", "Failed to connect to '/nonexistent/s': No such file or directory"),
         ("unix:" + "p" * 120, f"UNIX socket path '{'p' * 120}' is too long"),
         ("fd:x", "'fd:x' is no socket address"),
