@@ -16,7 +16,7 @@ from migrationd.guest.device import DeviceState
 from migrationd.guest.dirty import DirtyTracker, NoTracker, PagemapTracker
 from migrationd.guest.dirty_log import DirtyLog
 from migrationd.guest.fault_tracker import FaultTracker
-from migrationd.guest.handed import HandedMemory, empty_memfd
+from migrationd.guest.handed import HandedMemory, duplicate_all, empty_memfd
 from migrationd.guest.huge_block import workload_block
 from migrationd.guest.instant import MemoryAtInstant
 from migrationd.guest.memory import Pages, SharedMemory, memory_page_bytes
@@ -394,10 +394,7 @@ class AttachedGuest(Owned):
         }
         entries = tuple(CprEntry(block.idstr) for block in self.ram)
         state = CprState(entries, encode_workload_tail(json.dumps(told).encode()))
-        try:
-            return HandedMemory(state, [os.dup(fd) for _, fd in self._introduced.blocks])
-        except OSError as error:
-            raise GuestError(f"handing memory over: {error.strerror}") from error
+        return HandedMemory(state, duplicate_all([fd for _, fd in self._introduced.blocks]))
 
     def adopt(self, handed: HandedMemory) -> None:
         """Put memory of another process in the place of its own, for a destination.
@@ -412,7 +409,8 @@ class AttachedGuest(Owned):
                     f"the memory of RAM block '{block.idstr}' is in huge pages, here it is not"
                 )
         for index, fd in enumerate(found):
-            self._remap(index, os.dup(fd), is_lent=True)
+            (own,) = duplicate_all([fd])
+            self._remap(index, own, is_lent=True)
 
     def give_up_memory(self) -> None:
         """Let go of its memory, which is another process's now; it has empty memory then.

@@ -80,18 +80,27 @@ class HandedMemory:
         Raises:
             GuestError: There are too many descriptors.
         """
-        fds: list[int] = []
-        try:
-            fds.extend(os.dup(fd) for fd in self._fds)
-        except OSError as error:
-            close_all(fds)
-            raise GuestError(f"handing memory over: {error.strerror}") from error
-        return HandedMemory(self.state, fds)
+        return HandedMemory(self.state, duplicate_all(self._fds))
 
     def close(self) -> None:
         """Close the descriptors, any number of times."""
         close_all(self._fds)
         self._fds = []
+
+
+def duplicate_all(fds: Sequence[int]) -> list[int]:
+    """The same memory by other descriptors, which belong to the caller.
+
+    Raises:
+        GuestError: There are too many descriptors; none is left over.
+    """
+    copies: list[int] = []
+    try:
+        copies.extend(os.dup(fd) for fd in fds)
+    except OSError as error:
+        close_all(copies)
+        raise GuestError(f"handing memory over: {error.strerror}") from error
+    return copies
 
 
 class CopiedMemory(AnonymousMemory):

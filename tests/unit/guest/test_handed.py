@@ -8,7 +8,13 @@ import pytest
 from migrationd.codec.cpr import CprEntry, CprState
 from migrationd.errors import GuestError, StreamCorrupt
 from migrationd.guest.base import GuestIdentity, SeenOnArrival
-from migrationd.guest.handed import CopiedMemory, HandedMemory, empty_memfd, map_handed
+from migrationd.guest.handed import (
+    CopiedMemory,
+    HandedMemory,
+    duplicate_all,
+    empty_memfd,
+    map_handed,
+)
 from migrationd.guest.memory import AnonymousMemory, Memory, SharedMemory
 from migrationd.guest.parked import ParkedGuest
 from migrationd.guest.ram_block import RamBlockSpec
@@ -43,6 +49,25 @@ def test_descriptors_are_counted_and_closed() -> None:
     memory.close()
     copy.close()
     assert open_count() == before
+
+
+def test_descriptors_that_were_made_are_closed_when_there_are_no_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    memory = handed()
+    before = open_count()
+    real = os.dup
+
+    def dup(fd: int) -> int:
+        if fd == memory.fds[1]:
+            raise OSError(24, "Too many open files")
+        return real(fd)
+
+    monkeypatch.setattr(os, "dup", dup)
+    with pytest.raises(GuestError, match="Too many open files"):
+        duplicate_all(memory.fds)
+    assert open_count() == before
+    memory.close()
 
 
 def test_a_parked_guest_stays_in_the_memory_that_it_had() -> None:
