@@ -42,13 +42,14 @@ class Display(contextlib.AbstractContextManager["Display"]):
 
 
 class LineDisplay(Display):
-    """A line per second, and one whenever the status changes."""
+    """A line per second while something changes, and one whenever the status does."""
 
     def __init__(self, console: Console, label: str = "") -> None:
         self._console = console
         self._label = f"{label} " if label else ""
         self._status = ""
         self._next_s = 0.0
+        self._last = ""
 
     def show(self, now_s: float, progress: Progress, note: str = "") -> None:
         """Show one look."""
@@ -57,6 +58,9 @@ class LineDisplay(Display):
         self._status = progress.status
         self._next_s = now_s + _LINE_EVERY_S
         line = self._label + progress_line(progress) + (f"  {note}" if note else "")
+        if line == self._last:
+            return
+        self._last = line
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 

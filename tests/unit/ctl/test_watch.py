@@ -54,6 +54,14 @@ def test_lines_are_not_more_than_one_a_second() -> None:
     assert printed(output).splitlines() == ["active  at 0.0", "active  at 1.1"]
 
 
+def test_what_stands_still_is_one_line() -> None:
+    output = console(terminal=False)
+    display = LineDisplay(output)
+    for now_s in range(5):
+        display.show(float(now_s), Progress("none" if now_s < 4 else "active"))
+    assert printed(output).splitlines() == ["none", "active"]
+
+
 def test_bar_shows_the_figures() -> None:
     output = console(terminal=True)
     with make_display(output, "in") as display:
