@@ -30,6 +30,7 @@ from migrationd.transport.address import (
 )
 from migrationd.transport.channel import Channel
 from migrationd.transport.command import start_command
+from migrationd.transport.congestion import use_no_pacing_on_this_host
 from migrationd.transport.fdset import open_file
 from migrationd.transport.resolve import SocketTarget, resolve
 from migrationd.units import parse_whole
@@ -208,6 +209,7 @@ async def _connect_inet(address: InetAddress, what: str) -> Channel:
         except OSError as error:
             failure = ConnectFailed(f"{what}: {error.strerror}")
             continue
+        use_no_pacing_on_this_host(sock, target)
         try:
             return await _connect_socket(sock, target, what)
         except ConnectFailed as error:
