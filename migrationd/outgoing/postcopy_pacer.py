@@ -61,17 +61,20 @@ class Pace:
     Attributes:
         window_pages: Pages of one write: a request on the same channel waits for one.
         queue_bytes: What may lie in the kernel, before a request on the same channel.
+        unread_bytes: What may lie in the kernels of both ends, where that can be told; 0 is
+            unlimited.
     """
 
     window_pages: int
     queue_bytes: int
+    unread_bytes: int = 0
 
 
-ALONE = Pace(window_pages=128, queue_bytes=256 << 10)
+ALONE = Pace(window_pages=128, queue_bytes=256 << 10, unread_bytes=1 << 20)
 """Nobody asks, or for what comes anyway: both ends are woken less often for large pieces. The
 first request after a while waits for half a millisecond."""
 
-SHARED = Pace(window_pages=8, queue_bytes=32 << 10)
+SHARED = Pace(window_pages=8, queue_bytes=32 << 10, unread_bytes=160 << 10)
 """Requests are answered on the same channel: what is before them is short."""
 
 BESIDE = Pace(window_pages=32, queue_bytes=128 << 10)

@@ -47,6 +47,9 @@ MESSAGES_MAX = 4096
 """Messages other than requests that a destination may send on one connection; real ones send
 one PONG per PING and one bitmap per block."""
 
+_UNREAD_WAIT_S = 0.002
+_UNREAD_LOOK_S = 0.0001
+
 _REQUEST_LIMIT_BYTES = 1 << 30
 """Longest request: the largest huge page that there is."""
 
@@ -323,6 +326,17 @@ class Push:
             channel.limit_send_queue(self._shares.pace.queue_bytes)
         # Here rather than in the write, which is made while a request has to wait.
         channel.wait_writable()
+        if self._shares.pace.unread_bytes:
+            self._wait_read(self._shares.pace.unread_bytes)
+
+    def _wait_read(self, most_bytes: int) -> None:
+        """Let the destination read what lies in its kernel; for a while, for it is a guess."""
+        end_s = self._clock.monotonic_s() + _UNREAD_WAIT_S
+        while self._writer.channel.queued_bytes() > most_bytes:
+            if self._stop.wait(_UNREAD_LOOK_S):
+                raise ChannelClosed("the channel was shut down")
+            if self._clock.monotonic_s() > end_s:
+                return
 
     def _account(self, size: int, pages: int, batch: Batch) -> None:
         if not size:

@@ -21,6 +21,7 @@ from collections.abc import Iterator
 
 from migrationd.errors import ChannelClosed, ConnectFailed
 from migrationd.transport.command import Command
+from migrationd.transport.tcp_queue import TcpQueue
 
 _PIPE_BYTES = 1 << 20
 
@@ -54,6 +55,7 @@ class SharedDescriptor:
         self._is_closing = False
         self._wakeup = -1
         self._socket: socket.socket | None = None
+        self._queue: TcpQueue | None = None
         self._must_wait_for_writer = stat.S_ISFIFO(mode)
         self.is_socket = self.is_duplex = stat.S_ISSOCK(mode)
         self.is_seekable = stat.S_ISREG(mode)
@@ -86,6 +88,7 @@ class SharedDescriptor:
         if self._is_inet:
             with contextlib.suppress(OSError):  # a protocol other than TCP
                 self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                self._queue = TcpQueue(self._socket)
 
     def peer_text(self) -> str:
         """The other end in words."""
@@ -117,6 +120,15 @@ class SharedDescriptor:
                     )
                 else:
                     self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, size_bytes)
+
+    def queued_bytes(self) -> int:
+        """About how much the kernels of both ends hold for the peer; 0 but for TCP."""
+        with self._in_use:
+            try:
+                return self._queue.size_bytes() if self._queue is not None else 0
+            except OSError:  # a protocol other than TCP
+                self._queue = None
+                return 0
 
     @contextlib.contextmanager
     def descriptor(self) -> Iterator[int]:
