@@ -126,6 +126,9 @@ class Shares:
 FIRST_GIVES_WAY_S = 3.0
 """What a guest's first resume may take longer, so that all that it asks for is known."""
 
+GIVES_WAY_S = 1.0
+"""What any other may, so that a guest that asks here and there has its pages at once."""
+
 _QUIET_S = 0.003
 _LOOK_S = 0.001
 
@@ -133,9 +136,9 @@ _LOOK_S = 0.001
 class GivesWay:
     """Holds the push back while the guest asks for pages here and there; pure.
 
-    What is pushed before it is asked for is never learned, and is in the way of what the guest
-    waits for: alone it has its pages so much sooner that little of the time is lost. One thread
-    asks.
+    What is pushed is in the way of what the guest waits for, and what came before it was asked
+    for is never learned. Alone the guest has its pages so much sooner that little time is lost.
+    One thread asks.
 
     Args:
         budget_s: How long it may hold the push back in all.

@@ -240,18 +240,22 @@ class PageSchedule:
                 state.remaining -= 1
         return True
 
-    def requested(self, block: int, first: int, count: int) -> None:
+    def requested(self, block: int, first: int, count: int) -> tuple[int, int, int] | None:
         """Let the push go where requests go; called by one thread.
 
         Args:
             block: Index of the block.
             first: First page of a request that was answered.
             count: Its pages.
+
+        Returns:
+            Pages that the guest has passed on its way there: first page, count, step.
         """
         walk = self._walks.follow(block, first, count)
         if walk is not None:
             self.strays += not walk.is_sure
             self._turns.append(walk)
+        return self._walks.passed
 
     def broken_off(self, batch: Batch) -> None:
         """Take back what of a batch was not sent; called by the thread that takes batches."""

@@ -65,15 +65,36 @@ class RequestLog:
     def __init__(self) -> None:
         self.pages: list[int] = []
         self.turns = 0
+        self._passed: list[tuple[int, int, int, int]] = []
+        self._passed_left = REQUESTS_KEPT
 
     def add(self, block: int, page: int) -> None:
         """Remember a request."""
         if len(self.pages) < REQUESTS_KEPT:
             self.pages.append(block << 40 | page)
 
+    def add_passed(self, block: int, first: int, count: int, step: int) -> None:
+        """Remember pages that the guest used before its last request, and did not ask for.
+
+        Args:
+            block: Index of the block.
+            first: The first of them.
+            count: How many, at least one.
+            step: 1 upwards, -1 downwards.
+        """
+        self._passed_left -= count
+        if self._passed_left >= 0:
+            self._passed.append((len(self.pages) - 1, block << 40 | first, count, step))
+
     def take(self) -> npt.NDArray[np.int64]:
-        """Block index and page of each, shape ``(n, 2)``."""
+        """Block index and page of each, those that were passed among them; shape ``(n, 2)``."""
         packed = np.array(self.pages, np.int64)
+        if self._passed:
+            before, firsts, counts, steps = np.array(self._passed, np.int64).T
+            ends = np.cumsum(counts)
+            offsets = np.arange(ends[-1]) - np.repeat(ends - counts, counts)
+            pages = np.repeat(firsts, counts) + offsets * np.repeat(steps, counts)
+            packed = np.insert(packed, np.repeat(before, counts), pages)
         return np.stack((packed >> 40, packed & ((1 << 40) - 1)), axis=1)
 
 
@@ -188,7 +209,9 @@ class RequestServer:
             return
         self._latency.add(time.perf_counter_ns() - arrived_ns)
         self._stats.answered(size, pages)
-        self._schedule.requested(block, first, count)
+        passed = self._schedule.requested(block, first, count)
+        if passed is not None:
+            self._requests.add_passed(block, *passed)
 
     def _locate(self, request: RequestPages) -> tuple[int, int, int]:
         """Block index, first target page and count of a request.

@@ -45,7 +45,7 @@ from migrationd.migration.latency import LatencyStats
 from migrationd.migration.stats import OutgoingStats
 from migrationd.outgoing.device_save import encode_device, free_section_id, full_sections
 from migrationd.outgoing.postcopy_learned import Order, batches, fits, merge
-from migrationd.outgoing.postcopy_pacer import FIRST_GIVES_WAY_S, GivesWay, Pacer
+from migrationd.outgoing.postcopy_pacer import FIRST_GIVES_WAY_S, GIVES_WAY_S, GivesWay, Pacer
 from migrationd.outgoing.postcopy_schedule import Batch, BlockPages, PageSchedule
 from migrationd.outgoing.postcopy_server import BATCH_PAGES, RequestLog
 from migrationd.outgoing.ram_save import RamSaver
@@ -132,9 +132,7 @@ class PostcopySource:
         self.pacer = Pacer(settings.max_bandwidth_bytes_per_s)
         self.is_loaded = settings.is_loaded
         self._learned: Order | None = None
-        self.gives_way = GivesWay(
-            FIRST_GIVES_WAY_S if settings.learned is not None and not len(settings.learned) else 0
-        )
+        self.gives_way = GivesWay(self._gives_way_s())
         if settings.learned is not None and fits(
             settings.learned, [block.page_count for block in guest.ram]
         ):
@@ -142,6 +140,15 @@ class PostcopySource:
         self._requested = threading.Event()
         if settings.at_once:
             self._requested.set()
+
+    def _gives_way_s(self) -> float:
+        """For how long the push may leave the guest alone."""
+        learned = self.settings.learned
+        if learned is not None and not len(learned):
+            return FIRST_GIVES_WAY_S
+        # Behind a limit the push is rarely in the way, and what it does not use is lost.
+        is_limited = self.guest.live is not None or self.settings.max_bandwidth_bytes_per_s
+        return 0.0 if is_limited else GIVES_WAY_S
 
     @property
     def is_requested(self) -> bool:

@@ -47,10 +47,16 @@ class Walk:
 
 
 class Walks:
-    """The walks that requests belong to; used by one thread."""
+    """The walks that requests belong to; used by one thread.
+
+    Attributes:
+        passed: Pages between the last request and the one before it on the same walk, which
+            were there when the guest came by: first page, count, step. None: it is on no walk.
+    """
 
     def __init__(self) -> None:
         self._walks: list[Walk] = []
+        self.passed: tuple[int, int, int] | None = None
 
     def follow(self, block: int, first: int, count: int) -> Walk | None:
         """Take a request.
@@ -64,12 +70,15 @@ class Walks:
             The walk that the push is to follow from here on; None if it does already.
         """
         known = self._find(block, first, count)
+        self.passed = None
         if known is None:
             walk = Walk(block, first, 1, 0, first + count, NEIGHBOUR_PAGES)
             self._walks = [walk, *self._walks[: _WALKS - 1]]
             return walk
         step = 1 if first >= known.last else -1
         hits = known.hits + 1 if step == known.step or not known.hits else 0
+        if hits >= _SURE_HITS and (between := abs(first - known.last) - 1) > 0:
+            self.passed = known.last + step, between, step
         known.last = first
         ahead = (known.cursor - first) * step
         ahead_pages = _AHEAD_PAGES << 2 * hits if hits < 8 else _AHEAD_MAX

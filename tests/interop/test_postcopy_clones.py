@@ -94,4 +94,4 @@ async def test_the_order_of_requests_is_learned_and_kept(
     add_row(config, TABLE, ("second", str(second)))
     add_row(config, TABLE, ("-learn-order off", str(without)))
     # How many requests it saves depends on how fast the guest is beside the push: the table tells.
-    assert min(first, second, without) > 0
+    assert min(first, without) > 0

@@ -3,6 +3,7 @@
 import numpy as np
 
 from migrationd.outgoing.postcopy_learned import batches, fits, merge
+from migrationd.outgoing.postcopy_server import RequestLog
 
 
 def order(*pages: tuple[int, int]) -> np.ndarray:
@@ -40,3 +41,16 @@ def test_zero_pages_go_first_then_the_others_as_they_were_asked_for() -> None:
 def test_huge_pages_are_left_to_the_push() -> None:
     present = [np.ones(1024, np.bool_)]
     assert list(batches(order((0, 0), (0, 512)), present, [512], 512)) == []
+
+
+def test_pages_that_were_passed_are_in_the_order_before_their_request() -> None:
+    log = RequestLog()
+    assert log.take().tolist() == []
+    log.add(1, 3)
+    log.add(0, 9)
+    log.add_passed(0, 7, 2, 1)
+    log.add(1, 40)
+    log.add_passed(1, 43, 3, -1)
+    assert log.take().tolist() == [
+        [1, 3], [0, 7], [0, 8], [0, 9], [1, 43], [1, 42], [1, 41], [1, 40],
+    ]  # fmt: skip

@@ -196,3 +196,18 @@ def test_what_went_ahead_is_kept_and_everything_else_is_discarded(seed: int) -> 
 def test_a_write_is_no_more_than_some_milliseconds_of_the_limit() -> None:
     assert Pacer(0).most_bytes() is None
     assert Pacer(10 << 20).most_bytes() == (10 << 20) // 100
+
+
+def test_what_a_walk_passed_is_known() -> None:
+    walks = Walks()
+    for page in (10, 12, 15):
+        walks.follow(0, page, 1)
+        assert walks.passed is None or page == 15
+    assert walks.passed == (13, 2, 1)
+    walks.follow(0, 16, 1)
+    assert walks.passed is None, "nothing lies between"
+    walks.follow(0, 5000, 1)
+    assert walks.passed is None, "it is another walk's first"
+    for page in (4998, 4990):
+        walks.follow(0, page, 1)
+    assert walks.passed == (4997, 7, -1)
