@@ -1,21 +1,26 @@
 """How live workloads converge: downtime, and what helps where the line is too thin.
 
     python -m benchmarks.convergence [downtime] [table] [idle] [--reps N] [--qemu BINARY]
+    python -m benchmarks.convergence downtime --within 90 --into FILE    # again and again
 
 ``downtime``: 1 GiB over tcp, default ``downtime-limit``, at two rates of writing, beside QEMU
 with a guest that writes as fast. ``table``: over a line of 1 Gbit/s, each way of converging at
 several rates. ``idle``: 4 GiB that nobody writes. Downtime is from the STOP of the source to the
-RESUME of the destination; "silent" is what the workload itself measured.
+RESUME of the destination; "silent" is what the workload itself measured. With ``--within`` and
+``--into`` the runs are made in pieces: each begins none after so many seconds, adds what it
+measured to a file of JSON lines, and shows what all of them measured.
 """
 
 import argparse
 import asyncio
 import contextlib
+import functools
+import json
 import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 
@@ -145,6 +150,12 @@ class Load:
     fill: str = "random"
 
 
+@functools.lru_cache
+def warm_once(size_bytes: int) -> None:
+    """What one run gives back is as good for the next."""
+    warm_memory(size_bytes)
+
+
 @contextlib.asynccontextmanager
 async def writer(load: Load, path: Path, report: Path) -> AsyncIterator[None]:
     """A workload of ours."""
@@ -164,7 +175,7 @@ async def workload_run(
     load: Load, capabilities: Mapping[str, bool], bandwidth: int, settle_s: float = 0.5
 ) -> Result:
     """A workload from one daemon to another."""
-    warm_memory((2 * load.mib + 512) << 20)
+    warm_once((2 * load.mib + 512) << 20)
     async with contextlib.AsyncExitStack() as stack:
         directory = Path(
             stack.enter_context(tempfile.TemporaryDirectory(prefix="migrationd-bench-"))
@@ -196,7 +207,7 @@ async def qemu_run(
     binary: str, load: Load, capabilities: Mapping[str, bool], bandwidth: int
 ) -> Result:
     """A guest that writes as fast from one QEMU to another."""
-    warm_memory((2 * load.mib + 512) << 20)
+    warm_once((2 * load.mib + 512) << 20)
     counted = RANGE_MIB * 256
     filled = (load.mib - RANGE_MIB - 64) * 256 if load.fill == "random" else 0
     guest = BootGuest(
@@ -229,36 +240,77 @@ def spread(values: list[float]) -> str:
     return f"{median(values):.0f} ({min(values):.0f}..{max(values):.0f})"
 
 
-async def downtime(binary: str | None, rates: list[int], reps: int) -> None:
-    """Default limit, no bandwidth limit."""
+class Runs:
+    """What was measured, by rate and pair, over as many pieces as it took.
+
+    Args:
+        within_s: No run begins later than this.
+        path: File with a JSON object for each run; None to begin with nothing and keep nothing.
+    """
+
+    def __init__(self, within_s: float, path: Path | None) -> None:
+        self._until_s = time.monotonic() + within_s
+        self._path = path
+        self._found: dict[tuple[int, str], list[Result]] = {}
+        if path is not None and path.exists():
+            for line in path.read_text().splitlines():
+                fields = json.loads(line)
+                key = (int(fields.pop("rate")), str(fields.pop("pair")))
+                self._found.setdefault(key, []).append(Result(**fields))
+
+    @property
+    def is_over(self) -> bool:
+        """Whether no further run begins."""
+        return time.monotonic() > self._until_s
+
+    def add(self, rate: int, pair: str, result: Result) -> None:
+        """Keep a run."""
+        self.of(rate, pair).append(result)
+        if self._path is not None:
+            with self._path.open("a") as file:
+                file.write(json.dumps({"rate": rate, "pair": pair, **asdict(result)}) + "\n")
+
+    def of(self, rate: int, pair: str) -> list[Result]:
+        """All runs of a pair at a rate."""
+        return self._found.setdefault((rate, pair), [])
+
+
+async def downtime(
+    binary: str | None, rates: list[int], reps: int, runs: Runs, every: int = 1
+) -> None:
+    """Default limit, no bandwidth limit; a QEMU beside every so many runs."""
     print(f"downtime, ms: 1 GiB of random bytes, {RANGE_MIB} MiB of it written, tcp, "
-          f"downtime-limit {LIMIT_MS}; median (least..most) of {reps}")  # fmt: skip
+          f"downtime-limit {LIMIT_MS}; median (least..most)")  # fmt: skip
     head = f"{'MB/s':>5} {'pair':<12}{'STOP to RESUME':>18}{'silent':>18}{'over the limit':>16}"
-    print(f"{head}{'passes':>8}{'total s':>9}{'MB sent':>9}{'CPU s':>7}")
+    print(f"{head}{'runs':>6}{'passes':>8}{'total s':>9}{'MB sent':>9}{'CPU s':>7}")
     for rate in rates:
-        found: dict[str, list[Result]] = {}
-        for _ in range(reps):
-            load = Load(1024, rate)
-            found.setdefault("workload", []).append(await workload_run(load, {}, 0))
-            if binary is not None:
-                found.setdefault("QEMU", []).append(await qemu_run(binary, load, {}, 0))
-        for name, taken in found.items():
-            down = [item.down_ms for item in taken if item.down_ms is not None]
-            silent = [item.silent_ms for item in taken if item.silent_ms is not None]
-            over = sum(value > LIMIT_MS for value in silent or down)
-            goal = ""
-            if not down:
-                print(f"{rate:>5} {name:<12}  given up in all {reps} runs")
-                continue
-            if name == "workload":
-                is_met = not over and median(down) <= DOWNTIME_GOAL_MS and len(down) == reps
-                goal = "  ok" if is_met else f"  -- (goal: median {DOWNTIME_GOAL_MS}, none over)"
-            print(f"{rate:>5} {name:<12}{spread(down):>18}{spread(silent) if silent else '':>18}"
-                  f"{over:>16}{median(item.passes for item in taken):>8.0f}"
-                  f"{median(item.total_s or 0 for item in taken):>9.2f}"
-                  f"{median(item.sent_bytes for item in taken) / 1e6:>9.0f}"
-                  f"{median(item.source_cpu_s for item in taken):>7.2f}{goal}",
-                  flush=True)  # fmt: skip
+        load = Load(1024, rate)
+        while len(runs.of(rate, "workload")) < reps and not runs.is_over:
+            runs.add(rate, "workload", await workload_run(load, {}, 0))
+            is_due = len(runs.of(rate, "workload")) > every * len(runs.of(rate, "QEMU"))
+            if binary is not None and is_due and not runs.is_over:
+                runs.add(rate, "QEMU", await qemu_run(binary, load, {}, 0))
+        for name in ("workload", "QEMU"):
+            if taken := runs.of(rate, name):
+                print(_downtime_line(rate, name, taken), flush=True)
+
+
+def _downtime_line(rate: int, name: str, taken: list[Result]) -> str:
+    """A line of the table of :func:`downtime`."""
+    down = [item.down_ms for item in taken if item.down_ms is not None]
+    silent = [item.silent_ms for item in taken if item.silent_ms is not None]
+    if not down:
+        return f"{rate:>5} {name:<12}  given up in all {len(taken)} runs"
+    over = sum(value > LIMIT_MS for value in silent or down)
+    goal = ""
+    if name == "workload":
+        is_met = not over and median(down) <= DOWNTIME_GOAL_MS and len(down) == len(taken)
+        goal = "  ok" if is_met else f"  -- (goal: median {DOWNTIME_GOAL_MS}, none over)"
+    return (f"{rate:>5} {name:<12}{spread(down):>18}{spread(silent) if silent else '':>18}"
+            f"{over:>16}{len(taken):>6}{median(item.passes for item in taken):>8.0f}"
+            f"{median(item.total_s or 0 for item in taken):>9.2f}"
+            f"{median(item.sent_bytes for item in taken) / 1e6:>9.0f}"
+            f"{median(item.source_cpu_s for item in taken):>7.2f}{goal}")  # fmt: skip
 
 
 async def table(binary: str | None, rates: list[int], ways: list[str]) -> None:
@@ -307,7 +359,8 @@ async def run(options: argparse.Namespace) -> None:
     parts = options.parts or ["downtime", "table", "idle"]
     if "downtime" in parts:
         chosen = [int(text) for text in options.downtime_rates.split(",")]
-        await downtime(binary, chosen, options.reps)
+        runs = Runs(options.within, options.into)
+        await downtime(binary, chosen, options.reps, runs, options.every)
     if "table" in parts:
         rates = [int(text) for text in options.rates.split(",")]
         await table(binary, rates, options.ways.split(","))
@@ -323,6 +376,9 @@ def main() -> None:
     parser.add_argument("--reps", type=int, default=20)
     parser.add_argument("--rates", default=",".join(map(str, TABLE_RATES)), help="MB/s")
     parser.add_argument("--ways", default=",".join(WAYS))
+    parser.add_argument("--within", type=float, default=3600.0, help="s; of downtime")
+    parser.add_argument("--into", type=Path, default=None, help="file of the runs of downtime")
+    parser.add_argument("--every", type=int, default=1, help="runs of downtime for one of QEMU")
     parser.add_argument("--qemu", default=None)
     parser.add_argument("--alone", action="store_true", help="without QEMU beside")
     asyncio.run(run(parser.parse_args()))
