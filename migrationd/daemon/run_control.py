@@ -97,10 +97,11 @@ class RunControl:
 
         Raises:
             GuestError: A workload does not stop.
+            StoreError: The choice cannot be put on record, and is not made.
         """
         live = self.guest.live if self.guest is not None else None
         if live is None:
-            self._choose(PAUSED, "STOP")
+            await self._choose(PAUSED, "STOP")
         elif live.is_running:
             await asyncio.to_thread(live.stop)
             self.tell_stopped()
@@ -123,24 +124,30 @@ class RunControl:
             log.warning("the guest is taken back: it must not run at the destination any more")
             guest.owner = Owner.HELD
             if isinstance(guest, ParkedGuest):
-                self.set_next_run_state(guest, RUNNING)
+                await self._record_next_run_state(guest, RUNNING)
                 self._bus.emit("RESUME", None)
                 return
         live = guest.live if guest is not None else None
         if live is None:
-            self._choose(RUNNING, "RESUME")
+            await self._choose(RUNNING, "RESUME")
         elif not live.is_running:
             await asyncio.to_thread(live.start)
             self._bus.emit("RESUME", None)
 
-    def _choose(self, run_state: str, event: str) -> None:
-        if not isinstance(self.guest, ParkedGuest):
+    async def _choose(self, run_state: str, event: str) -> None:
+        guest = self.guest
+        if not isinstance(guest, ParkedGuest):
             self.chosen_run_state = run_state
             return
-        was_running = self.guest.next_run_state == RUNNING
-        self.set_next_run_state(self.guest, run_state)
+        was_running = guest.next_run_state == RUNNING
+        await self._record_next_run_state(guest, run_state)
         if was_running != (run_state == RUNNING):
             self._bus.emit(event, None)
+
+    async def _record_next_run_state(self, guest: ParkedGuest, run_state: str) -> None:
+        """Choose it once that is on stable storage: who is told of it may rely on it."""
+        await self._shelter.record_run_state(run_state)
+        guest.choose_run_state(run_state)
 
     def set_next_run_state(self, guest: ParkedGuest, run_state: str) -> None:
         """Put on record what a parked guest does where it goes next."""

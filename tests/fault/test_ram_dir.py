@@ -106,6 +106,21 @@ async def test_killed_in_the_switchover_needs_the_users_word(
     assert await second.run_state() == "paused"
 
 
+async def test_what_stop_and_cont_chose_is_on_record_when_they_return(
+    parked_file: tuple[Path, str, str], tmp_path: Path, closing: list[object]
+) -> None:
+    incoming: str | None = f"file:{parked_file[0]}"
+    for command, chosen in (("stop", "paused"), ("cont", "running"), ("stop", "paused")):
+        daemon = await DaemonProcess.start(incoming=incoming, arguments=options(tmp_path / "ram"))
+        closing.append(daemon)
+        await daemon.wait_run_state("paused")
+        await daemon.execute(command)
+        await daemon.kill()
+        incoming = None
+        (record,) = (tmp_path / "ram").glob("*.json")
+        assert json.loads(record.read_text())["run_state"] == chosen
+
+
 async def test_a_second_daemon_is_refused(
     parked_file: tuple[Path, str, str], tmp_path: Path, closing: list[object]
 ) -> None:
