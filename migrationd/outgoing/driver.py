@@ -40,6 +40,7 @@ from migrationd.outgoing.contract import Observer, OutgoingSettings
 from migrationd.outgoing.phases import Phases
 from migrationd.outgoing.postcopy import OpenChannel
 from migrationd.outgoing.progress import POSTCOPY_STATUSES
+from migrationd.transport.channel import Channel
 
 log = logging.getLogger(__name__)
 
@@ -80,6 +81,7 @@ class OutgoingMigration:
         self._connection: OutgoingConnection | None = None
         self._resumed: asyncio.Future[OpenChannel] | None = None
         self._work: asyncio.Task[None] | None = None
+        self._opening: asyncio.Future[Channel] | None = None
         self._is_yanked = False
         self._may_have_package = False
 
@@ -127,8 +129,6 @@ class OutgoingMigration:
         if self._work.cancelled():
             if self.is_in_postcopy:
                 log.warning("the guest's memory is not all at its destination, which runs it")
-            elif self._is_yanked and self._status.status != "cancelling":
-                await self._settle_failure(ChannelError("the connection was cut off by yank"))
             else:
                 await self._settle_cancel()
             return
@@ -180,12 +180,13 @@ class OutgoingMigration:
             self._connection.break_off()
 
     def yank(self) -> None:
-        """Cut all connections off: the migration fails, a postcopy is paused."""
+        """Cut all connections off: the migration fails, a postcopy is paused, or stays so."""
         if self._connection is not None:
             self._connection.break_off()
-        elif self._work is not None:
+        elif self._opening is not None:
+            self._is_yanked = self._opening.cancel()
+        elif self._work is None:
             self._is_yanked = True
-            self._work.cancel()
 
     def resume(self, open_channel: OpenChannel) -> None:
         """Go on from ``postcopy-paused`` over a new connection.
@@ -331,7 +332,7 @@ class OutgoingMigration:
         """Carry one connection from its beginning to its end."""
         phases = self._phases
         self._may_have_package = False
-        channel = await open_channel()
+        channel = await self._open(open_channel)
         connection = OutgoingConnection(channel, open_channel, phases.tail_started)
         self._connection = connection
         try:
@@ -353,6 +354,27 @@ class OutgoingMigration:
             phases.ended()
             self._may_have_package = connection.may_have_package
             self._connection = None
+
+    async def _open(self, open_channel: OpenChannel) -> Channel:
+        """Connect, unless the attempt is cut off, which ends no more than the attempt."""
+        opening = self._opening = asyncio.ensure_future(open_channel())
+        try:
+            if self._is_yanked or self.status == "cancelling":
+                # It was before this began. What is open already comes at once, to be closed.
+                await asyncio.wait((opening,), timeout=0)
+                opening.cancel()
+                await asyncio.wait((opening,))
+                raise asyncio.CancelledError
+            return await opening
+        except asyncio.CancelledError:
+            if not opening.cancel() and not opening.cancelled() and not opening.exception():
+                opening.result().close()
+            if not self._is_yanked:
+                raise
+            raise ChannelError("the connection was cut off by yank") from None
+        finally:
+            self._opening = None
+            self._is_yanked = False
 
     def _interrupt(self) -> None:
         self._phases.continue_switchover()

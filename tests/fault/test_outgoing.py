@@ -1,6 +1,7 @@
 """Outgoing migrations that are cancelled or broken: the guest stays whole and moves later."""
 
 import asyncio
+import json
 import random
 import socket
 from pathlib import Path
@@ -45,6 +46,37 @@ async def test_cancel_in_setup(
     assert statuses(daemon) == ["setup", "cancelling", "cancelled"]
     await expect_move(*parked, qemu_host, tmp_path, closing)
     report(request.config, "cancel in setup", "cancelled", moved=True)
+
+
+@pytest.mark.parametrize(
+    ("command", "status", "text"),
+    [("migrate_cancel", "cancelled", None), ("yank", "failed", "cut off by yank")],
+)
+async def test_ended_in_the_breath_in_which_it_began(
+    command: str,
+    status: str,
+    text: str | None,
+    parked_file: tuple[Path, str, str],
+    tmp_path: Path,
+    closing: list[object],
+) -> None:
+    """Both commands are read at once: the migration has no turn in between."""
+    path = tmp_path / "qmp"
+    monitor = f"unix:{path},server=on,wait=off"
+    daemon = await holder(parked_file[0], closing, arguments=["-qmp", monitor])
+    end = {"instances": [{"type": "migration"}]} if command == "yank" else {}
+    with full_backlog() as address, socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(path))
+        commands = {
+            "qmp_capabilities": {},
+            "migrate": {"uri": f"tcp:{address[0]}:{address[1]}"},
+            command: end,
+        }
+        said = [{"execute": name, "arguments": given} for name, given in commands.items()]
+        client.sendall(b"".join(json.dumps(value).encode() for value in said))
+        info = await daemon.wait_migration(status)
+    assert text is None or text in str(info["error-desc"])
+    assert await daemon.run_state() == "paused"
 
 
 async def test_cancel_while_active(

@@ -9,13 +9,16 @@ import pytest
 from migrationd.ctl.daemon_process import DaemonProcess
 from tests.support.deadline import until
 from tests.support.events import statuses
+from tests.support.fake_destination import FakeDestination
 from tests.support.moves import Host
 from tests.support.parked_file import expect_move
 from tests.support.ports import full_backlog
+from tests.support.postcopy import send_lazily
 
 pytestmark = pytest.mark.fault
 
 MIGRATION = {"type": "migration"}
+SLOW = {"max-postcopy-bandwidth": 1 << 20}
 MONITOR = {"type": "chardev", "id": "compat_monitor0"}
 
 
@@ -55,6 +58,29 @@ async def test_while_it_connects(
     assert statuses(daemon) == ["setup", "failing", "failed"]
     assert "yank" in str((await daemon.query_migrate())["error-desc"])
     await expect_move(*parked, qemu_host, tmp_path, closing)
+
+
+async def test_a_paused_postcopy_can_still_be_resumed(
+    parked: tuple[DaemonProcess, str, str], tmp_path: Path
+) -> None:
+    daemon = parked[0]
+    async with FakeDestination(tmp_path / "first"):
+        await send_lazily(daemon, f"unix:{tmp_path}/first", preempt=False, parameters=SLOW)
+        await daemon.wait_migration("postcopy-active")
+        await yank(daemon)
+        await daemon.wait_migration("postcopy-paused")
+    # Nothing is connected that could be cut off.
+    await yank(daemon)
+    with full_backlog() as address:
+        again = {"uri": f"tcp:{address[0]}:{address[1]}", "resume": True}
+        await daemon.execute("migrate", again)
+        assert (await daemon.query_migrate())["status"] == "postcopy-recover-setup"
+        await yank(daemon)
+        info = await daemon.wait_migration("postcopy-paused")
+    assert "cut off by yank" in str(info["error-desc"])
+    async with FakeDestination(tmp_path / "second", is_recovery=True):
+        await daemon.execute("migrate", {"uri": f"unix:{tmp_path}/second", "resume": True})
+        await daemon.wait_migration("postcopy-recover")
 
 
 async def test_while_a_guest_arrives(
