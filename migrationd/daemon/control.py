@@ -3,14 +3,12 @@
 Implements :class:`migrationd.qmp.context.Control`. Everything here runs on the
 event loop; migrations are tasks owned by this object.
 
-Reference: order of checks and texts of QEMU 11.1 (``migrate``, ``migrate-incoming``,
-``stop``, ``cont``).
+Reference: order of checks and texts of QEMU 11.1 (``stop``, ``cont``, ``migrate-pause``).
 """
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Coroutine, Mapping
 from uuid import UUID
 
 from migrationd.clock import Clock
@@ -18,31 +16,20 @@ from migrationd.config import DaemonConfig
 from migrationd.daemon.guest_socket import GuestSocket
 from migrationd.daemon.incoming_control import IncomingControl
 from migrationd.daemon.machine import Machine
-from migrationd.daemon.outgoing_observer import MigrationEvents, OutgoingObserver
+from migrationd.daemon.outgoing_control import OutgoingControl
+from migrationd.daemon.outgoing_observer import MigrationEvents
 from migrationd.daemon.run_control import RunControl
-from migrationd.daemon.settings import number, outgoing_settings
 from migrationd.daemon.shelter import Shelter
 from migrationd.daemon.tls import MigrationTls
-from migrationd.errors import GuestError, MigrationdError, QMPError
+from migrationd.errors import GuestError, QMPError
 from migrationd.guest.attached import AttachedGuest
 from migrationd.guest.held import HeldGuest
 from migrationd.guest.parked import ParkedGuest
 from migrationd.guest.run_state import LazyHandOver, Owner
-from migrationd.migration.dialect import dialect_of
-from migrationd.migration.info import MigrationInfo
 from migrationd.migration.options import MigrationOptions
-from migrationd.migration.transports import check_mode, check_transport
 from migrationd.objects.registry import ObjectRegistry
-from migrationd.outgoing.contract import OutgoingSettings
-from migrationd.outgoing.cpr import OpenChannel, after_hand_over
-from migrationd.outgoing.driver import PAUSABLE, OutgoingMigration
-from migrationd.outgoing.postcopy_source import PostcopySettings
-from migrationd.qmp.context import Chardev, FdLookup, MigrationChannel
+from migrationd.qmp.context import Chardev
 from migrationd.qmp.event_bus import EventBus
-from migrationd.transport.address import Address, describe
-from migrationd.transport.channel import Channel
-from migrationd.transport.connect import connect, is_opened_now, open_now
-from migrationd.transport.cpr_channel import CprSender
 
 log = logging.getLogger(__name__)
 
@@ -75,27 +62,37 @@ class GuestControl:
     ) -> None:
         self.options = options
         self.objects = ObjectRegistry()
-        self._tls = MigrationTls(options, self.objects)
         self._config = config
         self._bus = bus
-        self._clock = clock
         self._shelter = shelter
         self._on_quit = on_quit
-        self._outgoing: OutgoingMigration | None = None
-        self._leaving: set[HeldGuest] = set()
         self._guest_socket: GuestSocket | None = None
         self._tasks: set[asyncio.Future[None]] = set()
         self._run = RunControl(config, bus, shelter, self._spawn)
         self._events = MigrationEvents(bus, options)
+        tls = MigrationTls(options, self.objects)
         self.incoming = IncomingControl(
             config,
             options,
             shelter,
             self._run,
             self._events,
-            self._tls,
+            tls,
             spawn=self._spawn,
             on_fatal=on_fatal,
+        )
+        self.outgoing = OutgoingControl(
+            config,
+            options,
+            clock,
+            shelter,
+            self._run,
+            self._events,
+            tls,
+            self.incoming,
+            blockers=lambda: self.machine.blockers,
+            uuid=lambda: self.guest_uuid,
+            spawn=self._spawn,
         )
         self.machine = Machine(
             bus,
@@ -103,7 +100,7 @@ class GuestControl:
             chardevs or {},
             shelter,
             guest=lambda: self._run.guest,
-            migrations=lambda: (self._outgoing, self.incoming.migration),
+            migrations=lambda: (self.outgoing.migration, self.incoming.migration),
             adopt=self.adopt,
             spawn=self._spawn,
         )
@@ -159,20 +156,7 @@ class GuestControl:
     def adopt_lazy(self, guest: ParkedGuest, lazy: LazyHandOver) -> None:
         """Offer a guest whose postcopy an earlier daemon began: ``migrate`` resumes it."""
         self.adopt(guest)
-        self._resume_lazy(guest, lazy)
-
-    def _resume_lazy(self, guest: HeldGuest, lazy: LazyHandOver) -> None:
-        self._run.in_switchover = True
-        observer = OutgoingObserver(self._run, self._events, guest, "its destination", lazy)
-        settings = replace(
-            self._outgoing_settings(),
-            postcopy=PostcopySettings(
-                preempt=lazy.preempt, is_loaded=lazy.is_loaded, is_clone=self._config.keep
-            ),
-        )
-        dialect = dialect_of(guest.identity.machine, guest.seen)
-        self._outgoing = OutgoingMigration(guest, dialect, settings, self._clock, observer)
-        self._carry(self._outgoing, guest, None)
+        self.outgoing.resume_lazy(guest, lazy)
 
     def open_guest_socket(self, path: str) -> None:
         """Listen for the workload of ``-guest attach``.
@@ -218,7 +202,7 @@ class GuestControl:
             log.warning("the guest went to %s and must not run here", note.destination)
         if is_needed and note.lazy is not None:
             await asyncio.to_thread(guest.know_present)
-            self._resume_lazy(guest, note.lazy)
+            self.outgoing.resume_lazy(guest, note.lazy)
 
     def detached(self, guest: AttachedGuest) -> None:
         """The workload is gone; what it was doing fails by itself."""
@@ -227,120 +211,8 @@ class GuestControl:
         if self._run.guest is guest:
             self._run.guest = None
             self._run.in_switchover = False
-        if not is_loading and guest not in self._leaving:
+        if not is_loading and not self.outgoing.carries(guest):
             guest.close()
-
-    def migrate(self, channels: Sequence[MigrationChannel], *, resume: bool, fds: FdLookup) -> None:
-        """Start an outgoing migration; it goes on as a task.
-
-        Raises:
-            QMPError: The state forbids it.
-            ChannelError: A file, command or descriptor cannot be opened.
-        """
-        address = next(item.address for item in channels if item.channel_type == "main")
-        capabilities, parameters = self.options.capabilities, self.options.parameters
-        check_transport(address, capabilities, parameters)
-        cpr = next((item.address for item in channels if item.channel_type == "cpr"), None)
-        if parameters["mode"] == "cpr-transfer" and cpr is None:
-            raise QMPError("missing 'cpr' migration channel")
-        if resume:
-            self._resume(address, fds)
-            return
-        if self._outgoing is not None and self._outgoing.is_running:
-            raise QMPError("There's a migration process in progress")
-        guest = self._run.guest
-        if guest is None:
-            if self._run.expects_guest:
-                raise QMPError("Guest is waiting for an incoming migration")
-            raise QMPError("There is no guest to migrate: start with -incoming or a guest at rest")
-        if self._shelter.is_replacing:
-            raise QMPError("A snapshot is being loaded")
-        if guest.owner is not Owner.HELD:
-            raise QMPError("Can't migrate the vm that was paused due to previous migration")
-        incoming = self.incoming.migration
-        if incoming is not None and incoming.is_running:
-            raise QMPError("Guest's memory is still on its way here")
-        if blockers := self.machine.blockers:
-            raise QMPError(f"State blocked by non-migratable device '{blockers[-1]}'")
-        check_mode(capabilities, parameters)
-        self.options.check_built()
-        if not capabilities["x-ignore-shared"]:
-            _check_has_all(guest)
-        settings = self._outgoing_settings()
-        if settings.hands_memory_over and self._config.keep:
-            raise QMPError("A template (-keep) cannot give its memory away by cpr-transfer")
-        migration = OutgoingMigration(
-            guest,
-            dialect_of(guest.identity.machine, guest.seen),
-            settings,
-            self._clock,
-            OutgoingObserver(
-                self._run,
-                self._events,
-                guest,
-                describe(address),
-                gives_memory=settings.hands_memory_over and guest.shares_memory,
-                releases_memory=capabilities["release-ram"]
-                and guest.file is None
-                and not self._config.keep,
-            ),
-        )
-        self._outgoing = migration
-        migration.begin()
-        try:
-            keep = guest.file.identity if guest.file is not None else None
-            open_channel = self._opener(address, fds, keep)
-            if settings.hands_memory_over:
-                assert cpr is not None
-                open_channel = after_hand_over(guest, CprSender(cpr), open_channel)
-        except MigrationdError as error:
-            failure = error
-            self._carry(migration, guest, lambda: _fail(failure))
-            raise
-        self._carry(migration, guest, open_channel)
-
-    def _carry(
-        self, migration: OutgoingMigration, guest: HeldGuest, open_channel: OpenChannel | None
-    ) -> None:
-        """Let a migration run; a workload that died on the way is let go behind it."""
-        self._leaving.add(guest)
-
-        async def run() -> None:
-            try:
-                await migration.run(open_channel)
-            finally:
-                self._leaving.discard(guest)
-                if isinstance(guest, AttachedGuest) and self._run.guest is not guest:
-                    guest.close()
-
-        self._spawn(run())
-
-    def _opener(self, address: Address, fds: FdLookup, keep: tuple[int, int] | None) -> OpenChannel:
-        """What opens the main channel; what is opened at once is open when this returns."""
-        if not is_opened_now(address):
-            return self._tls.outgoing(lambda: connect(address), address)
-        channel = open_now(address, fds, keep=keep)
-        return self._tls.outgoing(lambda: _ready(channel), address)
-
-    def _resume(self, address: Address, fds: FdLookup) -> None:
-        if self._outgoing is None or self._outgoing.status != "postcopy-paused":
-            raise QMPError("Cannot resume if there is no paused migration")
-        self._outgoing.resume(self._opener(address, fds, None))
-
-    def migrate_start_postcopy(self) -> None:
-        """``migrate-start-postcopy``.
-
-        Raises:
-            QMPError: Postcopy is off, or nothing was migrated yet.
-        """
-        capabilities = self.options.capabilities
-        if not (capabilities["postcopy-ram"] or capabilities["dirty-bitmaps"]):
-            raise QMPError(
-                "Enable postcopy with migrate_set_capability before the start of migration"
-            )
-        if self._outgoing is None:
-            raise QMPError("Postcopy must be started after migration has been started")
-        self._outgoing.start_postcopy()
 
     def migrate_pause(self) -> None:
         """``migrate-pause``.
@@ -348,8 +220,7 @@ class GuestControl:
         Raises:
             QMPError: There is nothing to pause.
         """
-        if self._outgoing is not None and self._outgoing.status in PAUSABLE:
-            self._outgoing.pause()
+        if self.outgoing.pause():
             return
         incoming = self.incoming.migration
         if incoming is not None and incoming.pause():
@@ -359,36 +230,11 @@ class GuestControl:
             "postcopy-recover state"
         )
 
-    def migrate_cancel(self) -> None:
-        """``migrate_cancel``: succeeds also when there is nothing to cancel.
-
-        Raises:
-            QMPError: The destination runs the guest.
-        """
-        if self._outgoing is not None:
-            if self._outgoing.is_in_postcopy:
-                raise QMPError("Postcopy migration in progress, cannot cancel.")
-            self._outgoing.cancel()
-
-    def migrate_continue(self, state: str) -> None:
-        """``migrate-continue``.
-
-        Raises:
-            QMPError: The migration is in another state.
-        """
-        status = self._outgoing.status if self._outgoing is not None else "none"
-        if self._outgoing is not None and status == "pre-switchover" == state:
-            if not self._outgoing.is_continued:
-                self._outgoing.continue_switchover()
-                return
-            status = "device"
-        if status != state:
-            raise QMPError(f"Migration not in expected state: {status}")
-
     @property
     def colo_mode(self) -> str:
         """Of ``query-colo-status``."""
-        if self._outgoing is not None and self._outgoing.status == "colo":
+        outgoing = self.outgoing.migration
+        if outgoing is not None and outgoing.status == "colo":
             return "primary"
         incoming = self.incoming.migration
         is_secondary = incoming is not None and incoming.status == "colo"
@@ -406,38 +252,12 @@ class GuestControl:
             QMPError: No replica follows a guest.
         """
         match self.colo_mode:
-            case "primary" if self._outgoing is not None:
-                self._outgoing.give_up_replica()
+            case "primary" if self.outgoing.migration is not None:
+                self.outgoing.migration.give_up_replica()
             case "secondary" if self.incoming.migration is not None:
                 self.incoming.migration.fail_over()
             case _:
                 raise QMPError("VM is not in COLO mode")
-
-    def check_capabilities_may_change(self) -> None:
-        """Capabilities stay as they are while an outgoing migration runs.
-
-        Raises:
-            QMPError: One runs.
-        """
-        if self._outgoing is not None and self._outgoing.is_running:
-            raise QMPError("There's a migration process in progress")
-
-    def parameters_changed(self) -> None:
-        """Make changed parameters take effect on a running migration."""
-        if self._outgoing is not None:
-            parameters = self.options.parameters
-            self._outgoing.set_max_bandwidth(number(parameters["max-bandwidth"]))
-            self._outgoing.set_downtime_limit(number(parameters["downtime-limit"]))
-            self._outgoing.set_avail_switchover_bandwidth(
-                number(parameters["avail-switchover-bandwidth"])
-            )
-            self._outgoing.set_xbzrle_cache_size(number(parameters["xbzrle-cache-size"]))
-            self._outgoing.set_checkpoint_delay(number(parameters["x-checkpoint-delay"]))
-            self._outgoing.set_max_postcopy_bandwidth(number(parameters["max-postcopy-bandwidth"]))
-
-    def outgoing_info(self) -> MigrationInfo | None:
-        """The source's part of ``query-migrate``."""
-        return self._outgoing.info() if self._outgoing is not None else None
 
     async def stop(self) -> None:
         """Stop the guest; of a parked one, choose that it is stopped where it goes next.
@@ -457,10 +277,7 @@ class GuestControl:
             GuestError: A workload does not start.
         """
         if self._run.in_switchover:
-            if self._outgoing is None or not self._outgoing.may_be_taken_back:
-                raise QMPError("Migration is not finalized yet")
-            log.warning("the guest is taken back: it must not run at the destination")
-            self._outgoing.take_back()
+            self.outgoing.take_back()
             return
         await self._run.cont()
 
@@ -468,12 +285,12 @@ class GuestControl:
         """End the process; a running migration is cancelled on the way."""
         self._bus.emit("SHUTDOWN", {"guest": False, "reason": "host-qmp-quit"})
         self.machine.jobs.dismiss_all()
-        self._cancel_outgoing()
+        self.outgoing.abort()
         self._on_quit()
 
     async def aclose(self) -> None:
         """Cancel what is running and release the guest."""
-        self._cancel_outgoing()
+        self.outgoing.abort()
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
@@ -488,20 +305,6 @@ class GuestControl:
         self.incoming.close()
         self._shelter.close()
 
-    def _cancel_outgoing(self) -> None:
-        if self._outgoing is not None:
-            self._outgoing.cancel()
-
-    def _outgoing_settings(self) -> OutgoingSettings:
-        return outgoing_settings(
-            self.options,
-            self.guest_uuid,
-            starts_postcopy_at_once=self._config.start_postcopy,
-            is_clone=self._config.keep,
-            compress_level=self._config.compress_level,
-            learned=self._run.learned_order(),
-        )
-
     def _spawn(self, work: "Coroutine[None, None, None] | asyncio.Future[None]") -> None:
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
@@ -511,20 +314,3 @@ class GuestControl:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("internal error", exc_info=error)
-
-
-async def _ready(channel: Channel) -> Channel:
-    return channel
-
-
-async def _fail(error: MigrationdError) -> Channel:
-    raise error
-
-
-def _check_has_all(guest: HeldGuest) -> None:
-    for block in guest.ram:
-        if block.is_elsewhere:
-            raise QMPError(
-                f"The memory of RAM block '{block.idstr}' is in a file that was shared with its "
-                "source: turn x-ignore-shared on"
-            )

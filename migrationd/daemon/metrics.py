@@ -64,8 +64,9 @@ class Gauged(Protocol):
     def guest_name(self) -> str | None:
         """Name of the guest."""
 
-    def outgoing_info(self) -> MigrationInfo | None:
-        """The source's part of ``query-migrate``."""
+    @property
+    def outgoing(self) -> Informed:
+        """Knows the source's part."""
 
     @property
     def incoming(self) -> Informed:
@@ -180,7 +181,7 @@ class _GuestCollector(Collector):
             owner=guest.owner if guest else None,
             ram_bytes=guest.ram_bytes if guest else 0,
             present_bytes=guest.present_bytes if guest else 0,
-            outgoing=gauged.outgoing_info(),
+            outgoing=gauged.outgoing.info(),
             incoming=gauged.incoming.info(),
         )
 

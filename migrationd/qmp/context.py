@@ -276,6 +276,31 @@ class IncomingControl(Protocol):
         """The destination's part of ``query-migrate``."""
 
 
+class OutgoingControl(Protocol):
+    """Commands on the outgoing migration; called on the event loop."""
+
+    def migrate(self, channels: Sequence[MigrationChannel], *, resume: bool, fds: FdLookup) -> None:
+        """Start it, or go on with a paused postcopy."""
+
+    def cancel(self) -> None:
+        """Cancel it, if there is one."""
+
+    def continue_from(self, state: str) -> None:
+        """Go on from ``pre-switchover``."""
+
+    def start_postcopy(self) -> None:
+        """Let the guest run at its destination before its memory is there."""
+
+    def check_capabilities_may_change(self) -> None:
+        """Raise if a running migration forbids it."""
+
+    def parameters_changed(self) -> None:
+        """Make changed parameters take effect on a running migration."""
+
+    def info(self) -> MigrationInfo | None:
+        """The source's part of ``query-migrate``."""
+
+
 class Control(Protocol):
     """Commands on the one guest of the process; called on the event loop."""
 
@@ -288,6 +313,10 @@ class Control(Protocol):
     @property
     def incoming(self) -> IncomingControl:
         """The incoming half."""
+
+    @property
+    def outgoing(self) -> OutgoingControl:
+        """The outgoing half."""
 
     @property
     def machine(self) -> Machine:
@@ -313,15 +342,6 @@ class Control(Protocol):
     def running(self) -> bool:
         """Whether the guest executes."""
 
-    def migrate(self, channels: Sequence[MigrationChannel], *, resume: bool, fds: FdLookup) -> None:
-        """Start an outgoing migration."""
-
-    def migrate_cancel(self) -> None:
-        """Cancel the outgoing migration, if there is one."""
-
-    def migrate_continue(self, state: str) -> None:
-        """Go on from ``pre-switchover``."""
-
     @property
     def colo_mode(self) -> str:
         """Whether a replica follows a guest, and on which side this is."""
@@ -333,20 +353,8 @@ class Control(Protocol):
     def colo_lost_heartbeat(self) -> None:
         """Go on without the other side."""
 
-    def migrate_start_postcopy(self) -> None:
-        """Let the guest run at its destination before its memory is there."""
-
     def migrate_pause(self) -> None:
         """Break the connection of a postcopy."""
-
-    def check_capabilities_may_change(self) -> None:
-        """Raise if a running migration forbids it."""
-
-    def parameters_changed(self) -> None:
-        """Make changed parameters take effect on a running migration."""
-
-    def outgoing_info(self) -> MigrationInfo | None:
-        """The source's part of ``query-migrate``."""
 
     async def stop(self) -> None:
         """Stop the guest."""

@@ -165,7 +165,7 @@ def test_sizes(count: int, text: str) -> None:
 
 async def test_a_running_migration_through_the_monitor() -> None:
     control = FakeControl(guest_name="g", run_state="postmigrate")
-    control.outgoing = MigrationInfo(
+    control.outgoing.migration = MigrationInfo(
         status="active", total_time_ms=1, setup_time_ms=2, expected_downtime_ms=3,
         remaining_bytes=5, ram=RamStats(mbps=1.0),
     )  # fmt: skip

@@ -134,6 +134,55 @@ class FakeIncoming:
 
 
 @dataclass
+class FakeOutgoing:
+    """Implements ``migrationd.qmp.context.OutgoingControl``; keeps what it was asked.
+
+    Attributes:
+        migration: Of ``query-migrate``.
+        calls: As those of the :class:`FakeControl` that it belongs to.
+        options: As ``calls``.
+    """
+
+    migration: MigrationInfo | None = None
+    calls: list[tuple[object, ...]] = field(default_factory=list)
+    options: MigrationOptions = field(default_factory=MigrationOptions)
+
+    def migrate(self, channels: Sequence[MigrationChannel], *, resume: bool, fds: FdLookup) -> None:
+        """Only remember it."""
+        if resume:
+            raise QMPError("Cannot resume if there is no paused migration")
+        self.calls.append(("migrate", tuple(channel.address for channel in channels)))
+
+    def cancel(self) -> None:
+        """Only remember it."""
+        self.calls.append(("migrate_cancel",))
+
+    def continue_from(self, state: str) -> None:
+        """Nothing runs."""
+        if state != "none":
+            raise QMPError("Migration not in expected state: none")
+
+    def start_postcopy(self) -> None:
+        """Nothing runs."""
+        if not self.options.capabilities["postcopy-ram"]:
+            raise QMPError(
+                "Enable postcopy with migrate_set_capability before the start of migration"
+            )
+        raise QMPError("Postcopy must be started after migration has been started")
+
+    def check_capabilities_may_change(self) -> None:
+        """They may."""
+
+    def parameters_changed(self) -> None:
+        """Only remember it."""
+        self.calls.append(("parameters_changed",))
+
+    def info(self) -> MigrationInfo | None:
+        """The source's part."""
+        return self.migration
+
+
+@dataclass
 class FakeControl:
     """Implements ``migrationd.qmp.context.Control``; keeps what it was asked.
 
@@ -147,24 +196,15 @@ class FakeControl:
     run_state: str = "prelaunch"
     running: bool = False
     only_migratable: bool = False
-    outgoing: MigrationInfo | None = None
     calls: list[tuple[object, ...]] = field(default_factory=list)
     incoming: FakeIncoming = field(default_factory=FakeIncoming)
+    outgoing: FakeOutgoing = field(default_factory=FakeOutgoing)
     machine: FakeMachine = field(default_factory=FakeMachine)
     objects: ObjectRegistry = field(default_factory=ObjectRegistry)
 
     def __post_init__(self) -> None:
-        self.incoming.calls = self.calls
-
-    def migrate(self, channels: Sequence[MigrationChannel], *, resume: bool, fds: FdLookup) -> None:
-        """Only remember it."""
-        if resume:
-            raise QMPError("Cannot resume if there is no paused migration")
-        self.calls.append(("migrate", tuple(channel.address for channel in channels)))
-
-    def migrate_cancel(self) -> None:
-        """Only remember it."""
-        self.calls.append(("migrate_cancel",))
+        self.incoming.calls = self.outgoing.calls = self.calls
+        self.outgoing.options = self.options
 
     @property
     def colo_mode(self) -> str:
@@ -180,36 +220,12 @@ class FakeControl:
         """No replica."""
         raise QMPError("VM is not in COLO mode")
 
-    def migrate_continue(self, state: str) -> None:
-        """Nothing runs."""
-        if state != "none":
-            raise QMPError("Migration not in expected state: none")
-
-    def migrate_start_postcopy(self) -> None:
-        """Nothing runs."""
-        if not self.options.capabilities["postcopy-ram"]:
-            raise QMPError(
-                "Enable postcopy with migrate_set_capability before the start of migration"
-            )
-        raise QMPError("Postcopy must be started after migration has been started")
-
     def migrate_pause(self) -> None:
         """Nothing runs."""
         raise QMPError(
             "migrate-pause is currently only supported during postcopy-active or "
             "postcopy-recover state"
         )
-
-    def check_capabilities_may_change(self) -> None:
-        """They may."""
-
-    def parameters_changed(self) -> None:
-        """Only remember it."""
-        self.calls.append(("parameters_changed",))
-
-    def outgoing_info(self) -> MigrationInfo | None:
-        """The source's part."""
-        return self.outgoing
 
     async def stop(self) -> None:
         """Only remember it."""

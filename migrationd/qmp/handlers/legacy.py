@@ -22,14 +22,14 @@ def set_speed(call: Invocation, arguments: Speed) -> None:
     """``migrate_set_speed``: bytes per second, clamped."""
     speed = min(max(arguments.value, 0), _SPEED_LIMIT)
     call.control.options.set_parameters({"max-bandwidth": speed})
-    call.control.parameters_changed()
+    call.control.outgoing.parameters_changed()
 
 
 def set_downtime(call: Invocation, arguments: Downtime) -> None:
     """``migrate_set_downtime``: seconds, clamped."""
     seconds = min(max(arguments.value, 0.0), _DOWNTIME_LIMIT_S)
     call.control.options.set_parameters({"downtime-limit": math.floor(seconds * 1000)})
-    call.control.parameters_changed()
+    call.control.outgoing.parameters_changed()
 
 
 def set_cache_size(call: Invocation, arguments: CacheSize) -> None:
@@ -41,7 +41,7 @@ def set_cache_size(call: Invocation, arguments: CacheSize) -> None:
     if size < _PAGE_BYTES:
         raise QMPError("Parameter 'cache size' expects is smaller than page size")
     call.control.options.set_parameters({"xbzrle-cache-size": 1 << (size.bit_length() - 1)})
-    call.control.parameters_changed()
+    call.control.outgoing.parameters_changed()
 
 
 def query_cache_size(call: Invocation, _: object) -> int:

@@ -30,7 +30,7 @@ def migrate(call: Invocation, arguments: Migrate) -> None:
         channels = [MigrationChannel("main", parse_uri(arguments.uri))]
     else:
         channels = _channels(arguments.channels)
-    call.control.migrate(channels, resume=arguments.resume, fds=call.fds.take)
+    call.control.outgoing.migrate(channels, resume=arguments.resume, fds=call.fds.take)
 
 
 async def migrate_incoming(call: Invocation, arguments: MigrateIncoming) -> None:
@@ -49,17 +49,17 @@ async def migrate_incoming(call: Invocation, arguments: MigrateIncoming) -> None
 
 def migrate_cancel(call: Invocation, _: object) -> None:
     """``migrate_cancel``."""
-    call.control.migrate_cancel()
+    call.control.outgoing.cancel()
 
 
 def migrate_continue(call: Invocation, arguments: MigrateContinue) -> None:
     """``migrate-continue``."""
-    call.control.migrate_continue(arguments.state)
+    call.control.outgoing.continue_from(arguments.state)
 
 
 def migrate_start_postcopy(call: Invocation, _: object) -> None:
     """``migrate-start-postcopy``."""
-    call.control.migrate_start_postcopy()
+    call.control.outgoing.start_postcopy()
 
 
 def migrate_pause(call: Invocation, _: object) -> None:
@@ -76,7 +76,7 @@ async def migrate_recover(call: Invocation, arguments: MigrateRecover) -> None:
 def query_migrate(call: Invocation, _: object) -> MigrationInfoModel:
     """``query-migrate``: the destination's part first, the source's over it."""
     members: dict[str, object] = {}
-    for info in (call.control.incoming.info(), call.control.outgoing_info()):
+    for info in (call.control.incoming.info(), call.control.outgoing.info()):
         if info is not None:
             members |= _info_members(info)
     if blockers := call.control.machine.blockers:

@@ -26,7 +26,7 @@ def query_capabilities(call: Invocation, _: object) -> list[MigrationCapabilityS
 
 def set_capabilities(call: Invocation, arguments: MigrateSetCapabilities) -> None:
     """``migrate-set-capabilities``: all or nothing; refused while a migration runs."""
-    call.control.check_capabilities_may_change()
+    call.control.outgoing.check_capabilities_may_change()
     call.control.options.set_capabilities(
         [(item.capability, item.state) for item in arguments.capabilities]
     )
@@ -50,7 +50,7 @@ def set_parameters(call: Invocation, arguments: MigrateSetParameters) -> None:
     if "block_bitmap_mapping" in arguments.model_fields_set:
         given[_MAPPING] = _mapping(arguments.block_bitmap_mapping)
     call.control.options.set_parameters(given)
-    call.control.parameters_changed()
+    call.control.outgoing.parameters_changed()
 
 
 def _mapping(models: list[NodeAliasModel]) -> BitmapMapping:

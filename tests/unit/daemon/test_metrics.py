@@ -19,7 +19,7 @@ from migrationd.migration.info import MigrationInfo, RamStats
 
 
 class Informed:
-    """The incoming half."""
+    """One half of the control."""
 
     def __init__(self) -> None:
         self.migration: MigrationInfo | None = None
@@ -35,11 +35,8 @@ class Gauged:
         self.guest: ParkedGuest | None = None
         self.run_state = "inmigrate"
         self.guest_name: str | None = 'a "name"'
-        self.outgoing: MigrationInfo | None = None
+        self.outgoing = Informed()
         self.incoming = Informed()
-
-    def outgoing_info(self) -> MigrationInfo | None:
-        return self.outgoing
 
 
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
@@ -82,7 +79,7 @@ async def test_an_empty_daemon_and_a_guest_on_its_way() -> None:
             np.arange(3, dtype=np.int64), np.ones((3, 4096), np.uint8), True
         )
         gauged.run_state = "finish-migrate"
-        gauged.outgoing = MigrationInfo(
+        gauged.outgoing.migration = MigrationInfo(
             "active",
             total_time_ms=1500,
             expected_downtime_ms=300,

@@ -134,7 +134,7 @@ async def test_both_parts_of_query_migrate(monitor: Monitor, control: FakeContro
         "status": "setup",
         "socket-address": [address],
     }
-    control.outgoing = MigrationInfo(
+    control.outgoing.migration = MigrationInfo(
         status="active",
         total_time_ms=12,
         setup_time_ms=1,
@@ -152,7 +152,7 @@ async def test_both_parts_of_query_migrate(monitor: Monitor, control: FakeContro
     cache = (await ask(monitor, "query-migrate"))["return"]["xbzrle-cache"]
     assert cache["cache-size"] == control.options.parameters["xbzrle-cache-size"]
     assert len(cache) == 7
-    control.outgoing = replace(control.outgoing, error_desc="x", ram=None)
+    control.outgoing.migration = replace(control.outgoing.migration, error_desc="x", ram=None)
     reply = (await ask(monitor, "query-migrate"))["return"]
     assert reply["error-desc"] == "x"
 
