@@ -19,6 +19,7 @@ from pathlib import Path
 from migrationd.errors import MigrationdError
 from migrationd.guest.attached import AttachedGuest
 from migrationd.guest.workload_link import WorkloadLink
+from migrationd.linux.socket_file import SocketFile
 
 log = logging.getLogger(__name__)
 
@@ -47,21 +48,20 @@ class GuestSocket:
         on_gone: Callable[[AttachedGuest], None],
         tracking: str = "auto",
     ) -> None:
-        self._path = path
         self._on_attached = on_attached
         self._on_gone = on_gone
         self._tracking = tracking
         self._guest: AttachedGuest | None = None
         self._socket = _bind(path)
+        self._file = SocketFile(path)
         self._task = asyncio.create_task(self._serve(), name="guest socket")
 
     async def aclose(self) -> None:
         """Stop listening; a workload that is attached stays so."""
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
+        self._file.remove()
         self._socket.close()
-        with contextlib.suppress(OSError):
-            os.unlink(self._path)
 
     async def _serve(self) -> None:
         while True:

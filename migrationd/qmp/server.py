@@ -12,6 +12,7 @@ import stat
 from typing import Any
 
 from migrationd.errors import ConnectFailed
+from migrationd.linux.socket_file import SocketFile
 from migrationd.qmp.client import Dispatch, MonitorClient
 from migrationd.qmp.connection import Connection, SocketConnection, StdioConnection
 from migrationd.qmp.event_bus import EventBus
@@ -46,6 +47,7 @@ class MonitorServer:
         self._client: SocketConnection | None = None
         self._listener = inherited
         self._is_inherited = inherited is not None
+        self._file: SocketFile | None = None
         self._fds = FdTable()
         self._running: set[asyncio.Future[None]] = set()
         self._task: asyncio.Task[None] | None = None
@@ -97,6 +99,7 @@ class MonitorServer:
         elif spec.is_server or self._is_inherited:
             if self._listener is None:
                 self._listener = _listen(spec)
+                self._file = SocketFile(spec.path) if spec.kind == "unix" else None
             self._listener.setblocking(False)
             work = self._accept(self._listener)
         else:
@@ -115,11 +118,10 @@ class MonitorServer:
             command.cancel()
         await asyncio.gather(*running, return_exceptions=True)
         self._fds.close_all()
+        if self._file is not None:
+            self._file.remove()
         if self._listener is not None:
             self._listener.close()
-            if self._spec.kind == "unix" and not self._is_inherited:
-                with contextlib.suppress(OSError):
-                    os.unlink(self._spec.path)
 
     async def _accept(self, listener: socket.socket) -> None:
         loop = asyncio.get_running_loop()

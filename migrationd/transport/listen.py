@@ -13,6 +13,7 @@ import stat
 from collections.abc import Awaitable, Callable
 
 from migrationd.errors import ConnectFailed, MigrationdError
+from migrationd.linux.socket_file import SocketFile
 from migrationd.transport.address import (
     Address,
     ExecAddress,
@@ -77,8 +78,7 @@ class Listener:
         self._sockets = sockets
         self._channel = channel
         self._address = address
-        self._path = path
-        self._path_status = _status(path) if path is not None else None
+        self._file = SocketFile(path) if path is not None else None
         self._ready = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._is_closed = False
@@ -190,18 +190,14 @@ class Listener:
         self._is_closed = True
         self._unwatch()
         self._ready.set()
+        if self._file is not None:
+            self._file.remove()
         for sock in self._sockets:
             sock.close()
         for task in self._handshakes:
             task.cancel()
             task.add_done_callback(_close_result)
         self._handshakes.clear()
-        if self._path is not None and self._path_status is not None:
-            status = _status(self._path)
-            # Somebody else may listen there by now.
-            if status is not None and os.path.samestat(status, self._path_status):
-                with contextlib.suppress(OSError):
-                    os.unlink(self._path)
         if self._channel is not None:
             self._channel.close()
             self._channel = None
@@ -337,9 +333,8 @@ def _bind_unix(address: UnixAddress) -> socket.socket:
     target = unix_target(address)
     if not address.is_abstract:
         # Differs from QEMU, which removes any file: only a socket can be a stale one.
-        status = _status(address.path)
-        if status is not None and stat.S_ISSOCK(status.st_mode):
-            with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):
+            if stat.S_ISSOCK(os.lstat(address.path).st_mode):
                 os.unlink(address.path)
     try:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -389,13 +384,6 @@ def _open_file(path: str, offset: int) -> Channel:
         reason = error.strerror if isinstance(error, OSError) else "offset out of range"
         raise ConnectFailed(f"Could not open '{path}': {reason}") from error
     return Channel(fd)
-
-
-def _status(path: str) -> os.stat_result | None:
-    try:
-        return os.lstat(path)
-    except OSError:
-        return None
 
 
 def _bound_address(sock: socket.socket) -> Address:

@@ -242,3 +242,17 @@ async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(PATIENCE_S):
         while not condition():
             await asyncio.sleep(0.02)
+
+
+async def test_the_socket_of_a_daemon_that_took_the_place_stays(
+    tmp_path: Path, closing: list[object]
+) -> None:
+    path = tmp_path / "same.qmp"
+    option = ["-qmp", f"unix:{path},server=on,wait=off"]
+    first = await DaemonProcess.start(arguments=option)
+    closing.append(first)
+    closing.append(await DaemonProcess.start(arguments=option))
+    assert await first.quit() == 0
+    reader, writer = await asyncio.open_unix_connection(path)
+    assert b"QMP" in await reader.readline()
+    writer.close()
