@@ -8,6 +8,7 @@ counters. The library is imported when the option is used.
 import asyncio
 import logging
 import socket
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import TimeoutError as FutureTimeoutError
@@ -135,6 +136,14 @@ class _Server(ThreadingWSGIServer):
         self.server_name = str(self.server_address[0])
         self.server_port = int(self.server_address[1])
         self.setup_environ()
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        # The base class prints a traceback.
+        error = sys.exception()
+        if isinstance(error, OSError):
+            log.debug("a scrape was cut off: %s", error)
+        else:
+            log.error("internal error in a scrape", exc_info=error)
 
 
 class _ServerOverIPv6(_Server):

@@ -1,7 +1,9 @@
 """What a scrape sees."""
 
 import asyncio
+import logging
 import socket
+import struct
 import urllib.request
 
 import numpy as np
@@ -16,6 +18,7 @@ from migrationd.guest.parked import ParkedGuest
 from migrationd.guest.ram_block import RamBlockSpec
 from migrationd.guest.run_state import Owner
 from migrationd.migration.info import MigrationInfo, RamStats
+from tests.support.deadline import until
 
 
 class Informed:
@@ -107,6 +110,23 @@ async def test_a_client_that_says_nothing_does_not_hold_the_end_up() -> None:
         async with asyncio.timeout(5):
             assert await scrape(server)
             await server.aclose()
+
+
+async def test_a_client_that_resets_its_connection_is_no_error(
+    caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    caplog.set_level(logging.DEBUG, "migrationd")
+    server = MetricsServer("127.0.0.1", 0, Gauged())
+    try:
+        client = socket.create_connection(("127.0.0.1", server.port))
+        client.sendall(b"GET /met")
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        client.close()
+        await until(lambda: "a scrape was cut off" in caplog.text, "it is noticed")
+        assert await scrape(server)
+    finally:
+        await server.aclose()
+    assert capfd.readouterr().err == ""
 
 
 async def test_an_address_in_use_is_one_clear_error() -> None:
