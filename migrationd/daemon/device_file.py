@@ -14,6 +14,7 @@ from migrationd.codec.constants import QEMU_VM_FILE_VERSION, QEMU_VM_SECTION_FUL
 from migrationd.codec.encode import StreamEncoder
 from migrationd.codec.records import EndOfStream, FileHeader, OpaqueSection
 from migrationd.codec.stream import StreamDecoder
+from migrationd.daemon.shelter import Shelter
 from migrationd.errors import QMPError, StreamUnsupported
 from migrationd.guest.attached import AttachedGuest
 from migrationd.guest.base import Guest
@@ -24,6 +25,7 @@ from migrationd.migration.dialect import Dialect, dialect_of
 from migrationd.outgoing.device_save import encode_device
 from migrationd.qmp.event_bus import EventBus
 from migrationd.transport.address import FileAddress
+from migrationd.transport.channel import Channel
 from migrationd.transport.connect import open_now
 
 FILE_LIMIT_BYTES = 256 << 20
@@ -35,6 +37,7 @@ class DeviceFiles:
 
     Args:
         bus: Where events go.
+        shelter: Keeps the guest from leaving meanwhile.
         guest: Gives the guest, or None if there is none.
         is_migrating: Whether a migration has the guest's devices in its hands.
     """
@@ -42,10 +45,12 @@ class DeviceFiles:
     def __init__(
         self,
         bus: EventBus,
+        shelter: Shelter,
         guest: Callable[[], ParkedGuest | AttachedGuest | None],
         is_migrating: Callable[[], bool],
     ) -> None:
         self._bus = bus
+        self._shelter = shelter
         self._guest = guest
         self._is_migrating = is_migrating
 
@@ -60,7 +65,10 @@ class DeviceFiles:
         """
         guest = self._held()
         keep = guest.file.identity if guest.file is not None else None
-        channel = open_now(FileAddress(path, 0), _no_fds, keep=keep)
+        with self._shelter.occupied("The guest's devices are being saved"):
+            await self._save(guest, open_now(FileAddress(path, 0), _no_fds, keep=keep))
+
+    async def _save(self, guest: ParkedGuest | AttachedGuest, channel: Channel) -> None:
         try:
             live = guest.live
             was_running = live is not None and live.is_running

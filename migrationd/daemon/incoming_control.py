@@ -90,8 +90,7 @@ class IncomingControl:
             raise QMPError("The incoming migration has already been started")
         if self._run.run_state(is_arriving=self.owns_guest) != "inmigrate":
             raise QMPError("'-incoming' was not specified on the command line")
-        if self._shelter.is_replacing:
-            raise QMPError("A snapshot is being loaded")
+        self._shelter.check_free()
 
     async def start(
         self, channels: Sequence[MigrationChannel], *, exit_on_error: bool, fds: FdLookup

@@ -66,7 +66,7 @@ class Machine:
         self.dirty_rate = DirtyRateMeter(clock, guest, spawn)
         self.dirty_limit = DirtyLimiter(clock, guest, spawn)
         self.jobs = Jobs(bus, spawn)
-        self._device_files = DeviceFiles(bus, guest, lambda: self.is_migrating)
+        self._device_files = DeviceFiles(bus, shelter, guest, lambda: self.is_migrating)
         self.snapshots = GuestSnapshots(shelter, guest, lambda: self.is_migration_yankable, adopt)
 
     @property

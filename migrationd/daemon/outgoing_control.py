@@ -115,8 +115,7 @@ class OutgoingControl:
             if self._run.expects_guest:
                 raise QMPError("Guest is waiting for an incoming migration")
             raise QMPError("There is no guest to migrate: start with -incoming or a guest at rest")
-        if self._shelter.is_replacing:
-            raise QMPError("A snapshot is being loaded")
+        self._shelter.check_free()
         if guest.owner is not Owner.HELD:
             raise QMPError("Can't migrate the vm that was paused due to previous migration")
         incoming = self._incoming.migration

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import TypeVar
@@ -14,7 +14,7 @@ from migrationd.config import DaemonConfig
 from migrationd.daemon.attached_berth import AttachedBerth, WorkloadSlot
 from migrationd.daemon.cpr_berth import AttachedCprBerth, ParkedCprBerth
 from migrationd.daemon.replica_berth import ReplicaBerth
-from migrationd.errors import GuestError, StoreError
+from migrationd.errors import GuestError, QMPError, StoreError
 from migrationd.guest.attached import AttachedGuest
 from migrationd.guest.base import GuestIdentity
 from migrationd.guest.device import DeviceState
@@ -176,12 +176,11 @@ class Shelter:
 
     Attributes:
         slot: The workload that is attached.
-        is_replacing: Whether a saved state is just taking the held guest's place.
     """
 
     def __init__(self, config: DaemonConfig) -> None:
         self.slot = WorkloadSlot()
-        self.is_replacing = False
+        self._occupation: str | None = None
         self._is_attached = config.attach_path is not None
         self._is_template = config.keep
         self._clone: CloneRecord | None = None
@@ -193,6 +192,32 @@ class Shelter:
         self._ram_limit_bytes = config.ram_limit_bytes
         if config.ram_dir is not None and config.name is not None:
             self._directory = ParkedDirectory(config.ram_dir, config.name, is_shared=config.keep)
+
+    @contextlib.contextmanager
+    def occupied(self, why: str) -> Iterator[None]:
+        """Let the guest not leave, and no other one come, inside the block.
+
+        Args:
+            why: Told who wants that.
+
+        Raises:
+            QMPError: It is occupied already.
+        """
+        self.check_free()
+        self._occupation = why
+        try:
+            yield
+        finally:
+            self._occupation = None
+
+    def check_free(self) -> None:
+        """Make sure that the guest may leave or be replaced now.
+
+        Raises:
+            QMPError: It may not.
+        """
+        if self._occupation is not None:
+            raise QMPError(self._occupation)
 
     def make_ready(self) -> None:
         """Touch the memory of ``-ram-prealloc``; on a thread of its own, for it takes a while."""

@@ -85,13 +85,10 @@ class GuestSnapshots:
             snapshots.load(tag)
             return self._shelter.find()
 
-        self._shelter.is_replacing = True
-        try:
+        with self._shelter.occupied("A snapshot is being loaded"):
             guest = await self._shelter.with_snapshots(load)
             assert guest is not None
             self._replace(guest)
-        finally:
-            self._shelter.is_replacing = False
 
     async def delete(self, tag: str) -> None:
         """Remove a saved state; nothing if there is none.
@@ -114,8 +111,7 @@ class GuestSnapshots:
     def _check_rests(self) -> None:
         if self._is_migrating():
             raise QMPError("There's a migration process in progress")
-        if self._shelter.is_replacing:
-            raise QMPError("A snapshot is being loaded")
+        self._shelter.check_free()
         guest = self._guest()
         if isinstance(guest, AttachedGuest):
             raise QMPError("Snapshots of an attached guest are not supported in this version")

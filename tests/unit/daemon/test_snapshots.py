@@ -16,6 +16,7 @@ from migrationd.daemon.assembly import assemble
 from migrationd.daemon.control import GuestControl
 from migrationd.qmp.event_bus import EventBus
 from migrationd.store.snapshots import Snapshots
+from migrationd.transport.channel import Channel
 from tests.support.deadline import until
 from tests.support.monitor import Monitor
 from tests.unit.store.guests import store_guest
@@ -162,3 +163,24 @@ async def test_a_guest_that_is_being_replaced_does_not_leave(
         assert control.guest is not held
         assert await ask(monitor, "migrate", uri="exec:cat > /dev/null") == {}
         await until(lambda: control.run_state == "postmigrate", "the migration")
+
+
+async def test_a_guest_whose_devices_are_being_saved_does_not_leave(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store_guest(tmp_path)
+    begun, may_go_on = threading.Event(), threading.Event()
+
+    def wait(_channel: Channel, _data: bytes) -> None:
+        begun.set()
+        assert may_go_on.wait(30)
+
+    monkeypatch.setattr(Channel, "send", wait)
+    async with daemon(tmp_path) as (_, monitor):
+        path = str(tmp_path / "devices")
+        saving = asyncio.create_task(ask(monitor, "xen-save-devices-state", filename=path))
+        await until(begun.is_set, "it is being written")
+        refused = await ask(monitor, "migrate", uri="exec:cat > /dev/null")
+        may_go_on.set()
+        assert refused == "The guest's devices are being saved"
+        assert await saving == {}
