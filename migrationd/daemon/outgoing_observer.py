@@ -90,6 +90,14 @@ class OutgoingObserver:
         """Pass it on."""
         self._events.dirty_pass(number)
 
+    async def hold_still(self) -> None:
+        """Keep ``cont`` from letting it go on."""
+        await self._run.hold_still()
+
+    def let_go(self) -> None:
+        """Let ``cont`` act again."""
+        self._run.is_held_still = False
+
     def on_stopped(self) -> None:
         """Pass it on; the guest is to go on if the migration fails."""
         self._was_stopped = True
@@ -128,13 +136,14 @@ class OutgoingObserver:
         if self._gives_memory or (self._releases_memory and was_postcopy):
             self._run.give_up_memory(self._guest)
         await self._record_end(Owner.HANDED_OVER, self._destination)
-        self._run.in_switchover = False
+        self._run.in_switchover = self._run.is_held_still = False
 
     async def kept(self, *, may_be_elsewhere: bool) -> None:
         """Put on record that the guest is held here; let it go on unless it may run elsewhere."""
         if self._run.in_switchover:
             await self._record_end(Owner.HELD, None)
             self._run.in_switchover = False
+        self._run.is_held_still = False
         if self._was_stopped and not may_be_elsewhere:
             await self._run.resume_workload(self._guest)
 

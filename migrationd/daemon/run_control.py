@@ -40,6 +40,7 @@ class RunControl:
         guest: The held guest.
         expects_guest: Whether one is waited for.
         in_switchover: Whether it is just being handed over.
+        is_held_still: Whether a migration wants it to stand still.
         chosen_run_state: What ``stop`` or ``cont`` chose for a guest that is not here yet.
     """
 
@@ -53,6 +54,8 @@ class RunControl:
         self.guest: HeldGuest | None = None
         self.expects_guest = bool(config.incoming)
         self.in_switchover = False
+        self.is_held_still = False
+        self._changing = asyncio.Lock()
         self.chosen_run_state: str | None = None
         self._config = config
         self._bus = bus
@@ -92,6 +95,11 @@ class RunControl:
         """Tell that the guest runs again."""
         self._bus.emit("RESUME", None)
 
+    async def hold_still(self) -> None:
+        """Let nobody start the guest from here on; who is just doing so ends first."""
+        async with self._changing:
+            self.is_held_still = True
+
     async def stop(self) -> None:
         """Stop the guest; of a parked one, choose that it is stopped where it goes next.
 
@@ -99,12 +107,13 @@ class RunControl:
             GuestError: A workload does not stop.
             StoreError: The choice cannot be put on record, and is not made.
         """
-        live = self.guest.live if self.guest is not None else None
-        if live is None:
-            await self._choose(PAUSED, "STOP")
-        elif live.is_running:
-            await asyncio.to_thread(live.stop)
-            self.tell_stopped()
+        async with self._changing:
+            live = self.guest.live if self.guest is not None else None
+            if live is None:
+                await self._choose(PAUSED, "STOP")
+            elif live.is_running:
+                await asyncio.to_thread(live.stop)
+                self.tell_stopped()
 
     async def cont(self) -> None:
         """Let the guest run: a workload here, a parked one where it goes next.
@@ -112,11 +121,17 @@ class RunControl:
         Takes a handed-over guest back.
 
         Raises:
-            QMPError: It has no memory any more.
+            QMPError: It has no memory any more, or a migration wants it to stand still.
             StoreError: It cannot be put on record that it is here again, and so it is not.
             GuestError: It does not start.
         """
+        async with self._changing:
+            await self._cont()
+
+    async def _cont(self) -> None:
         guest = self.guest
+        if self.is_held_still:
+            raise QMPError("Migration is not finalized yet")
         if guest is not None and not guest.has_memory:
             raise QMPError("The guest's memory itself went to the destination, none is left here")
         if guest is not None and guest.owner is not Owner.HELD:

@@ -75,6 +75,7 @@ class ColoPhases(Phases):
         if self._was_running:
             await self._connection.on_thread(live.start)
             self._observer.on_resumed()
+        self._observer.let_go()
         self._advance(Cause.REPLICATE)
         try:
             await self._replicate(saver, live, self._live_saver)

@@ -82,6 +82,12 @@ class Observer(Protocol):
     def on_pass(self, number: int) -> None:
         """A pass over the dirty bitmap began."""
 
+    async def hold_still(self) -> None:
+        """The guest is to stand still, or does: nobody but the migration starts it from here on."""
+
+    def let_go(self) -> None:
+        """It goes on after all, or may: it does not leave yet."""
+
     def on_stopped(self) -> None:
         """The guest was stopped, for the switchover or a snapshot's instant."""
 

@@ -296,10 +296,12 @@ class Phases:
 
     async def _converge(self, live_saver: LiveSaver, live: Live) -> None:
         """Pass after pass, until the guest stands still and what is left fits the limit."""
-        self._was_running = live.is_running
         while True:
             await self._connection.on_thread(live_saver.converge)
             self._advance(None)
+            await self._observer.hold_still()
+            # Its user may have stopped it, or let it go on, while it was sent.
+            self._was_running = live.is_running
             if not self._was_running:
                 break
             self._is_stopping = True
@@ -309,6 +311,7 @@ class Phases:
                 self._tell_stopped()
                 break
             self._is_stopping = False
+            self._observer.let_go()
         self.progress.mark_switchover()
         self._limiter.set_rate(0)
 
@@ -350,6 +353,7 @@ class Phases:
         self.progress.mark_switchover()
         # The guest stands still: what is left goes as fast as it can, as at QEMU.
         self._limiter.set_rate(0)
+        await self._observer.hold_still()
         self._was_running = live.is_running
         if self._was_running:
             self._is_stopping = True

@@ -123,6 +123,37 @@ async def test_a_workload_that_stands_still_arrives_so(tmp_path: Path) -> None:
         await two.there.wait_passes(1)
 
 
+async def test_a_workload_that_is_let_go_on_while_it_migrates_runs_in_one_place(
+    tmp_path: Path,
+) -> None:
+    async with pair(tmp_path) as two:
+        await two.source.execute("stop")
+        await two.begin(max_bandwidth=1 << 20)
+        await two.source.wait_migration("active")
+        stood_at = two.here.progress()
+        await two.source.execute("cont")
+        await until(lambda: two.here.progress() != stood_at, "it goes on")
+        await two.source.set_parameters({"max-bandwidth": 0})
+        await two.source.wait_migration("completed")
+        left_at = two.here.progress()
+        await two.destination.wait_run_state("running")
+        await two.there.wait_passes(1)
+        assert two.here.progress() == left_at
+
+
+async def test_a_workload_that_is_stopped_while_it_migrates_arrives_so(tmp_path: Path) -> None:
+    async with pair(tmp_path) as two:
+        await two.begin(max_bandwidth=1 << 20)
+        await two.source.wait_migration("active")
+        await two.source.execute("stop")
+        await two.source.set_parameters({"max-bandwidth": 0})
+        await two.source.wait_migration("completed")
+        await two.destination.wait_run_state("paused")
+        assert two.there.progress() is None
+        await two.destination.execute("cont")
+        await two.there.wait_passes(1)
+
+
 async def test_a_cancelled_migration_leaves_it_running(tmp_path: Path) -> None:
     async with pair(tmp_path) as two:
         await two.begin(max_bandwidth=1 << 20)

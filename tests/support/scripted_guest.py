@@ -177,6 +177,12 @@ class SilentObserver:
         """See the observer's protocol."""
         self.passes = number
 
+    async def hold_still(self) -> None:
+        """Nobody else starts it."""
+
+    def let_go(self) -> None:
+        """Nobody was kept."""
+
     def on_stopped(self) -> None:
         """See the observer's protocol."""
 
