@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Self
 
-from migrationd.ctl.boot_guest import BootGuest, Counters, check_counters
+from migrationd.ctl.boot_guest import BootGuest
 from migrationd.ctl.peer_process import DEFAULT_TIMEOUT_S, PeerError, PeerProcess
 
 
@@ -181,14 +181,6 @@ class QemuProcess(PeerProcess):
         data = path.read_bytes()
         path.unlink()
         return data
-
-    async def check_guest(self, guest: BootGuest) -> Counters:
-        """Prove that the memory of a stopped boot guest is consistent.
-
-        Raises:
-            GuestError: It is not.
-        """
-        return check_counters(await self.pmemsave(guest.counted_address, guest.counted_bytes))
 
     async def migrate(
         self, uri: str, *, return_path: bool = True, max_bandwidth: int | None = 0
