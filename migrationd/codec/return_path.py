@@ -81,7 +81,13 @@ _FIXED = {
 
 _FRAME = struct.Struct(">HH")
 _REQUEST = struct.Struct(">QI")
+_REQUEST_MESSAGE = struct.Struct(">HHQI")
 _REQUEST_HEAD = struct.pack(">HH", MIG_RP_MSG_REQ_PAGES, _REQUEST.size)
+
+
+def encode_request(start: int, length: int) -> bytes:
+    """Encode a request for pages of the block of the previous request."""
+    return _REQUEST_MESSAGE.pack(MIG_RP_MSG_REQ_PAGES, _REQUEST.size, start, length)
 
 
 def encode_return_path(message: ReturnPathMessage) -> bytes:

@@ -40,6 +40,9 @@ RECEIVE_BYTES = 16 << 10
 BATCH_PAGES = 256
 """Pages whose gather vector is made at once."""
 
+ANSWERED_AT_ONCE = 8
+"""Pages of one write: each of them waits for the others to be copied."""
+
 REQUESTS_KEPT = 1 << 20
 """Requests of which the order is remembered."""
 
@@ -162,11 +165,17 @@ class RequestServer:
                 raise ChannelClosed(
                     "the destination closed the connection before it confirmed the migration"
                 )
+            singles: list[tuple[int, int]] = []
             for message in self._decoder.feed(data):
                 if type(message) is RequestPages:
-                    self._answer(message, arrived_ns)
-                elif self._obey(message):
+                    self._take(message, arrived_ns, singles)
+                    if len(singles) < ANSWERED_AT_ONCE:
+                        continue
+                self._answer_singles(singles, arrived_ns)
+                singles.clear()
+                if type(message) is not RequestPages and self._obey(message):
                     return
+            self._answer_singles(singles, arrived_ns)
 
     def _obey(self, message: ReturnPathMessage) -> bool:
         """Take a message that is no request; True after the last one."""
@@ -186,9 +195,9 @@ class RequestServer:
                 self._on_message(message)
         return False
 
-    def _answer(self, request: RequestPages, arrived_ns: int) -> None:
-        writer = self.writer
-        if writer is None:
+    def _take(self, request: RequestPages, arrived_ns: int, singles: list[tuple[int, int]]) -> None:
+        """Answer a request, or add it to those that are answered together."""
+        if self.writer is None:
             raise StreamCorrupt("a page request outside postcopy", section="return path")
         block, first, count = self._locate(request)
         self._stats.postcopy_requests += 1
@@ -196,19 +205,47 @@ class RequestServer:
         if self._schedule.blocks[block].taken[first]:
             self._requests.turns += 2
             return  # under way: not worth waiting for the channel
+        if count == 1:
+            singles.append((block, first))
+            return
+        self._answer_singles(singles, arrived_ns)
+        singles.clear()
         self._requests.turns += 1
         try:
-            pages, size = writer.answer(block, first, count)
+            pages, size = self.writer.answer(block, first, count)
         except ChannelClosed:
             if self._may_end():
                 return  # the destination has all it needs, and closes what it needs no more
             raise
         finally:
             self._requests.turns += 1
-        if not pages:
+        if pages:
+            self._latency.add(time.perf_counter_ns() - arrived_ns)
+            self._stats.answered(size, pages)
+            self._follow(block, first, count)
+
+    def _answer_singles(self, singles: Sequence[tuple[int, int]], arrived_ns: int) -> None:
+        if not singles:
             return
-        self._latency.add(time.perf_counter_ns() - arrived_ns)
-        self._stats.answered(size, pages)
+        assert self.writer is not None
+        self._requests.turns += 1
+        try:
+            answered, size = self.writer.answer_singles(singles)
+        except ChannelClosed:
+            if self._may_end():
+                return  # the destination has all it needs, and closes what it needs no more
+            raise
+        finally:
+            self._requests.turns += 1
+        took_ns = time.perf_counter_ns() - arrived_ns
+        if answered:
+            self._stats.answered(size, len(answered))
+        for block, page in answered:
+            self._latency.add(took_ns)
+            self._follow(block, page, 1)
+
+    def _follow(self, block: int, first: int, count: int) -> None:
+        """Let the push go where an answered request goes, and remember what it passed over."""
         passed = self._schedule.requested(block, first, count)
         if passed is not None:
             self._requests.add_passed(block, *passed)

@@ -95,12 +95,37 @@ class PageWriter:
         with self._turn, self._lock:
             if not self._is_open:
                 return 0, 0
-            if count == 1:
-                if not self._schedule.claim_page(block, first):
-                    return 0, 0
-                return 1, self._write_page(block, first)
             pages = self._schedule.claim(block, np.arange(first, first + count))
             return len(pages), self._write_pages(block, pages)
+
+    def answer_singles(
+        self, requests: Sequence[tuple[int, int]]
+    ) -> tuple[list[tuple[int, int]], int]:
+        """Send requested single pages in one call, as far as nobody has sent them.
+
+        Args:
+            requests: Index of the block and target page of each.
+
+        Returns:
+            Those that were sent, and bytes.
+
+        Raises:
+            ChannelClosed: The channel ended.
+        """
+        with self._turn, self._lock:
+            if not self._is_open:
+                return [], 0
+            claim = self._schedule.claim_page
+            claimed = [(block, page) for block, page in requests if claim(block, page)]
+            parts: list[bytes | memoryview] = []
+            for block, page in claimed:
+                if self._present[block][page]:
+                    start = page * self._page_size
+                    parts.append(self._named_header(block, page))
+                    parts.append(self._contents[block][start : start + self._page_size])
+                else:
+                    parts.append(self._zero_header(block, page) + _ZERO_FILL)
+            return claimed, self.channel.send_parts(parts) if parts else 0
 
     def push(self, batch: Batch, window_pages: int) -> tuple[int, int]:
         """Send the next window of a batch.
@@ -177,13 +202,6 @@ class PageWriter:
         headers = page_headers(batch.pages, self._page_size)
         memory = self._blocks[batch.block].memory.view
         return _Prepared(batch, page_vector(headers, memory, batch.pages, self._page_size), headers)
-
-    def _write_page(self, block: int, page: int) -> int:
-        if self._present[block][page]:
-            start = page * self._page_size
-            content = self._contents[block][start : start + self._page_size]
-            return self.channel.send_parts((self._named_header(block, page), content))
-        return self.channel.send_parts((self._zero_header(block, page) + _ZERO_FILL,))
 
     def _write_some(self, block: int, pages: Pages) -> int:
         """Pages that hold something, without a prepared vector."""

@@ -140,7 +140,7 @@ def test_a_batch_that_was_broken_off_goes_on_with_its_own_pages() -> None:
         assert batch is not None
         assert writer.push(batch, 4)[0] == 4
         for page in (40, 8):
-            assert writer.answer(0, page, 1)[0] == 1
+            assert writer.answer_singles([(0, page)])[0] == [(0, page)]
             schedule.requested(0, page, 1)
             schedule.broken_off(batch)
             walk = schedule.next_batch(4)
@@ -154,4 +154,25 @@ def test_a_batch_that_was_broken_off_goes_on_with_its_own_pages() -> None:
         assert [writer.push(batch, count)[0] for count in (4, 8, 16)] == [0, 7, 16]
         sent = [*range(4), 40, *range(41, 45), 8, 7, 6, 5, 4, *range(9, 32)]
         assert take_pages(there, len(sent), windows=7) == sent
+    channel.close()
+
+
+def test_requests_that_come_together_are_answered_in_one_write() -> None:
+    block = numbered_block()
+    block.present[5] = False
+    here, there = socket.socketpair()
+    channel = Channel(here.detach())
+    schedule = PageSchedule([BlockPages("m", block.present)])
+    writer = PageWriter(channel, [block], schedule, PAGE)
+    with there:
+        assert writer.answer_singles([(0, 3)]) == ([], 0), "nothing may go yet"
+        writer.open(b"")
+        assert schedule.claim_page(0, 7)
+        answered, size = writer.answer_singles([(0, 9), (0, 5), (0, 7), (0, 9), (0, 3)])
+        assert answered == [(0, 9), (0, 5), (0, 3)]
+        data = there.recv(1 << 16, socket.MSG_WAITALL | socket.MSG_DONTWAIT)
+        assert len(data) == size
+        words = [int.from_bytes(data[at : at + 8], "big") for at in (0, 10 + PAGE, 10 + PAGE + 11)]
+        assert words == [9 * PAGE | 8, 5 * PAGE | 2, 3 * PAGE | 8]
+        assert schedule.remaining_pages == PAGES - 1 - 3
     channel.close()
