@@ -1,4 +1,5 @@
 import os
+import sys
 import threading
 
 import pytest
@@ -26,3 +27,12 @@ def test_without_the_privilege_nothing_happens(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(os, "setpriority", refuse)
     with urgent_thread():
         assert nice() == os.getpriority(os.PRIO_PROCESS, 0)
+
+
+def test_others_give_way_sooner_while_one_is_urgent() -> None:
+    before = sys.getswitchinterval()
+    with urgent_thread():
+        with urgent_thread():
+            assert sys.getswitchinterval() <= 0.0001 < before
+        assert sys.getswitchinterval() <= 0.0001
+    assert sys.getswitchinterval() == before
