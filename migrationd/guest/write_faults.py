@@ -46,11 +46,6 @@ class WriteFaults:
         self._thread: threading.Thread | None = None
         self._on_fault: Callable[[int, int], None] = lambda _block, _page: None
 
-    @property
-    def is_claimed(self) -> bool:
-        """Whether somebody uses it."""
-        return self._claim.locked()
-
     def claim(self, on_fault: Callable[[int, int], None]) -> None:
         """Take all blocks over; nothing is protected yet.
 
