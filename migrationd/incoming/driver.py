@@ -46,6 +46,7 @@ from migrationd.incoming.postcopy import PostcopyArrival
 from migrationd.incoming.preempt import PreemptReceiver
 from migrationd.incoming.recovery import RecoveryDoor
 from migrationd.incoming.return_path import ReturnPath
+from migrationd.incoming.urgent_pages import UrgentPages
 from migrationd.migration.blocktime import Blocktime, with_blocktime
 from migrationd.migration.dialect import dialect_of
 from migrationd.migration.info import MigrationInfo
@@ -343,7 +344,13 @@ class IncomingMigration:
                 channels.accept_preempt,
                 lambda: (loader.fork_ram(), tuple(loader.blocks)),
                 channels.shutdown,
+                self._serve_urgent,
             )
+
+    def _serve_urgent(self, pages: UrgentPages) -> None:
+        lazy = self._loading.lazy if self._loading is not None else None
+        if lazy is not None:
+            lazy.serve(pages)
 
     async def _stand_still(self, loading: GuestLoad, error: MigrationdError) -> None:
         """Give the channels of a postcopy up, and nothing else."""

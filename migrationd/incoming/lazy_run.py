@@ -19,11 +19,12 @@ import threading
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING
 
-from migrationd.codec.return_path import RequestPages, encode_return_path
+from migrationd.codec.return_path import RequestPages, encode_request, encode_return_path
 from migrationd.errors import ChannelError, GuestError, MigrationdError, MigrationError
 from migrationd.guest.attached import AttachedGuest
 from migrationd.guest.device import DeviceState
 from migrationd.incoming.missing_pages import MissingPages, Wanted
+from migrationd.incoming.urgent_pages import UrgentPages
 from migrationd.migration.blocktime import Blocktime
 
 if TYPE_CHECKING:
@@ -117,6 +118,15 @@ class LazyRun:
         if self._missing is not None:
             self._missing.connect(self._ask)
 
+    def serve(self, pages: UrgentPages) -> None:
+        """Place urgent pages where faults are read; until they end, or no fault is read any more.
+
+        Raises:
+            MigrationdError: As :meth:`UrgentPages.run`.
+        """
+        if self._missing is not None:
+            self._missing.serve(pages)
+
     def disconnect(self) -> None:
         """The connection is lost: who waits goes on waiting."""
         if self._missing is not None:
@@ -204,11 +214,12 @@ class LazyRun:
         blocks = self._guest.ram
         for index, page in wanted:
             block = blocks[index]
-            name = block.idstr if index != self._last_block else None
+            start, length = page * block.page_size, block.host_pages * block.page_size
+            if index == self._last_block:
+                parts.append(encode_request(start, length))
+                continue
             self._last_block = index
-            length = block.host_pages * block.page_size
-            request = RequestPages(page * block.page_size, length, name)
-            parts.append(encode_return_path(request))
+            parts.append(encode_return_path(RequestPages(start, length, block.idstr)))
         try:
             self._send(b"".join(parts))
         except ChannelError:

@@ -2,6 +2,9 @@
 
 One thread reads the faults. A page that came is shown; one that did not is asked for, once
 on each connection. Without a connection the workload waits, and nothing is forgotten.
+
+The same thread places the pages of a preempt channel: two of them would wait for each other and
+for the interpreter.
 """
 
 import logging
@@ -13,7 +16,8 @@ from functools import partial
 
 from migrationd.errors import GuestError, MigrationdError
 from migrationd.guest.workload_block import WorkloadBlock
-from migrationd.linux.faults import FaultReader
+from migrationd.incoming.urgent_pages import UrgentPages
+from migrationd.linux.faults import FAULTS_MAX, FaultReader
 from migrationd.linux.pagemap import WrittenScanner
 from migrationd.linux.priority import urgent_thread
 from migrationd.linux.userfaultfd import MODE_MINOR, MODE_MISSING, MODE_WP, register, unregister
@@ -23,6 +27,12 @@ log = logging.getLogger(__name__)
 
 AROUND_PAGES = 64
 """Received pages that are shown at once where one of them is wanted."""
+
+_ASKED_MAX = 128
+"""Pages that are waited for before more are asked for: a source that answers them and does not
+listen meanwhile must not find this thread asking instead of taking the answers."""
+
+_HELD_MS = 10
 
 Wanted = tuple[int, int]
 """Index of the block, page."""
@@ -62,6 +72,9 @@ class MissingPages:
         self._reader = FaultReader(userfaultfd)
         self._thread = threading.Thread(target=self._run, name="faults", daemon=True)
         self._is_stopping = False
+        self._is_watching = False
+        self._urgent: UrgentPages | None = None
+        self._urgent_fd = -1
         self.blocktime = Blocktime()
 
     @staticmethod
@@ -87,7 +100,24 @@ class MissingPages:
             _watch(self._fd, block, MODE_MISSING | MODE_MINOR)
             settle = partial(self._settle, self._blocks.index(block))
             block.show_pages(self._fd, settle, self._scanner)
+        self._is_watching = True
         self._thread.start()
+
+    def serve(self, pages: UrgentPages) -> None:
+        """Place urgent pages on the watching thread; until they end, or it does.
+
+        Args:
+            pages: Of one channel; another one has to have ended before.
+
+        Raises:
+            MigrationdError: As :meth:`UrgentPages.run`.
+        """
+        with self._lock:
+            if not self._is_watching or pages.is_ended:
+                return
+            self._urgent = pages
+            self._reader.look_up()
+        pages.wait_left()
 
     def connect(self, ask: Ask) -> None:
         """Ask for pages this way, first for all that are waited for.
@@ -140,17 +170,59 @@ class MissingPages:
         return len(self._waits)
 
     def _run(self) -> None:
-        with urgent_thread():
-            self._watch_faults()
-
-    def _watch_faults(self) -> None:
         try:
-            while self._reader.wait():
-                while faults := self._reader.read():
-                    self._take(faults)
+            with urgent_thread():
+                self._watch_faults()
         except MigrationdError as error:
             if not self._is_stopping:
                 self._on_error(error)
+        finally:
+            with self._lock:
+                self._is_watching = False
+                urgent, self._urgent = self._urgent, None
+            if urgent is not None:
+                urgent.leave()
+
+    def _watch_faults(self) -> None:
+        reader = self._reader
+        while reader.wait(leaves_faults_ms=_HELD_MS if self._is_held else None):
+            urgent = self._urgent
+            if urgent is not None and self._urgent_fd < 0:
+                self._urgent_fd = urgent.descriptor
+                reader.wait_for(self._urgent_fd)
+            while self._serve_once():
+                pass
+
+    @property
+    def _is_held(self) -> bool:
+        """Whether what was asked for has to come before more is."""
+        return len(self._waits) >= _ASKED_MAX and self._ask is not None
+
+    def _serve_once(self) -> bool:
+        """Place what came, ask for what is missing; whether there may be more of it."""
+        faults = () if self._is_held else self._reader.read()
+        if faults:
+            self._take(faults)
+        has_placed = self._urgent_fd >= 0 and self._place_urgent()
+        return has_placed or len(faults) == FAULTS_MAX
+
+    def _place_urgent(self) -> bool:
+        """Place the pages of the preempt channel that are there; whether there were any."""
+        urgent = self._urgent
+        assert urgent is not None
+        error: Exception | None = None
+        try:
+            if not urgent.place_now():
+                return False
+        except Exception as failure:  # the thread that waits for it knows what it is
+            error = failure
+        if error is not None or urgent.is_ended:
+            self._reader.wait_no_more_for(self._urgent_fd)
+            with self._lock:
+                self._urgent, self._urgent_fd = None, -1
+            urgent.leave(error)
+            return False
+        return True
 
     def _take(self, faults: Sequence[tuple[int, int]]) -> None:
         now_ns = time.perf_counter_ns()

@@ -8,9 +8,8 @@ Reference: stream format 6.5.
 """
 
 import asyncio
-import ctypes
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from migrationd.codec.preempt import PreemptDecoder
@@ -21,6 +20,7 @@ from migrationd.errors import ConnectFailed, MigrationdError, MigrationError, St
 from migrationd.guest.ram_block import RamBlock
 from migrationd.guest.workload_block import WorkloadBlock
 from migrationd.incoming.pages import place_record
+from migrationd.incoming.urgent_pages import UrgentPages
 from migrationd.linux.priority import urgent_thread
 from migrationd.transport.channel import Channel
 
@@ -42,6 +42,8 @@ class PreemptReceiver:
         blocks: Gives the decoder and the blocks once the main stream has brought them; called
             on the reading thread when the first bytes are there.
         on_error: Called on the event loop when pages of this channel may have been lost.
+        serve: Places the pages of a running guest where its faults are read, as long as they
+            are; called on the reading thread.
 
     Attributes:
         error: Why it broke; None while it did not.
@@ -52,10 +54,12 @@ class PreemptReceiver:
         accept: Callable[[], Awaitable[Channel]],
         blocks: Callable[[], Blocks],
         on_error: Callable[[], None],
+        serve: Callable[[UrgentPages], None],
     ) -> None:
         self._accept = accept
         self._blocks = blocks
         self._on_error = on_error
+        self._serve_pages = serve
         self._channel: Channel | None = None
         self._is_stopping = False
         self.error: MigrationdError | None = None
@@ -122,8 +126,12 @@ class PreemptReceiver:
             raise StreamCorrupt("a page before the RAM block list", section="preempt channel")
         if all(isinstance(block, WorkloadBlock) for block in blocks):
             workload_blocks = [block for block in blocks if isinstance(block, WorkloadBlock)]
+            urgent = UrgentDecoder(ram.blocks, ram.page_size)
+            pages = UrgentPages(channel, urgent, workload_blocks, bytes(scratch[:count]))
             with urgent_thread():
-                self._read_one_by_one(channel, ram, workload_blocks, bytes(scratch[:count]))
+                pages.place_early()
+                self._serve_pages(pages)
+                pages.run()
             return
         decoder = PreemptDecoder(ram)
         decoder.feed(memoryview(scratch)[:count])
@@ -137,24 +145,3 @@ class PreemptReceiver:
                 decoder.feed_eof()
                 return
             decoder.received(count)
-
-    def _read_one_by_one(
-        self,
-        channel: Channel,
-        ram: RamDecoder,
-        blocks: Sequence[WorkloadBlock],
-        data: bytes,
-    ) -> None:
-        """For a guest that waits for each of these pages."""
-        decoder = UrgentDecoder(ram.blocks, ram.page_size)
-        begin = ctypes.addressof(ctypes.c_char.from_buffer(decoder.buffer))
-        while data:
-            decoder.free_view()[: len(data)] = data
-            for page in decoder.received(len(data)):
-                source = begin + page.at if page.at >= 0 else -1
-                blocks[page.block].place_page(page.page, source)
-            decoder.done()
-            if decoder.is_ended:
-                return
-            data = channel.recv_blocking(len(decoder.free_view()))
-        decoder.ended()

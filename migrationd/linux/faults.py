@@ -39,7 +39,11 @@ def read_faults(fd: int) -> list[tuple[int, int]]:
         GuestError: The process is gone.
     """
     data = ctypes.create_string_buffer(FAULTS_MAX * _FAULT_BYTES)
-    count = _read(fd, data, len(data))
+    return _read_into(fd, memoryview(data), ctypes.addressof(data))
+
+
+def _read_into(fd: int, data: memoryview, address: int) -> list[tuple[int, int]]:
+    count = _read(fd, address, FAULTS_MAX * _FAULT_BYTES)
     if count < 0:
         number = ctypes.get_errno()
         if number in (errno.EAGAIN, errno.EINTR):
@@ -49,7 +53,7 @@ def read_faults(fd: int) -> list[tuple[int, int]]:
         raise GuestError(f"userfaultfd: reading faults: {os.strerror(number)}")
     return [
         (address & -mmap.PAGESIZE, thread)
-        for event, _, address, thread in _FAULT.iter_unpack(data.raw[:count])
+        for event, _, address, thread in _FAULT.iter_unpack(data[:count])
         if event == _EVENT_PAGEFAULT
     ]
 
@@ -67,19 +71,48 @@ class FaultReader:
         self._poll = select.poll()
         self._poll.register(fd, select.POLLIN)
         self._poll.register(self._bell, select.POLLIN)
+        self._data = ctypes.create_string_buffer(FAULTS_MAX * _FAULT_BYTES)
+        self._view = memoryview(self._data)
+        self._address = ctypes.addressof(self._data)
+        self._is_ended = self._leaves_faults = False
 
-    def wait(self) -> bool:
-        """Wait until there may be faults to :meth:`read`; False when :meth:`end` was called."""
-        ready = dict(self._poll.poll())
-        return self._bell not in ready
+    def wait(self, *, leaves_faults_ms: int | None = None) -> bool:
+        """Wait until there may be faults to :meth:`read`, or something else is to be looked at.
+
+        Args:
+            leaves_faults_ms: Do not wait for faults, and so long at most.
+
+        Returns:
+            False when :meth:`end` was called.
+        """
+        if self._leaves_faults != (leaves_faults_ms is not None):
+            self._leaves_faults = not self._leaves_faults
+            self._poll.modify(self._fd, 0 if self._leaves_faults else select.POLLIN)
+        for fd, _ in self._poll.poll(leaves_faults_ms):
+            if fd == self._bell:
+                os.eventfd_read(fd)
+        return not self._is_ended
+
+    def wait_for(self, fd: int) -> None:
+        """Let :meth:`wait` return for input of another descriptor, too; on its thread."""
+        self._poll.register(fd, select.POLLIN)
+
+    def wait_no_more_for(self, fd: int) -> None:
+        """Take :meth:`wait_for` back."""
+        self._poll.unregister(fd)
 
     def read(self) -> list[tuple[int, int]]:
-        """See :func:`read_faults`."""
-        return read_faults(self._fd)
+        """See :func:`read_faults`; one thread."""
+        return _read_into(self._fd, self._view, self._address)
+
+    def look_up(self) -> None:
+        """Let :meth:`wait` return once; from any thread."""
+        os.eventfd_write(self._bell, 1)
 
     def end(self) -> None:
-        """Let :meth:`wait` return False from now on."""
-        os.eventfd_write(self._bell, 1)
+        """Let :meth:`wait` return False from now on; from any thread."""
+        self._is_ended = True
+        self.look_up()
 
     def close(self) -> None:
         """Release what was opened here; nobody may wait any more."""
