@@ -40,7 +40,9 @@ FIXED_BYTES = 320
 COMPRESSED_LIMIT_BYTES = 1 << 20
 """Most compressed bytes of one packet: QEMU's receive buffer."""
 
+_NUMBER_AT, _NUMBER_END = 24, 32
 _NAME_AT, _NAME_BYTES = 64, 256
+_AHEAD_PACKETS = 16
 _hello = struct.Struct(">II16sB39x")
 _fixed = struct.Struct(">IIIIIIQI28x")
 _unpack_offset = struct.Struct(">Q").unpack_from
@@ -108,7 +110,6 @@ class Packet(NamedTuple):
         normal_pages: Pages whose contents follow.
         zero_pages: Zero pages that are listed.
         data_bytes: Bytes that follow.
-        number: Packet number.
         ramblock: Raw name of the block, 256 bytes with its padding.
     """
 
@@ -117,7 +118,6 @@ class Packet(NamedTuple):
     normal_pages: int
     zero_pages: int
     data_bytes: int
-    number: int
     ramblock: bytes
 
 
@@ -136,17 +136,36 @@ class PacketDecoder:
         self._pages = packet_pages(page_size)
         self._method = MULTIFD_METHODS[method]
         self._method_name = method
-        self._steps = np.arange(self._pages, dtype=np.uint64) * np.uint64(page_size)
+        self._steps = np.arange(_AHEAD_PACKETS * self._pages) * page_size
+        self._offset_shift = page_size.bit_length() - 1 - 3
+        self._ahead_start = self._ahead_end = 0
+        self._ahead = b""
+        self._last: Packet | None = None
+        self._last_begin = self._last_rest = b""
         self.header_bytes = header_bytes(page_size)
 
     def decode(self, header: bytes | bytearray | memoryview) -> Packet:
         """Read a header of :attr:`header_bytes` bytes.
 
+        Most differ from the one before in their number and offsets alone: a bytearray, whose
+        parts are compared as a whole, is read in a sixth of the time.
+
         Raises:
             StreamCorrupt: The header contradicts the format or the settings.
             StreamUnsupported: A packet that carries device state.
         """
-        magic, version, flags, allocated, normal, size, number, zero = _fixed.unpack_from(header)
+        if self._last is not None and (
+            header[_NUMBER_END:FIXED_BYTES] == self._last_rest
+            and header[:_NUMBER_AT] == self._last_begin
+        ):
+            return self._last
+        self._last = self._decode(header)
+        self._last_begin = bytes(header[:_NUMBER_AT])
+        self._last_rest = bytes(header[_NUMBER_END:FIXED_BYTES])
+        return self._last
+
+    def _decode(self, header: bytes | bytearray | memoryview) -> Packet:
+        magic, version, flags, allocated, normal, size, _, zero = _fixed.unpack_from(header)
         if magic != MULTIFD_MAGIC or version != MULTIFD_VERSION:
             raise self._corrupt(f"packet with magic {magic:#x}, version {version}")
         if flags & MULTIFD_FLAG_DEVICE_STATE:
@@ -177,7 +196,6 @@ class PacketDecoder:
             normal_pages=normal,
             zero_pages=zero,
             data_bytes=size if normal else 0,
-            number=number,
             ramblock=bytes(header[_NAME_AT : _NAME_AT + _NAME_BYTES]),
         )
 
@@ -196,13 +214,21 @@ class PacketDecoder:
         if packet.zero_pages or not count:
             return -1
         first: int = _unpack_offset(header, FIXED_BYTES)[0]
-        if first & (self._page_size - 1) or first + count * self._page_size > used_length:
+        end = first + count * self._page_size
+        if first & (self._page_size - 1) or end > used_length:
             return -1
-        # As bytes they are compared in half the time that two arrays take.
-        run = (self._steps[:count] + np.uint64(first)).astype(">u8").tobytes()
-        if header[FIXED_BYTES : FIXED_BYTES + 8 * count] != run:
+        if first < self._ahead_start or end > self._ahead_end:
+            self._look_ahead(first)
+        at = (first - self._ahead_start) >> self._offset_shift
+        if header[FIXED_BYTES : FIXED_BYTES + 8 * count] != self._ahead[at : at + 8 * count]:
             return -1
         return first // self._page_size
+
+    def _look_ahead(self, first: int) -> None:
+        """Make the offsets of the next packets at once: as bytes they are soon compared."""
+        self._ahead = (self._steps + first).astype(">u8").tobytes()
+        self._ahead_start = first
+        self._ahead_end = first + len(self._steps) * self._page_size
 
     def offsets(
         self, header: bytes | bytearray | memoryview, packet: Packet, used_length: int, block: str

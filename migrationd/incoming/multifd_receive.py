@@ -33,7 +33,7 @@ from migrationd.errors import (
 )
 from migrationd.guest.ram_block import RamBlock
 from migrationd.incoming.multifd_sync import SyncPoints
-from migrationd.linux.iovec import Vector, address_of, run_vector
+from migrationd.linux.iovec import Vector, Window, address_of, run_vector
 from migrationd.pageops.decompress import Decompressor, decompressor
 from migrationd.transport.channel import Channel
 
@@ -161,13 +161,11 @@ class _Worker:
         self._method = method
         self._points = points
         self._decoder = PacketDecoder(number, page_size, method)
-        self._header = np.zeros(self._decoder.header_bytes, np.uint8)
-        self._size = len(self._header)
-        self._header_view = self._header.data
-        self._header_row = (address_of(self._header), self._size)
-        # Of a run and the header behind it, which nearly every packet of a large guest is.
-        self._run_vector = np.array(((0, 0), self._header_row), np.uint64)
-        self._run_vector_at = address_of(self._run_vector.view(np.uint8))
+        self._size = self._decoder.header_bytes
+        self._header = bytearray(self._size)
+        self._header_row = (address_of(np.frombuffer(self._header, np.uint8)), self._size)
+        # A run and the header behind it, which nearly every packet of a large guest is.
+        self._window = Window(self._header_row)
         self._has_header = False
         self._has_ended = False
         self._decompressor: Decompressor | None = decompressor(method)
@@ -180,8 +178,9 @@ class _Worker:
     def run(self) -> None:
         """Receive until the input ends or something fails."""
         try:
-            while self._packet():
-                pass
+            with self._channel.held():
+                while self._packet():
+                    pass
         except MigrationdError as error:
             self._points.fail(error)
         except Exception as error:  # a defect of ours must end as a failed migration
@@ -207,7 +206,7 @@ class _Worker:
         if self._has_ended:
             return False
         self._has_header = False
-        packet = self._decoder.decode(self._header_view)
+        packet = self._decoder.decode(self._header)
         if packet.normal_pages or packet.zero_pages:
             self.has_unsynced_pages = True
             self._place(packet)
@@ -225,7 +224,7 @@ class _Worker:
 
     def _place(self, packet: Packet) -> None:
         block = self._block(packet)
-        data = self._header_view
+        data = self._header
         first = self._decoder.run(data, packet, block.used_length)
         if first >= 0:
             count = packet.normal_pages
@@ -296,9 +295,8 @@ class _Worker:
         if packet.is_sync:
             self._receive(packet, (start, size))
             return
-        vector = self._run_vector
-        vector[0, 0], vector[0, 1] = start, size
-        received = self._channel.recv_window(vector, self._run_vector_at, size + self._size)
+        self._window.aim(start, size)
+        received = self._channel.recv_window(self._window, size + self._size)
         if received < size:
             raise self._truncated(f"{received} of {size} bytes of page data")
         self._take_header(received - size)

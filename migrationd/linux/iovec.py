@@ -305,21 +305,32 @@ def recv_vector_all(fd: int, vector: Vector) -> int:
     return _result(_recvmsg(fd, ctypes.byref(head), _MSG_WAITALL))
 
 
-def recv_entries(fd: int, address: int, count: int) -> int:
-    """:func:`recv_vector_all` of a vector whose address is known; for short ones.
+class Window:
+    """Two places that a call fills one behind the other: one that changes, one that stays.
+
+    Everything that the call takes is made once: for calls of which each counts.
 
     Args:
-        fd: Socket.
-        address: Of the first entry.
-        count: Entries, at most ``IOV_MAX``.
-
-    Returns:
-        Bytes received; fewer than asked for at the end of the input or after a signal.
-
-    Raises:
-        OSError: As the call.
+        tail: Address and length of the second one.
     """
-    return _result(_recvmsg(fd, ctypes.byref(_Msghdr(iov=address, iovlen=count)), _MSG_WAITALL))
+
+    def __init__(self, tail: tuple[int, int]) -> None:
+        self._entries = (ctypes.c_uint64 * 4)(0, 0, *tail)
+        self._head = _Msghdr(iov=ctypes.addressof(self._entries), iovlen=2)
+        self._pointer = ctypes.byref(self._head)
+
+    def aim(self, address: int, length: int) -> None:
+        """Set the first place."""
+        self._entries[0] = address
+        self._entries[1] = length
+
+    def receive(self, fd: int) -> int:
+        """:func:`recv_vector_all` into both places; returns and raises the same."""
+        return _result(_recvmsg(fd, self._pointer, _MSG_WAITALL))
+
+    def vector(self) -> Vector:
+        """A vector of both places."""
+        return np.array(self._entries, np.uint64).reshape(2, 2)
 
 
 def send_entries(fd: int, address: int, count: int) -> int:

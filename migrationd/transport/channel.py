@@ -26,9 +26,9 @@ from migrationd.errors import ChannelClosed
 from migrationd.linux.iovec import (
     IOV_MAX,
     Vector,
+    Window,
     address_of,
     page_vector,
-    recv_entries,
     recv_vector,
     recv_vector_all,
     rest_of,
@@ -173,12 +173,11 @@ class Channel(SharedDescriptor):
                     return total
                 vector = rest_of(vector, count)
 
-    def recv_window(self, vector: Vector, address: int, size_bytes: int) -> int:
-        """:meth:`recv_exactly` of a short vector of which more is known; sockets only.
+    def recv_window(self, window: Window, size_bytes: int) -> int:
+        """:meth:`recv_exactly` into a window, inside :meth:`held`; sockets only.
 
         Args:
-            vector: Addresses and lengths, at most ``IOV_MAX`` entries; stays as it is.
-            address: Of the vector.
+            window: Where the bytes go; stays as it is.
             size_bytes: Sum of its lengths.
 
         Returns:
@@ -187,17 +186,16 @@ class Channel(SharedDescriptor):
         Raises:
             ChannelClosed: The channel was shut down, or the peer broke it.
         """
-        with self._in_use:
-            try:
-                done = recv_entries(self._fd, address, len(vector))
-            except InterruptedError:
-                done = 0
-            except OSError as error:
-                raise self._broken("read from", error) from error
-            self.bytes_received += done
-            if done == size_bytes:
-                return done
-            return done + self.recv_exactly(rest_of(vector.copy(), done), size_bytes - done)
+        try:
+            done = window.receive(self._fd)
+        except InterruptedError:
+            done = 0
+        except OSError as error:
+            raise self._broken("read from", error) from error
+        self.bytes_received += done
+        if done == size_bytes:
+            return done
+        return done + self.recv_exactly(rest_of(window.vector(), done), size_bytes - done)
 
     def recv_some(self, max_bytes: int) -> bytes:
         """Receive without waiting; for the event loop.

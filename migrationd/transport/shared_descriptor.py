@@ -131,6 +131,18 @@ class SharedDescriptor:
                 return 0
 
     @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Nothing closes the descriptor inside the block; :meth:`shutdown` ends calls as ever.
+
+        For many calls of which each counts: it is asked for once.
+
+        Raises:
+            ChannelClosed: The channel was shut down.
+        """
+        with self._in_use:
+            yield
+
+    @contextlib.contextmanager
     def descriptor(self) -> Iterator[int]:
         """The descriptor, for what only a file can do; it stays open inside the block.
 

@@ -26,6 +26,7 @@ import numpy.typing as npt
 from migrationd.errors import ChannelClosed, ChannelError, ConnectFailed, MigrationdError
 from migrationd.linux.iovec import (
     Vector,
+    Window,
     address_of,
     gather,
     head_of,
@@ -155,10 +156,9 @@ class TlsChannel(Channel):
             vector = rest_of(vector, count)
         return total
 
-    def recv_window(self, vector: Vector, address: int, size_bytes: int) -> int:
+    def recv_window(self, window: Window, size_bytes: int) -> int:
         """As :meth:`Channel.recv_window`."""
-        del address
-        return self.recv_exactly(vector.copy(), size_bytes)
+        return self.recv_exactly(window.vector(), size_bytes)
 
     def recv_some(self, max_bytes: int) -> bytes:
         """As :meth:`Channel.recv_some`."""

@@ -45,7 +45,7 @@ class Reader(threading.Thread):
     def _read(self) -> None:
         while header := self._exactly(self._decoder.header_bytes):
             packet = self._decoder.decode(header)
-            self.numbers.append(packet.number)
+            self.numbers.append(int.from_bytes(header[24:32], "big"))
             self.syncs += packet.is_sync
             if packet.is_sync:
                 continue

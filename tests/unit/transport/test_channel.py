@@ -476,19 +476,19 @@ def test_a_window_is_filled_in_any_pieces(make_pair: SocketPair, step: int) -> N
     data = np.random.default_rng(step).integers(0, 256, 5000, dtype=np.uint8)
     target = np.zeros(5000, np.uint8)
     at = iovec.address_of(target)
-    vector = np.array(((at, 4000), (at + 4000, 1000)), np.uint64)
-    before = vector.copy()
-    address = iovec.address_of(vector.view(np.uint8))
-    with theirs:
-        received = in_thread(lambda: channel.recv_window(vector, address, 5000))
+    window = iovec.Window((at + 4000, 1000))
+    window.aim(at, 4000)
+    before = window.vector()
+    with theirs, channel.held():
+        received = in_thread(lambda: channel.recv_window(window, 5000))
         for begin in range(0, 5000, step):
             theirs.sendall(data[begin : begin + step])
         assert received.result(WAKE_S * 10) == 5000
         np.testing.assert_array_equal(target, data)
-        np.testing.assert_array_equal(vector, before)
+        np.testing.assert_array_equal(window.vector(), before)
         theirs.sendall(data[:4100])
         theirs.shutdown(socket.SHUT_WR)
-        assert channel.recv_window(vector, address, 5000) == 4100
-        assert channel.recv_window(vector, address, 5000) == 0
+        assert channel.recv_window(window, 5000) == 4100
+        assert channel.recv_window(window, 5000) == 0
     assert channel.bytes_received == 9100
     channel.close()
