@@ -61,18 +61,20 @@ coverage: $(STAMP) ## branch coverage of the unit and conformance tests
 	$(BIN)/coverage run -m pytest tests/unit tests/conformance
 	$(BIN)/coverage report
 
-bench: $(STAMP) qemu ## throughput, monitor latency and CPU seconds beside QEMU's, interleaved
-	$(BIN)/python -m benchmarks
-	$(BIN)/python -m benchmarks.monitor
-	$(BIN)/python -m benchmarks.multifd
-	$(BIN)/python -m benchmarks.xbzrle
-	$(BIN)/python -m benchmarks.convergence
-	$(BIN)/python -m benchmarks.files
-	$(BIN)/python -m benchmarks.dirty
-	$(BIN)/python -m benchmarks.snapshot
-	$(BIN)/python -m benchmarks.postcopy
-	$(BIN)/python -m benchmarks.workload_postcopy
-	$(BIN)/python -m benchmarks.cpr
+BENCHMARKS := migrations monitor multifd growth xbzrle convergence files opening dirty snapshot postcopy workload_postcopy cpr
+
+bench: ## all benchmarks beside QEMU, one after the other; alone: bench-NAME, as bench-multifd, with BENCH="--reps 9"
+	for name in $(BENCHMARKS); do $(MAKE) --no-print-directory bench-$$name || exit 1; done
+
+bench-migrations: $(STAMP) qemu
+	$(BIN)/python -m benchmarks $(BENCH)
+
+# Cost by size of the guest; half zero, so that 8 GiB at three peers fit into 24 GiB.
+bench-growth: $(STAMP) qemu
+	$(BIN)/python -m benchmarks.multifd --memory 1024,2048,4096,8192 --cells "2:none:half zero" --reps 1 $(BENCH)
+
+bench-%: $(STAMP) qemu
+	$(BIN)/python -m benchmarks.$* $(BENCH)
 
 schemas: $(STAMP) ## write schemas/ anew from the models
 	$(BIN)/python -m migrationd.qmp.schema --write

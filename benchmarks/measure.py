@@ -22,6 +22,7 @@ from migrationd.ctl.peer_process import PeerProcess
 
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 _RUN_BYTES = 1 << 20
+_SPARE_BYTES = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +65,13 @@ def peak_resident_bytes(pid: int) -> int:
 
 
 def warm_memory(size_bytes: int) -> None:
-    """Touch memory and give it back: its first touch ever can cost more than a migration."""
+    """Touch memory and give it back: its first touch ever can cost more than a migration.
+
+    Not more than the machine has to give.
+    """
+    found = re.search(r"MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text())
+    assert found is not None
+    size_bytes = min(size_bytes, max(_RUN_BYTES, (int(found[1]) << 10) - _SPARE_BYTES))
     with mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as area:
         area.madvise(mmap.MADV_HUGEPAGE)
         pages = np.frombuffer(area, np.uint8)[:: mmap.PAGESIZE]

@@ -54,6 +54,7 @@ class Cell:
 CELLS = (
     Cell(2, "none", "random"),
     Cell(4, "none", "random"),
+    Cell(8, "none", "random"),
     Cell(2, "none", "half zero"),
     Cell(2, "none", "zero"),
     Cell(2, "zstd", "compressible"),
