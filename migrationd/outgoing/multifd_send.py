@@ -185,17 +185,6 @@ class MultifdSender:
                 return
         self.end_round()
 
-    def _try_put(self, block: RamBlock, pages: Pages, is_zero: bool) -> bool:
-        with self._changed:
-            has_room = self._changed.wait_for(
-                lambda: self._queued_pages < QUEUED_PAGES or self._is_stopping(), LOOK_S
-            )
-            if has_room and self._error is None:
-                self._queue.append((block, pages, is_zero))
-                self._queued_pages += len(pages)
-                self._changed.notify_all()
-            return has_room
-
     def _look_after_channels(self) -> None:
         """Notice a channel that the destination closed while nothing is sent on it."""
         for number, worker in enumerate(self._workers):
