@@ -4,6 +4,7 @@ import asyncio
 import json
 import random
 import socket
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,21 @@ async def test_cancel_in_setup(
     report(request.config, "cancel in setup", "cancelled", moved=True)
 
 
+async def say_at_once(monitor: Path, commands: Mapping[str, object]) -> None:
+    """Send all commands in one piece, and wait until all are answered."""
+    said = [{"execute": name, "arguments": given} for name, given in commands.items()]
+    reader, writer = await asyncio.open_unix_connection(monitor)
+    writer.write(b"".join(json.dumps(value).encode() for value in said))
+    answered = 0
+    async with asyncio.timeout(30):
+        while answered < len(commands):
+            answer = json.loads(await reader.readline())
+            assert "error" not in answer
+            answered += "return" in answer
+    writer.close()
+    await writer.wait_closed()
+
+
 @pytest.mark.parametrize(
     ("command", "status", "text"),
     [("migrate_cancel", "cancelled", None), ("yank", "failed", "cut off by yank")],
@@ -65,15 +81,13 @@ async def test_ended_in_the_breath_in_which_it_began(
     monitor = f"unix:{path},server=on,wait=off"
     daemon = await holder(parked_file[0], closing, arguments=["-qmp", monitor])
     end = {"instances": [{"type": "migration"}]} if command == "yank" else {}
-    with full_backlog() as address, socket.socket(socket.AF_UNIX) as client:
-        client.connect(str(path))
+    with full_backlog() as address:
         commands = {
             "qmp_capabilities": {},
             "migrate": {"uri": f"tcp:{address[0]}:{address[1]}"},
             command: end,
         }
-        said = [{"execute": name, "arguments": given} for name, given in commands.items()]
-        client.sendall(b"".join(json.dumps(value).encode() for value in said))
+        await say_at_once(path, commands)
         info = await daemon.wait_migration(status)
     assert text is None or text in str(info["error-desc"])
     assert await daemon.run_state() == "paused"
