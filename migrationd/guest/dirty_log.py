@@ -7,11 +7,9 @@ import contextlib
 import threading
 from collections.abc import Sequence
 
-import numpy as np
-
 from migrationd.errors import GuestError
 from migrationd.guest.dirty import DirtyTracker, NoTracker
-from migrationd.guest.memory import Pages
+from migrationd.guest.memory import Pages, united
 from migrationd.guest.ram_block import RamBlock
 
 
@@ -85,7 +83,7 @@ class DirtyLog:
                 reader.kept = (
                     found
                     if kept is None
-                    else [np.union1d(a, b) for a, b in zip(kept, found, strict=True)]
+                    else [united(a, b) for a, b in zip(kept, found, strict=True)]
                 )
 
 

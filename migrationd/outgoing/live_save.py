@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from migrationd.clock import Clock
 from migrationd.guest.base import Live
-from migrationd.guest.memory import Pages
+from migrationd.guest.memory import Pages, united
 from migrationd.guest.ram_block import RamBlock
 from migrationd.migration.convergence import STALL_S, Convergence, Decision, Pass
 from migrationd.migration.stats import OutgoingStats
@@ -256,7 +256,7 @@ class LiveSaver:
     def _collect_rest(self) -> None:
         """Add what was written since the last look to what is left."""
         last = self._collect()
-        self._rest = [np.union1d(old, new) for old, new in zip(self._rest, last, strict=True)]
+        self._rest = [united(old, new) for old, new in zip(self._rest, last, strict=True)]
         self._count(self._rest, 0.0)
 
     def _expect(self, rest_bytes: int) -> None:

@@ -1,5 +1,7 @@
 import mmap
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,7 +10,7 @@ import numpy as np
 import pytest
 
 from migrationd.errors import GuestError
-from migrationd.guest.memory import AnonymousMemory, FileMemory, Memory, page_runs
+from migrationd.guest.memory import AnonymousMemory, FileMemory, Memory, page_runs, united
 
 PAGE = 4096
 
@@ -237,3 +239,27 @@ def test_it_outlives_the_descriptor_that_it_was_made_with(tmp_path: Path) -> Non
     memory.close()
     memory.close()
     os.close(other)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [([], []), ([3], []), ([], [3, 4]), ([1, 5, 9], [0, 5, 6, 9]), ([2], [2])]
+)
+def test_united(one: list[int], other: list[int]) -> None:
+    pages = united(np.array(one, np.int64), np.array(other, np.int64))
+    assert pages.tolist() == sorted({*one, *other})
+    assert pages.dtype == np.int64
+
+
+def test_the_first_union_imports_nothing() -> None:
+    program = """
+import sys
+import numpy as np
+from migrationd.guest.memory import united
+before = set(sys.modules)
+assert len(united(np.arange(4), np.arange(9))) == 9
+print(sorted(set(sys.modules) - before))
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == "[]"
