@@ -112,12 +112,13 @@ class MissingPages:
         Raises:
             MigrationdError: As :meth:`UrgentPages.run`.
         """
-        with self._lock:
-            if not self._is_watching or pages.is_ended:
-                return
-            self._urgent = pages
-            self._reader.look_up()
-        pages.wait_left()
+        with pages.held():
+            with self._lock:
+                if not self._is_watching or pages.is_ended:
+                    return
+                self._urgent = pages
+                self._reader.look_up()
+            pages.wait_left()
 
     def connect(self, ask: Ask) -> None:
         """Ask for pages this way, first for all that are waited for.
@@ -188,7 +189,7 @@ class MissingPages:
         while reader.wait(leaves_faults_ms=_HELD_MS if self._is_held else None):
             urgent = self._urgent
             if urgent is not None and self._urgent_fd < 0:
-                self._urgent_fd = urgent.descriptor
+                self._urgent_fd = urgent.input_fd
                 reader.wait_for(self._urgent_fd)
             while self._serve_once():
                 pass

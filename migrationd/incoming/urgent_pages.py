@@ -3,6 +3,7 @@
 import ctypes
 import threading
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 from migrationd.codec.urgent import UrgentDecoder
 from migrationd.guest.workload_block import WorkloadBlock
@@ -58,8 +59,9 @@ class UrgentPages:
         Raises:
             MigrationdError: As :meth:`run`.
         """
-        count = self._channel.try_recv_into(self._decoder.free_view())
-        if count is None:
+        try:
+            count = self._channel.recv_into(self._decoder.free_view(), 0)
+        except TimeoutError:
             return False
         self._place(count)
         return True
@@ -72,10 +74,17 @@ class UrgentPages:
             self._place(len(data))
 
     @property
-    def descriptor(self) -> int:
-        """What to wait for; valid until :meth:`leave`."""
-        with self._channel.descriptor() as fd:
-            return fd
+    def input_fd(self) -> int:
+        """What to wait for, inside :meth:`held`; there may be pages without it at first."""
+        return self._channel.input_fd
+
+    def held(self) -> AbstractContextManager[None]:
+        """Nothing closes the channel inside the block.
+
+        Raises:
+            ChannelClosed: The channel was shut down.
+        """
+        return self._channel.held()
 
     def wait_left(self) -> None:
         """Wait until the thread that places them does so no more; raises as :meth:`run`."""

@@ -80,7 +80,7 @@ class Channel(SharedDescriptor):
 
         Args:
             view: Where the bytes go; not empty.
-            timeout_s: Longest wait for the first byte; None waits for ever.
+            timeout_s: Longest wait for the first byte; 0 does not wait, None waits for ever.
 
         Returns:
             Bytes received; 0 at the end of the input.
@@ -268,31 +268,6 @@ class Channel(SharedDescriptor):
                 self._refuse_if_down()
             self.bytes_received += len(data)
             return data
-
-    def try_recv_into(self, view: memoryview) -> int | None:
-        """Receive what is there without waiting; sockets only.
-
-        Args:
-            view: Where the bytes go; not empty.
-
-        Returns:
-            Bytes received, 0 at the end of the input; None if nothing is there.
-
-        Raises:
-            ChannelClosed: The channel was shut down, or the peer broke it.
-        """
-        with self._in_use:
-            assert self._socket is not None
-            try:
-                count = self._socket.recv_into(view, 0, socket.MSG_DONTWAIT)
-            except BlockingIOError:
-                return None
-            except OSError as error:
-                raise self._broken("read from", error) from error
-            if not count:
-                self._refuse_if_down()
-            self.bytes_received += count
-            return count
 
     async def wait_readable(self, timeout_s: float | None = None) -> bool:
         """Wait on the event loop until :meth:`recv_some` has something to say.

@@ -152,6 +152,11 @@ class SharedDescriptor:
         with self._in_use:
             yield self._fd
 
+    @property
+    def input_fd(self) -> int:
+        """What to poll for input inside :meth:`held`, and never to read."""
+        return self._fd
+
     def detach(self) -> int:
         """Give the descriptor up; the channel is closed, the connection is not.
 

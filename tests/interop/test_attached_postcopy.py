@@ -8,6 +8,7 @@ import pytest
 
 from migrationd.ctl.daemon_process import DaemonProcess
 from migrationd.ctl.dirtier_process import DirtierProcess
+from tests.support.certificates import make_directory
 from tests.support.events import statuses
 from tests.support.relay import Relay
 from tests.support.stall import wait_stall
@@ -90,6 +91,23 @@ async def test_a_program_in_c_does_so_as_well(tmp_path: Path) -> None:
         assert last is not None
         assert after.place > last.place
         assert two.here.progress() == last
+
+
+@pytest.mark.parametrize("preempt", [False, True])
+async def test_its_pages_may_be_encrypted(tmp_path: Path, preempt: bool) -> None:
+    tls = make_directory(tmp_path / "pki")
+    async with pair(tmp_path, incoming=PREEMPT if preempt else POSTCOPY, tls=tls) as two:
+        await two.here.wait_passes(1)
+        await begin(two, preempt=preempt, rest=8 << 20)
+        await two.there.wait_running()
+        await two.source.set_parameters({"max-postcopy-bandwidth": 0})
+        await two.source.wait_migration("completed")
+        await two.destination.wait_migration("completed")
+        last = two.here.progress()
+        after = await two.there.wait_passes(2)
+        assert last is not None
+        assert after.place > last.place
+        assert (await two.source.query_migrate())["ram"]["postcopy-requests"] >= 1
 
 
 @pytest.mark.parametrize("preempt", [False, True])

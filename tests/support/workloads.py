@@ -51,6 +51,7 @@ async def pair(
     uri: str = "tcp:127.0.0.1:0",
     tracking: str = "auto",
     huge: tuple[bool, bool] = (False, False),
+    tls: Path | None = None,
 ) -> AsyncIterator[Pair]:
     """Two dirtiers, the first of them running, and daemons that are ready for a migration.
 
@@ -65,6 +66,7 @@ async def pair(
         uri: Where it listens.
         tracking: How the source tracks writes.
         huge: Which of them have their memory in huge pages.
+        tls: Certificates of both ends, if their connections are encrypted.
     """
     here = DirtierProcess(
         directory, "here", mib=mib, rate_mb_s=rate_mb_s, binary=binary, huge=huge[0]
@@ -88,6 +90,11 @@ async def pair(
             for daemon in (source, destination):
                 await daemon.set_capabilities({"multifd": True})
                 await daemon.set_parameters({"multifd-compression": multifd})
+        if tls is not None:
+            for daemon, end in ((source, "client"), (destination, "server")):
+                names = {"qom-type": "tls-creds-x509", "id": end, "endpoint": end}
+                await daemon.execute("object-add", {**names, "dir": str(tls)})
+                await daemon.set_parameters({"tls-creds": end})
         await destination.set_capabilities(incoming or {})
         await destination.execute("migrate-incoming", {"uri": uri, "exit-on-error": False})
         await stack.enter_async_context(here)
