@@ -388,7 +388,7 @@ class FileMemory:
         """Make holes of pages, one for each run."""
         size = self._page_size
         try:
-            for first, count in page_runs(np.unique(pages)).tolist():
+            for first, count in page_runs(distinct(pages)).tolist():
                 punch_hole(self._fd, self.position + first * size, count * size)
         except OSError as error:
             raise _write_error(error) from error
@@ -452,17 +452,22 @@ def pages_of(runs: Pages) -> Pages:
 
 
 def united(one: Pages, other: Pages) -> Pages:
-    """All pages of two ascending lists, ascending, each once.
+    """All pages of two ascending lists, ascending, each once."""
+    if not len(one) or not len(other):
+        return other if not len(one) else one
+    return distinct(np.concatenate((one, other)))
+
+
+def distinct(pages: Pages) -> Pages:
+    """Pages ascending, each once.
 
     A guest may stand still meanwhile: NumPy's own set operations import its masked arrays
     when they are first used, which takes 10 ms.
     """
-    if not len(one) or not len(other):
-        return other if not len(one) else one
-    pages = np.concatenate((one, other))
-    pages.sort(kind="stable")
-    is_first = np.concatenate(([True], pages[1:] != pages[:-1]))
-    return pages[is_first]
+    ascending = np.sort(pages, kind="stable")
+    is_first = np.ones(len(pages), np.bool_)
+    np.not_equal(ascending[1:], ascending[:-1], out=is_first[1:])
+    return ascending[is_first]
 
 
 def read_whole(fd: int, into: memoryview, position: int, what: str) -> bool:

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from migrationd.errors import GuestError
-from migrationd.guest.memory import Bytes, Pages, SharedMemory, page_runs
+from migrationd.guest.memory import Bytes, Pages, SharedMemory, distinct, page_runs
 from migrationd.guest.ram_block import RamBlock, RamBlockSpec
 from migrationd.linux.iovec import address_of
 from migrationd.linux.page_faults import copy_page, map_pages, zero_pages
@@ -161,7 +161,7 @@ class WorkloadBlock(RamBlock):
         if self._userfaultfd < 0:
             if self._discarded is not None and len(pages):
                 self._check(int(pages.min()), int(pages.max()))
-                self._forget(np.unique(pages[self._discarded[pages]]))
+                self._forget(distinct(pages[self._discarded[pages]]))
             super().zero_batch(pages)
             return
         if not len(pages):

@@ -42,6 +42,7 @@ from migrationd.codec.records import (
 from migrationd.codec.stream import StreamDecoder
 from migrationd.errors import StreamCorrupt, StreamTruncated, StreamUnsupported
 from migrationd.guest.device import DeviceState
+from migrationd.guest.memory import distinct
 from migrationd.guest.ram_block import RamBlock
 from migrationd.incoming.direct_receive import DirectReceiver, RunGuess
 from migrationd.incoming.kept_sections import KeptSections
@@ -351,7 +352,7 @@ class StreamLoader:
 
     def _apply_edits(self, record: XbzrleBatch) -> None:
         pages = record.pages
-        if len(np.unique(pages)) < len(pages):
+        if len(distinct(pages)) < len(pages):
             for index in range(len(pages)):
                 self._apply_xbzrle(record.single(index))
             return

@@ -39,7 +39,7 @@ from migrationd.codec.records import Command
 from migrationd.codec.section import encode_section_footer, encode_section_header
 from migrationd.guest.base import Guest
 from migrationd.guest.device import DeviceState
-from migrationd.guest.memory import page_runs
+from migrationd.guest.memory import distinct, page_runs
 from migrationd.migration.dialect import Dialect
 from migrationd.migration.latency import LatencyStats
 from migrationd.migration.stats import OutgoingStats
@@ -214,7 +214,7 @@ class PostcopySource:
         for start in range(0, len(self._learned), _PREFETCH_PAGES):
             part = self._learned[start : start + _PREFETCH_PAGES]
             for index, block in enumerate(self.guest.ram):
-                pages = np.unique(part[part[:, 0] == index, 1])
+                pages = distinct(part[part[:, 0] == index, 1])
                 if stop.is_set():
                     return
                 block.memory.prefetch(page_runs(pages[block.present[pages]]))
