@@ -7,17 +7,8 @@ window that the receiver still offers tells how much of it waits there.
 import socket
 import struct
 
-_INFO_BYTES = 232
-_ACKED = struct.Struct("=Q")
-_ACKED_AT = 120
-_NOT_SENT = struct.Struct("=I")
-_NOT_SENT_AT = 144
-_LEAST_RTT = struct.Struct("=I")
-_LEAST_RTT_AT = 148
-_SENT = struct.Struct("=2Q")
-_SENT_AT = 200
-_WINDOW = struct.Struct("=I")
-_WINDOW_AT = 228
+_INFO = struct.Struct("=120xQ16xII48xQQ12xI")
+"""bytes_acked, notsent_bytes, min_rtt, bytes_sent, bytes_retrans and snd_wnd of tcp_info."""
 
 _SHORT_LINE_US = 500
 
@@ -43,16 +34,12 @@ class TcpQueue:
         Raises:
             OSError: The socket is none of TCP.
         """
-        info = self._connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _INFO_BYTES)
-        if len(info) < _INFO_BYTES:
+        info = self._connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _INFO.size)
+        if len(info) < _INFO.size:
             return 0
-        (not_sent,) = _NOT_SENT.unpack_from(info, _NOT_SENT_AT)
-        (window,) = _WINDOW.unpack_from(info, _WINDOW_AT)
+        acked, not_sent, least_rtt_us, sent, again, window = _INFO.unpack(info)
         self._widest = max(self._widest, window)
         size = not_sent + self._widest - window
-        (least_rtt_us,) = _LEAST_RTT.unpack_from(info, _LEAST_RTT_AT)
         if least_rtt_us <= _SHORT_LINE_US:
-            (acked,) = _ACKED.unpack_from(info, _ACKED_AT)
-            sent, again = _SENT.unpack_from(info, _SENT_AT)
             size += max(0, sent - again - acked)
         return int(size)
