@@ -81,13 +81,13 @@ _FIXED = {
 
 _FRAME = struct.Struct(">HH")
 _REQUEST = struct.Struct(">QI")
-_REQUEST_MESSAGE = struct.Struct(">HHQI")
-_REQUEST_HEAD = struct.pack(">HH", MIG_RP_MSG_REQ_PAGES, _REQUEST.size)
+_REQUEST_HEAD = _FRAME.pack(MIG_RP_MSG_REQ_PAGES, _REQUEST.size)
+_REQUEST_BYTES = _FRAME.size + _REQUEST.size
 
 
 def encode_request(start: int, length: int) -> bytes:
     """Encode a request for pages of the block of the previous request."""
-    return _REQUEST_MESSAGE.pack(MIG_RP_MSG_REQ_PAGES, _REQUEST.size, start, length)
+    return _REQUEST_HEAD + _REQUEST.pack(start, length)
 
 
 def encode_return_path(message: ReturnPathMessage) -> bytes:
@@ -98,10 +98,10 @@ def encode_return_path(message: ReturnPathMessage) -> bytes:
         case Pong(value):
             return _frame(MIG_RP_MSG_PONG, value.to_bytes(4, "big"))
         case RequestPages(start, length, idstr):
-            payload = start.to_bytes(8, "big") + length.to_bytes(4, "big")
             if idstr is None:
-                return _frame(MIG_RP_MSG_REQ_PAGES, payload)
-            return _frame(MIG_RP_MSG_REQ_PAGES_ID, payload + encode_cstr8(idstr))
+                return encode_request(start, length)
+            payload = _REQUEST.pack(start, length) + encode_cstr8(idstr)
+            return _frame(MIG_RP_MSG_REQ_PAGES_ID, payload)
         case RecvBitmap(idstr, bitmap):
             return (
                 _frame(MIG_RP_MSG_RECV_BITMAP, encode_cstr8(idstr))
@@ -137,10 +137,10 @@ class ReturnPathDecoder:
         Raises:
             StreamCorrupt: Unknown type, wrong length or wrong end mark.
         """
-        if len(data) == 16 and data[: len(_REQUEST_HEAD)] == _REQUEST_HEAD and not self._data:
+        if len(data) == _REQUEST_BYTES and data[: _FRAME.size] == _REQUEST_HEAD and not self._data:
             # What comes ten thousand times a second, alone in its packet.
-            self._position += 16
-            start, length = _REQUEST.unpack_from(data, 4)
+            self._position += _REQUEST_BYTES
+            start, length = _REQUEST.unpack_from(data, _FRAME.size)
             return [RequestPages(start, length)]
         self._data += data
         messages: list[ReturnPathMessage] = []
@@ -197,10 +197,8 @@ class ReturnPathDecoder:
             return ResumeAck(number)
         if kind == MIG_RP_MSG_SWITCHOVER_ACK:
             return SwitchoverAck()
-        start = int.from_bytes(payload[:8], "big")
-        length = int.from_bytes(payload[8:12], "big")
-        idstr = self._name(payload[12:]) if kind == MIG_RP_MSG_REQ_PAGES_ID else None
-        return RequestPages(start, length, idstr)
+        start, length = _REQUEST.unpack_from(payload)
+        return RequestPages(start, length, self._name(payload[_REQUEST.size :]))
 
     def _decode_bitmap(self, payload: bytes, begin: int) -> tuple[ReturnPathMessage, int] | None:
         data = self._data
@@ -229,4 +227,4 @@ class ReturnPathDecoder:
 
 
 def _frame(kind: int, payload: bytes) -> bytes:
-    return kind.to_bytes(2, "big") + len(payload).to_bytes(2, "big") + payload
+    return _FRAME.pack(kind, len(payload)) + payload
