@@ -10,6 +10,8 @@ a request is dropped, for a second copy is fatal to it.
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -55,6 +57,9 @@ _UNREAD_LOOK_S = 0.0001
 
 _REQUEST_LIMIT_BYTES = 1 << 30
 """Longest request: the largest huge page that there is."""
+
+
+Answer = TypeVar("Answer")
 
 
 class RequestLog:
@@ -172,7 +177,6 @@ class RequestServer:
                     if len(singles) < ANSWERED_AT_ONCE:
                         continue
                 self._answer_singles(singles, arrived_ns)
-                singles.clear()
                 if type(message) is not RequestPages and self._obey(message):
                     return
             self._answer_singles(singles, arrived_ns)
@@ -209,40 +213,37 @@ class RequestServer:
             singles.append((block, first))
             return
         self._answer_singles(singles, arrived_ns)
-        singles.clear()
-        self._requests.turns += 1
-        try:
-            pages, size = self.writer.answer(block, first, count)
-        except ChannelClosed:
-            if self._may_end():
-                return  # the destination has all it needs, and closes what it needs no more
-            raise
-        finally:
-            self._requests.turns += 1
+        pages, size = self._write(partial(self.writer.answer, block, first, count)) or (0, 0)
         if pages:
             self._latency.add(time.perf_counter_ns() - arrived_ns)
             self._stats.answered(size, pages)
             self._follow(block, first, count)
 
-    def _answer_singles(self, singles: Sequence[tuple[int, int]], arrived_ns: int) -> None:
+    def _answer_singles(self, singles: list[tuple[int, int]], arrived_ns: int) -> None:
+        """Answer requests for one page each together, and forget them."""
         if not singles:
             return
         assert self.writer is not None
-        self._requests.turns += 1
-        try:
-            answered, size = self.writer.answer_singles(singles)
-        except ChannelClosed:
-            if self._may_end():
-                return  # the destination has all it needs, and closes what it needs no more
-            raise
-        finally:
-            self._requests.turns += 1
+        answered, size = self._write(partial(self.writer.answer_singles, singles)) or ([], 0)
+        singles.clear()
         took_ns = time.perf_counter_ns() - arrived_ns
         if answered:
             self._stats.answered(size, len(answered))
         for block, page in answered:
             self._latency.add(took_ns)
             self._follow(block, page, 1)
+
+    def _write(self, answer: Callable[[], Answer]) -> Answer | None:
+        """Call the writer; None if the destination has all it needs, and closed the channel."""
+        self._requests.turns += 1
+        try:
+            return answer()
+        except ChannelClosed:
+            if self._may_end():
+                return None
+            raise
+        finally:
+            self._requests.turns += 1
 
     def _follow(self, block: int, first: int, count: int) -> None:
         """Let the push go where an answered request goes, and remember what it passed over."""
