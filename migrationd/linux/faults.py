@@ -16,46 +16,12 @@ FAULTS_MAX = 64
 """Faults of one read."""
 
 _EVENT_PAGEFAULT = 0x12
-_FAULT_BYTES = 32
 _FAULT = struct.Struct("=B7xQQI4x")
 
 # It never waits, and is shorter than getting the GIL back.
 _read = ctypes.PyDLL(None, use_errno=True).read
 _read.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t)
 _read.restype = ctypes.c_ssize_t
-
-
-def read_faults(fd: int) -> list[tuple[int, int]]:
-    """Faults that wait, without waiting for one.
-
-    Args:
-        fd: A userfaultfd.
-
-    Returns:
-        Of each the address, rounded down to its page, and the thread, 0 if the kernel does not
-        tell.
-
-    Raises:
-        GuestError: The process is gone.
-    """
-    data = ctypes.create_string_buffer(FAULTS_MAX * _FAULT_BYTES)
-    return _read_into(fd, memoryview(data), ctypes.addressof(data))
-
-
-def _read_into(fd: int, data: memoryview, address: int) -> list[tuple[int, int]]:
-    count = _read(fd, address, FAULTS_MAX * _FAULT_BYTES)
-    if count < 0:
-        number = ctypes.get_errno()
-        if number in (errno.EAGAIN, errno.EINTR):
-            return []
-        if number == errno.ESRCH:
-            raise WorkloadGone
-        raise GuestError(f"userfaultfd: reading faults: {os.strerror(number)}")
-    return [
-        (address & -mmap.PAGESIZE, thread)
-        for event, _, address, thread in _FAULT.iter_unpack(data[:count])
-        if event == _EVENT_PAGEFAULT
-    ]
 
 
 class FaultReader:
@@ -71,7 +37,7 @@ class FaultReader:
         self._poll = select.poll()
         self._poll.register(fd, select.POLLIN)
         self._poll.register(self._bell, select.POLLIN)
-        self._data = ctypes.create_string_buffer(FAULTS_MAX * _FAULT_BYTES)
+        self._data = ctypes.create_string_buffer(FAULTS_MAX * _FAULT.size)
         self._view = memoryview(self._data)
         self._address = ctypes.addressof(self._data)
         self._is_ended = self._leaves_faults = False
@@ -102,8 +68,28 @@ class FaultReader:
         self._poll.unregister(fd)
 
     def read(self) -> list[tuple[int, int]]:
-        """See :func:`read_faults`; one thread."""
-        return _read_into(self._fd, self._view, self._address)
+        """Faults that wait, without waiting for one; on one thread.
+
+        Returns:
+            Of each the address, rounded down to its page, and the thread, 0 if the kernel does
+            not tell.
+
+        Raises:
+            GuestError: The process is gone.
+        """
+        count = _read(self._fd, self._address, len(self._data))
+        if count < 0:
+            number = ctypes.get_errno()
+            if number in (errno.EAGAIN, errno.EINTR):
+                return []
+            if number == errno.ESRCH:
+                raise WorkloadGone
+            raise GuestError(f"userfaultfd: reading faults: {os.strerror(number)}")
+        return [
+            (address & -mmap.PAGESIZE, thread)
+            for event, _, address, thread in _FAULT.iter_unpack(self._view[:count])
+            if event == _EVENT_PAGEFAULT
+        ]
 
     def look_up(self) -> None:
         """Let :meth:`wait` return once; from any thread."""

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from migrationd.errors import GuestError
-from migrationd.linux.faults import read_faults
 from tests.unit.guest.test_workload_block import PAGE, Here, content
 
 HUGE = 16
@@ -39,7 +38,7 @@ def test_it_is_shown_with_its_last_page(here: Here) -> None:
         assert here.block.has_come(page)
         assert here.read(page)() == bytes([byte]) * PAGE
     assert not here.block.has_come(48)
-    assert read_faults(here.faults) == []
+    assert here.reader.read() == []
 
 
 def test_one_that_is_zero_and_was_never_touched(here: Here) -> None:
@@ -55,7 +54,7 @@ def test_a_run_over_several_shows_the_whole_ones(here: Here) -> None:
     here.block.place_batch(np.arange(10, 40), content(5).repeat(30, 0), True)
     assert [here.block.has_come(page) for page in (0, 16, 32)] == [False, True, False]
     assert here.read(31)() == bytes([5]) * PAGE
-    assert read_faults(here.faults) == []
+    assert here.reader.read() == []
 
 
 def test_what_came_before_is_shown_when_it_is_wanted(here: Here) -> None:

@@ -14,7 +14,7 @@ from migrationd.errors import GuestError
 from migrationd.guest.huge_block import workload_block
 from migrationd.guest.memory import SharedMemory
 from migrationd.guest.ram_block import RamBlockSpec
-from migrationd.linux.faults import read_faults
+from migrationd.linux.faults import FaultReader
 from migrationd.linux.pagemap import WrittenScanner
 from migrationd.linux.userfaultfd import (
     FEATURE_MINOR_SHMEM,
@@ -52,6 +52,7 @@ class Here:
         self.faults = open_userfaultfd(
             FEATURE_MISSING_SHMEM | FEATURE_MINOR_SHMEM | FEATURE_THREAD_ID
         )
+        self.reader = FaultReader(self.faults)
         self.placed = 0
         memory = SharedMemory(fd, PAGES * PAGE, PAGE)
         host_bytes = host_pages * PAGE if host_pages is not None else None
@@ -65,6 +66,7 @@ class Here:
 
     def close(self) -> None:
         unregister(self.faults, self.address, PAGES * PAGE)
+        self.reader.close()
         os.close(self.faults)
         os.close(self.fd)
 
@@ -88,9 +90,7 @@ class Here:
         found: list[int] = []
 
         def look() -> bool:
-            found.extend(
-                (address - self.address) // PAGE for address, _ in read_faults(self.faults)
-            )
+            found.extend((address - self.address) // PAGE for address, _ in self.reader.read())
             return bool(found)
 
         wait_until(look, "a fault")
@@ -132,7 +132,7 @@ def test_batches_are_shown_where_they_belong(here: Here, pages: list[int]) -> No
     here.block.place_batch(np.array(pages), data, pages[-1] - pages[0] == len(pages) - 1)
     for number, page in enumerate(pages):
         assert here.read(page)() == bytes([number]) * PAGE
-    assert read_faults(here.faults) == []
+    assert here.reader.read() == []
 
 
 def test_short_rows_with_zero_pages(here: Here) -> None:
@@ -144,7 +144,7 @@ def test_short_rows_with_zero_pages(here: Here) -> None:
     assert here.read(30)() == b"x" * PAGE
     here.block.zero_batch(np.array([70, 71, 90]))
     assert here.read(90)() == bytes(PAGE)
-    assert read_faults(here.faults) == []
+    assert here.reader.read() == []
 
 
 def test_a_second_copy_is_refused(here: Here) -> None:
@@ -171,7 +171,7 @@ def test_what_came_before_is_shown_with_what_is_around_it(here: Here) -> None:
         assert result() == bytes([expected]) * PAGE
     for page in (8, 15, 16, 19):
         here.read(page)()
-    assert read_faults(here.faults) == []
+    assert here.reader.read() == []
 
 
 def test_a_discarded_page_is_missing_again(here: Here) -> None:
