@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import stat
 
 
 class SocketFile:
@@ -26,6 +27,13 @@ class SocketFile:
             return
         with contextlib.suppress(OSError):
             os.unlink(self._path)
+
+
+def remove_stale(path: str) -> None:
+    """Make room for a socket where one was left behind; any other file stays, and is in the way."""
+    with contextlib.suppress(OSError):
+        if stat.S_ISSOCK(os.lstat(path).st_mode):
+            os.unlink(path)
 
 
 def _status(path: str) -> os.stat_result | None:

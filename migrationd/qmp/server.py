@@ -8,11 +8,10 @@ import contextlib
 import logging
 import os
 import socket
-import stat
 from typing import Any
 
 from migrationd.errors import ConnectFailed
-from migrationd.linux.socket_file import SocketFile
+from migrationd.linux.socket_file import SocketFile, remove_stale
 from migrationd.qmp.client import Dispatch, MonitorClient
 from migrationd.qmp.connection import Connection, SocketConnection, StdioConnection
 from migrationd.qmp.event_bus import EventBus
@@ -173,9 +172,7 @@ def _listen(spec: MonitorSpec) -> socket.socket:
 
 def _bind_unix(sock: socket.socket, path: str) -> None:
     """Bind for the user alone; a socket that was left behind makes room, as in QEMU."""
-    with contextlib.suppress(OSError):
-        if stat.S_ISSOCK(os.stat(path).st_mode):
-            os.unlink(path)
+    remove_stale(path)
     old_mask = os.umask(0o077)
     try:
         sock.bind(path)

@@ -13,7 +13,7 @@ import stat
 from collections.abc import Awaitable, Callable
 
 from migrationd.errors import ConnectFailed, MigrationdError
-from migrationd.linux.socket_file import SocketFile
+from migrationd.linux.socket_file import SocketFile, remove_stale
 from migrationd.transport.address import (
     Address,
     ExecAddress,
@@ -333,9 +333,7 @@ def _bind_unix(address: UnixAddress) -> socket.socket:
     target = unix_target(address)
     if not address.is_abstract:
         # Differs from QEMU, which removes any file: only a socket can be a stale one.
-        with contextlib.suppress(OSError):
-            if stat.S_ISSOCK(os.lstat(address.path).st_mode):
-                os.unlink(address.path)
+        remove_stale(address.path)
     try:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         _bind(sock, target)
