@@ -19,6 +19,7 @@ import numpy as np
 
 from migrationd.ctl.daemon_process import DaemonProcess
 from migrationd.ctl.peer_process import PeerProcess
+from migrationd.linux.meminfo import available_bytes
 
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 _RUN_BYTES = 1 << 20
@@ -69,9 +70,7 @@ def warm_memory(size_bytes: int) -> None:
 
     Not more than the machine has to give.
     """
-    found = re.search(r"MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text())
-    assert found is not None
-    size_bytes = min(size_bytes, max(_RUN_BYTES, (int(found[1]) << 10) - _SPARE_BYTES))
+    size_bytes = min(size_bytes, max(_RUN_BYTES, available_bytes() - _SPARE_BYTES))
     with mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as area:
         area.madvise(mmap.MADV_HUGEPAGE)
         pages = np.frombuffer(area, np.uint8)[:: mmap.PAGESIZE]

@@ -27,6 +27,7 @@ from migrationd.guest.ram_block import RamBlockSpec
 from migrationd.guest.run_state import PAUSED, RUNNING
 from migrationd.incoming.loader import Arrival, Pause, StreamLoader
 from migrationd.incoming.mapped_ram import map_guest
+from migrationd.linux.meminfo import available_bytes
 from migrationd.store.compressed import PlainStream
 from migrationd.store.container import Container, open_file, read_container
 from migrationd.store.mapped_ram_reader import RAM_LIMIT_BYTES, read_contents
@@ -146,7 +147,7 @@ def allocate_anywhere(
         GuestError: There is no room.
         StoreError: There is no file.
     """
-    if sum(spec.used_length for spec in specs) <= _available_bytes() // 2:
+    if sum(spec.used_length for spec in specs) <= available_bytes() // 2:
         return ParkedGuest.create(
             identity, specs, lambda _, spec: AnonymousMemory(spec.used_length, spec.page_size)
         )
@@ -184,14 +185,6 @@ class _KeptFileMemory(FileMemory):
     def __init__(self, kept: _KeptFd, position: int, spec: RamBlockSpec) -> None:
         super().__init__(kept.fd, position, spec.used_length, spec.page_size)
         self._kept = kept
-
-
-def _available_bytes() -> int:
-    with open("/proc/meminfo") as meminfo:
-        for line in meminfo:
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) << 10
-    return 0
 
 
 def _identity(arrival: Arrival) -> GuestIdentity:
