@@ -210,7 +210,7 @@ class GuestControl:
         is_loading = self.incoming.lose(guest)
         if self._run.guest is guest:
             self._run.guest = None
-            self._run.in_switchover = self._run.is_held_still = False
+            self._run.switchover_over()
         if not is_loading and not self.outgoing.carries(guest):
             guest.close()
 

@@ -96,7 +96,7 @@ class OutgoingObserver:
 
     def let_go(self) -> None:
         """Let ``cont`` act again."""
-        self._run.is_held_still = False
+        self._run.let_go()
 
     def on_stopped(self) -> None:
         """Pass it on; the guest is to go on if the migration fails."""
@@ -136,14 +136,13 @@ class OutgoingObserver:
         if self._gives_memory or (self._releases_memory and was_postcopy):
             self._run.give_up_memory(self._guest)
         await self._record_end(Owner.HANDED_OVER, self._destination)
-        self._run.in_switchover = self._run.is_held_still = False
+        self._run.switchover_over()
 
     async def kept(self, *, may_be_elsewhere: bool) -> None:
         """Put on record that the guest is held here; let it go on unless it may run elsewhere."""
         if self._run.in_switchover:
             await self._record_end(Owner.HELD, None)
-            self._run.in_switchover = False
-        self._run.is_held_still = False
+        self._run.switchover_over()
         if self._was_stopped and not may_be_elsewhere:
             await self._run.resume_workload(self._guest)
 

@@ -100,6 +100,15 @@ class RunControl:
         async with self._changing:
             self.is_held_still = True
 
+    def let_go(self) -> None:
+        """Let ``cont`` act again."""
+        self.is_held_still = False
+
+    def switchover_over(self) -> None:
+        """No migration has to do with the guest any more."""
+        self.in_switchover = False
+        self.let_go()
+
     async def stop(self) -> None:
         """Stop the guest; of a parked one, choose that it is stopped where it goes next.
 
