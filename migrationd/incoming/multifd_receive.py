@@ -228,8 +228,13 @@ class _Worker:
         first = self._decoder.run(data, packet, block.used_length)
         if first >= 0:
             count = packet.normal_pages
-            if self._decompressor is None and block.memory.view.flags.writeable:
-                self._receive_run(packet, self._last_start + first * self._page_size)
+            if block.memory.view.flags.writeable:
+                start = first * self._page_size
+                if self._decompressor is None:
+                    self._receive_run(packet, self._last_start + start)
+                else:
+                    content = self._decompressed(packet, block, self._decompressor)
+                    block.memory.view[start : start + len(content)] = content
                 block.mark_placed(slice(first, first + count))
                 return
             pages = np.arange(first, first + count)
@@ -243,16 +248,8 @@ class _Worker:
 
     def _place_normal(self, packet: Packet, block: RamBlock, pages: npt.NDArray[np.int64]) -> None:
         if self._decompressor is not None:
-            compressed = self._into_buffer(packet, COMPRESSED_LIMIT_BYTES)
-            try:
-                content = self._decompressor(compressed.data, len(pages) * self._page_size)
-            except ValueError as error:
-                raise StreamCorrupt(
-                    f"packet with {self._method} data that is wrong: {error}",
-                    section=self.name,
-                    block=block.idstr,
-                ) from None
-            self._place_pages(block, pages, np.frombuffer(content, np.uint8))
+            content = self._decompressed(packet, block, self._decompressor)
+            self._place_pages(block, pages, content)
         elif block.memory.view.flags.writeable:
             rows = run_vector(block.memory.view, pages, self._page_size)
             self._receive(packet, *map(tuple, rows.tolist()))
@@ -260,6 +257,21 @@ class _Worker:
         else:
             data = self._into_buffer(packet, MULTIFD_PACKET_BYTES)
             self._place_pages(block, pages, data)
+
+    def _decompressed(
+        self, packet: Packet, block: RamBlock, decompress: Decompressor
+    ) -> npt.NDArray[np.uint8]:
+        """Receive the data of a packet; returns the contents of its pages, one after the other."""
+        compressed = self._into_buffer(packet, COMPRESSED_LIMIT_BYTES)
+        try:
+            content = decompress(compressed.data, packet.normal_pages * self._page_size)
+        except ValueError as error:
+            raise StreamCorrupt(
+                f"packet with {self._method} data that is wrong: {error}",
+                section=self.name,
+                block=block.idstr,
+            ) from None
+        return np.frombuffer(content, np.uint8)
 
     def _place_pages(
         self, block: RamBlock, pages: npt.NDArray[np.int64], data: npt.NDArray[np.uint8]
@@ -282,9 +294,8 @@ class _Worker:
     def _into_buffer(self, packet: Packet, capacity: int) -> npt.NDArray[np.uint8]:
         if not len(self._buffer):
             self._buffer = np.empty(max(capacity, self._page_size), np.uint8)
-        part = self._buffer[: packet.data_bytes]
-        self._receive(packet, (address_of(part), len(part)))
-        return part
+        self._receive_run(packet, address_of(self._buffer))
+        return self._buffer[: packet.data_bytes]
 
     def _receive_run(self, packet: Packet, start: int) -> None:
         """Receive the data of a packet to one place, and the next header by the same call.
