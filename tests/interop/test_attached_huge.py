@@ -1,6 +1,5 @@
 """Workloads in huge pages: they are tracked, sent and waited for whole."""
 
-import asyncio
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from migrationd.linux.pagemap import can_scan
 from tests.interop.test_attached_postcopy import POSTCOPY, PREEMPT, begin, statuses
 from tests.interop.test_cpr import listen, migrate
 from tests.interop.test_cpr import pair as cpr_pair
+from tests.support.ctl import ctl
 from tests.support.huge_pages import huge_pages
 from tests.support.workloads import pair
 
@@ -105,9 +105,8 @@ async def test_its_state_at_an_instant(tmp_path: Path) -> None:
         await two.source.execute("migrate", {"uri": f"file:{path}"})
         await two.source.wait_migration("completed")
         await two.here.wait_passes(2)
-        command = ["migrationctl", "verify", str(path)]
-        verified = await asyncio.create_subprocess_exec(*command)
-        assert await verified.wait() == 0
+        status, said = await ctl("verify", str(path))
+        assert status == 0, said
 
 
 async def test_its_memory_passes_to_another_process(tmp_path: Path) -> None:
