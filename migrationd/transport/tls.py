@@ -193,8 +193,9 @@ class TlsChannel(Channel):
         if self._looked_at or (self._is_open and not self._is_drained):
             self._refuse_if_down()
             return True
-        self._is_drained = False
-        return await super().wait_readable(timeout_s)
+        is_readable = await super().wait_readable(timeout_s)
+        self._is_drained = not is_readable
+        return is_readable
 
     def send(self, data: bytes | memoryview) -> None:
         """As :meth:`Channel.send`."""
@@ -346,6 +347,7 @@ class TlsChannel(Channel):
                         self._has_ended = not done
                         break
                     done += count
+                self._is_drained = not (self._tls.pending() or self._received.pending)
             except ssl.SSLWantReadError:
                 self._is_drained = True
             except ssl.SSLError as error:

@@ -128,6 +128,23 @@ async def test_looking_takes_nothing(ends: tuple[TlsChannel, TlsChannel]) -> Non
     assert not await server.wait_readable(0.01)
 
 
+async def test_what_was_taken_in_part_is_not_waited_for(
+    ends: tuple[TlsChannel, TlsChannel],
+) -> None:
+    """The rest of it is here already, and nothing may ever follow."""
+    client, server = ends
+    client.send(b"QEVM and the rest")
+    await server.wait_readable(5)
+    assert server.peek(4) == b"QEVM"
+    data = b""
+    while len(data) < 17:
+        assert await server.wait_readable(5)
+        data += server.recv_some(17 - len(data))
+    assert data == b"QEVM and the rest"
+    assert not await server.wait_readable(0.01)
+    assert not await server.wait_readable(0.01)
+
+
 async def test_a_goodbye_reads_as_the_end(
     ends: tuple[TlsChannel, TlsChannel],
 ) -> None:
