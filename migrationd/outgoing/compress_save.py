@@ -54,6 +54,8 @@ class CompressSaver(EncodingSaver):
         with ThreadPoolExecutor(count, thread_name_prefix="compress") as threads:
             self._ram.begin_parts()
             for block in self._blocks:
+                if block.is_elsewhere:
+                    continue
                 self._ram.send(block, np.flatnonzero(~block.present), is_zero=True)
                 self._send(threads, block, np.flatnonzero(block.present))
             self._ram.end_parts()

@@ -49,7 +49,10 @@ def test_pages_come_back_and_large_ones_go_plainly() -> None:
         make_block("a", range(2000, 2010), range(5, 1500)),
         make_block("b", range(3), range(10, 20)),
         make_block("empty", range(0), range(0)),
+        # Its memory is in a file that both ends share: none of it goes.
+        make_block("elsewhere", range(0), range(0)),
     ]
+    blocks[3].is_elsewhere = True
     stats = OutgoingStats(page_size=PAGE, total_bytes=3 * PAGES * PAGE)
     ours, theirs = socket.socketpair()
     channel = Channel(ours.detach())
@@ -87,7 +90,7 @@ def test_pages_come_back_and_large_ones_go_plainly() -> None:
                     case ZeroBatch():
                         zero += len(record.pages)
                     case RamBlockList():
-                        assert len(record.blocks) == 3
+                        assert len(record.blocks) == 4
                     case _:
                         assert not isinstance(record, MixedBatch)
     thread.join(10)
