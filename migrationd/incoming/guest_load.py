@@ -29,6 +29,7 @@ from migrationd.guest.attached import AttachedGuest
 from migrationd.guest.held import HeldGuest
 from migrationd.guest.parked import ParkedGuest
 from migrationd.guest.ram_block import RamBlock
+from migrationd.guest.workload_devices import DECLARATIONS
 from migrationd.incoming.arrival import (
     check_configuration,
     check_uuid,
@@ -177,9 +178,9 @@ class GuestLoad:
         identity = identity_of(arrival, self._source_uuid)
         specs = specs_of(blocks, self.loader.page_size)
         guest = self.guest = self._berth.allocate(identity, tuple(arrival.devices), specs)
-        is_ready = guest.live is not None and self._return_path.is_open
-        if is_ready and self._settings.switchover_ack:
-            # It has accepted the declarations, and has the memory.
+        is_workload = any(device.idstr == DECLARATIONS for device in arrival.devices)
+        if is_workload and self._settings.switchover_ack and self._return_path.is_open:
+            # Who takes it has accepted the declarations, and has the memory.
             self._return_path.answer(SwitchoverAck())
         self.postcopy.prepare(guest.ram)
         if self._settings.ignores_shared:
