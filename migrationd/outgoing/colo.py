@@ -95,9 +95,9 @@ class ColoPhases(Phases):
         self.progress.mark_end()
         self._status.advance(Cause.COMPLETE)
 
-    def continue_switchover(self) -> None:
-        """As :class:`Phases`; also ends a wait for the user's word."""
-        super().continue_switchover()
+    def interrupt(self) -> None:
+        """As :class:`Phases`; also ends a wait for the end of a replica."""
+        super().interrupt()
         if (lost := getattr(self, "_lost", None)) is not None:
             lost.set()
 

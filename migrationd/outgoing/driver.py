@@ -377,7 +377,7 @@ class OutgoingMigration:
             self._is_yanked = False
 
     def _interrupt(self) -> None:
-        self._phases.continue_switchover()
+        self._phases.interrupt()
         connection = self._connection
         if connection is not None:
             connection.cancel()

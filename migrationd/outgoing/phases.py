@@ -148,6 +148,10 @@ class Phases:
         """Go on from ``pre-switchover``."""
         self._continue.set()
 
+    def interrupt(self) -> None:
+        """Wait for nobody's word any more: the migration is cancelled."""
+        self._continue.set()
+
     def set_max_bandwidth(self, bytes_per_s: int) -> None:
         """Change the limit at once; 0 is unlimited, as the rest of a stopped guest is anyway."""
         if not (self._stats.in_switchover and self._guest.live is not None):

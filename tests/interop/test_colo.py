@@ -118,6 +118,33 @@ async def test_the_replica_starts_from_the_last_whole_checkpoint(tmp_path: Path)
 
 
 @needs_scan
+async def test_it_may_wait_for_its_user_and_for_the_secondary_before_it_begins(
+    tmp_path: Path,
+) -> None:
+    work = DirtierProcess(tmp_path, "work", mib=8, rate_mb_s=20.0)
+    chosen = COLO | {"switchover-ack": True}
+    async with (
+        await DaemonProcess.start(arguments=work.daemon_arguments) as primary,
+        await DaemonProcess.start(incoming="defer") as secondary,
+        work,
+    ):
+        await secondary.set_capabilities(chosen)
+        await secondary.execute("migrate-incoming", {"uri": "tcp:127.0.0.1:0"})
+        await work.wait_running()
+        await primary.wait_run_state("running")
+        await primary.set_capabilities(chosen | {"pause-before-switchover": True})
+        await primary.set_parameters({"x-checkpoint-delay": 50})
+        await primary.execute("migrate", {"uri": await secondary.listening_uri()})
+        await primary.wait_migration("pre-switchover")
+        await primary.execute("migrate-continue", {"state": "pre-switchover"})
+        await primary.wait_migration("colo")
+        await Replicated(primary, secondary, work).wait_checkpoints(2)
+        await primary.execute("x-colo-lost-heartbeat")
+        await primary.wait_migration("completed")
+        await work.wait_passes(1)
+
+
+@needs_scan
 async def test_with_a_directory_the_replica_rests_there_once_it_has_taken_over(
     tmp_path: Path,
 ) -> None:
