@@ -151,9 +151,10 @@ def _file(options: MigrationOptions) -> FileSettings | None:
     capabilities, parameters = options.capabilities, options.parameters
     if not capabilities["mapped-ram"]:
         return None
+    if not capabilities["multifd"]:
+        return FileSettings()  # as at QEMU, direct-io asks for nothing then
     return FileSettings(
-        writers=number(parameters["multifd-channels"]) if capabilities["multifd"] else 1,
-        direct_io=bool(parameters["direct-io"]),
+        writers=number(parameters["multifd-channels"]), direct_io=bool(parameters["direct-io"])
     )
 
 

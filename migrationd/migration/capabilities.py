@@ -82,6 +82,8 @@ def check_capabilities(
 def _conflict(
     new: Mapping[str, bool], parameters: Mapping[str, Value], limits_writes: bool
 ) -> str | None:
+    if new["x-colo"] and not new["return-path"]:
+        return "Capability 'x-colo' requires capability 'return-path'"
     if new["postcopy-ram"] and new["x-ignore-shared"]:
         return "Postcopy is not compatible with ignore-shared"
     if new["background-snapshot"]:
@@ -106,8 +108,6 @@ def _conflict(
         return "Mapped-ram migration is incompatible with xbzrle"
     if new["mapped-ram"] and new["postcopy-ram"]:
         return "Mapped-ram migration is incompatible with postcopy"
-    if new["x-colo"] and not new["return-path"]:
-        return "Capability 'x-colo' requires capability 'return-path'"
     return None
 
 

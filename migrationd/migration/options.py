@@ -33,6 +33,14 @@ _BEFORE_INCOMING = (
 )
 
 
+_NOT_TOGETHER = (
+    ("mapped-ram", IGNORE_SHARED),
+    ("multifd", "x-colo"),
+    ("mapped-ram", "x-colo"),
+)
+"""What QEMU takes, and the engine does not: no checkpoint comes by channels, or out of a file."""
+
+
 class MigrationOptions:
     """The settings of one process; both directions read them.
 
@@ -107,8 +115,9 @@ class MigrationOptions:
         Raises:
             QMPError: A capability that is set has no engine part yet.
         """
-        if self._capabilities["mapped-ram"] and self._capabilities[IGNORE_SHARED]:
-            raise QMPError("Mapped-ram with x-ignore-shared is not supported in this version")
+        for one, other in _NOT_TOGETHER:
+            if self._capabilities[one] and self._capabilities[other]:
+                raise QMPError(f"{one.capitalize()} with {other} is not supported in this version")
         for name in CAPABILITIES:
             if self._capabilities[name] and name in NOT_BUILT:
                 raise QMPError(

@@ -33,8 +33,6 @@ def check_transport(
         is_single = isinstance(address, _SINGLE) or (is_file and not capabilities["mapped-ram"])
         if is_single:
             raise QMPError("Migration requires multi-channel URIs (e.g. tcp)")
-    if capabilities["multifd"] and parameters["direct-io"] and not is_file:
-        raise QMPError("Migration requires a transport that allows for extra fds (e.g. file)")
     if parameters["mode"] == "cpr-transfer" and is_file:
         raise QMPError("Migration requires streamable transport (eg unix)")
     if capabilities["mapped-ram"] and parameters["tls-creds"]:
@@ -56,6 +54,7 @@ def check_mode(capabilities: Mapping[str, bool], parameters: Mapping[str, Value]
         return
     for name, what in (
         ("postcopy-ram", "postcopy"),
+        ("dirty-bitmaps", "postcopy"),
         ("background-snapshot", "background snapshot"),
         ("x-colo", "COLO"),
     ):

@@ -56,11 +56,10 @@ class ColoPhases(Phases):
         """The stream, then checkpoint after checkpoint until it is told to end."""
         self._lost = asyncio.Event()
         live = self._guest.live
-        settings = self._settings
         if live is None:
             raise MigrationError("only a guest that executes here can have a replica")
-        if settings.file is not None or settings.multifd is not None or self.postcopy is not None:
-            raise MigrationError("x-colo goes without mapped-ram, multifd and postcopy-ram")
+        if self.postcopy is not None:
+            raise MigrationError("x-colo goes without postcopy-ram")
         saver = await self._set_up()
         if not isinstance(saver, RamSaver):
             raise MigrationError("x-colo goes without xbzrle")

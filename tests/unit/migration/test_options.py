@@ -37,6 +37,26 @@ def test_turning_off_a_needed_capability_is_refused() -> None:
         options.set_capabilities([("return-path", False)])
 
 
+def test_of_several_conflicts_the_one_is_told_that_qemu_finds_first() -> None:
+    options = MigrationOptions()
+    with pytest.raises(QMPError, match="'x-colo' requires capability 'return-path'"):
+        options.set_capabilities([("x-colo", True), ("background-snapshot", True)])
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [("mapped-ram", "x-ignore-shared"), ("multifd", "x-colo"), ("mapped-ram", "x-colo")],
+)
+def test_what_is_not_built_together_says_so(one: str, other: str) -> None:
+    options = MigrationOptions()
+    options.set_capabilities([("return-path", True), (one, True), (other, True)])
+    text = f"{one.capitalize()} with {other} is not supported"
+    with pytest.raises(QMPError, match=text):
+        options.check_built()
+    options.set_capabilities([(other, False)])
+    options.check_built()
+
+
 def test_what_is_not_built_says_so() -> None:
     options = MigrationOptions()
     options.check_built()

@@ -37,6 +37,13 @@ def test_transports(uri: str, on: tuple[str, ...], text: str | None) -> None:
     assert caught.value.desc == text
 
 
+def test_direct_io_is_for_files_and_left_out_elsewhere() -> None:
+    options = MigrationOptions()
+    options.set_parameters({"direct-io": True})
+    options.set_capabilities([("multifd", True)])
+    check_transport(parse_uri("tcp:h:1"), options.capabilities, options.parameters)
+
+
 def test_multifd_comes_before_the_listener() -> None:
     options = MigrationOptions()
     options.is_listening = True
@@ -56,6 +63,7 @@ def test_multifd_comes_before_the_listener() -> None:
         ("cpr-transfer", (), None),
         ("cpr-reboot", ("multifd", "auto-converge"), None),
         ("cpr-transfer", ("postcopy-ram",), "Cannot use postcopy with CPR"),
+        ("cpr-reboot", ("dirty-bitmaps",), "Cannot use postcopy with CPR"),
         ("cpr-reboot", ("background-snapshot",), "Cannot use background snapshot with CPR"),
         ("cpr-exec", ("x-colo",), "Cannot use COLO with CPR"),
         ("cpr-exec", (), "cpr-exec mode requires setting cpr-exec-command"),
