@@ -471,6 +471,8 @@ class AttachedGuest(Owned):
         """Let the workload go; what it does then is its own affair."""
         if self._faults is not None:
             self._faults.release()
+        # Whoever it turns to next can watch its memory only if nobody else does.
+        self._introduced.watch_no_more()
         self._link.close()
         self._let_lifeline_go()
         blocks, self.ram = self.ram, ()

@@ -72,14 +72,20 @@ class Introduced:
         self.blocks[index] = (block, fd)
         os.close(old)
 
-    def close(self) -> None:
-        """Close every descriptor."""
-        single = (self.pagemap, self.userfaultfd, self.faults)
-        for fd in (*single, *(fd for _, fd in self.blocks)):
+    def watch_no_more(self) -> None:
+        """Close what its memory is watched by."""
+        watching = (self.pagemap, self.userfaultfd, self.faults)
+        self.pagemap = self.userfaultfd = self.faults = -1
+        for fd in watching:
             if fd >= 0:
                 os.close(fd)
-        self.pagemap = self.userfaultfd = self.faults = -1
-        self.blocks = []
+
+    def close(self) -> None:
+        """Close every descriptor."""
+        self.watch_no_more()
+        blocks, self.blocks = self.blocks, []
+        for _, fd in blocks:
+            os.close(fd)
 
 
 class WorkloadLink:

@@ -239,6 +239,31 @@ def test_a_destination_is_empty_and_stands_still(
     assert guest.ram[0].memory.view[9 * 4096 : 10 * 4096].all()
 
 
+@needs_scan
+def test_one_that_is_let_go_can_be_watched_by_who_takes_it_next(
+    attached: "tuple[AttachedGuest, subprocess.Popen[str]]",
+    listener: tuple[socket.socket, str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """However soon it comes: nobody else may hold on to its memory then."""
+    guest, _ = attached
+    close = WorkloadLink.close
+    descriptors = []
+
+    def close_and_meet_again(link: WorkloadLink) -> None:
+        close(link)
+        again = WorkloadLink(listener[0].accept()[0])
+        introduced = again.introduction()
+        descriptors.append(introduced.userfaultfd)
+        introduced.close()
+        close(again)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(WorkloadLink, "close", close_and_meet_again)
+        guest.close()
+    assert descriptors[0] >= 0
+
+
 def test_a_workload_that_dies_is_an_error(
     attached: "tuple[AttachedGuest, subprocess.Popen[str]]",
 ) -> None:
