@@ -44,6 +44,9 @@ ZERO_PACKETS = 64
 QUEUED_PAGES = 1 << 19
 """Pages that may wait to be sent: the numbers of 2 GiB, 4 MiB."""
 
+LIVE_QUEUED_PAGES = 1 << 14
+"""The same of a guest that runs: how it writes is looked at while its pages are handed out."""
+
 LOOK_S = 0.25
 """How often somebody looks whether the destination closed a channel."""
 
@@ -139,6 +142,7 @@ class MultifdSender:
         self._changed = threading.Condition()
         self._queue: deque[tuple[RamBlock, Pages, bool]] = deque()
         self._queued_pages = 0
+        self._most_queued_pages = LIVE_QUEUED_PAGES if is_live else QUEUED_PAGES
         self._round_ends = False
         self._error: BaseException | None = None
         self._number = 0
@@ -177,7 +181,9 @@ class MultifdSender:
         if not len(pages):
             return
         with self._changed:
-            self._changed.wait_for(lambda: self._queued_pages < QUEUED_PAGES or self._is_stopping())
+            self._changed.wait_for(
+                lambda: self._queued_pages < self._most_queued_pages or self._is_stopping()
+            )
             if self._error is None:
                 self._queue.append((block, pages, is_zero))
                 self._queued_pages += len(pages)

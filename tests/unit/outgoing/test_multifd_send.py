@@ -13,6 +13,7 @@ from migrationd.errors import ChannelError, MigrationCancelled
 from migrationd.guest.memory import AnonymousMemory
 from migrationd.guest.ram_block import RamBlock, RamBlockSpec
 from migrationd.migration.stats import OutgoingStats
+from migrationd.outgoing import multifd_send
 from migrationd.outgoing.multifd_send import MultifdSender, MultifdSettings
 from migrationd.pageops.decompress import decompressor
 from migrationd.transport.channel import Channel
@@ -169,6 +170,31 @@ def test_every_page_goes_once(channels: int, method: str, zeros: str, block: Ram
     readers = ends.readers(method)
     send(ends, block)
     check(readers, block, ends, listed=zeros == "multifd")
+
+
+def test_pages_of_a_running_guest_are_handed_out_as_they_go(
+    block: RamBlock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(multifd_send, "LIVE_QUEUED_PAGES", 600)
+    ends = Ends(MultifdSettings(1), is_live=True)
+    ends.sender.begin_round()
+
+    def hand_out() -> None:
+        for start in range(0, PAGES, 500):
+            ends.sender.put(block, np.arange(start, start + 500), is_zero=False)
+
+    handing_out = threading.Thread(target=hand_out)
+    handing_out.start()
+    handing_out.join(0.3)
+    assert handing_out.is_alive(), "nobody reads, and all of it is queued"
+    readers = ends.readers()
+    handing_out.join(10)
+    assert not handing_out.is_alive()
+    ends.sender.end_round()
+    ends.close()
+    for reader in readers:
+        reader.join(10)
+    assert sum(len(reader.pages) for reader in readers) == PAGES
 
 
 def test_pages_that_may_change_are_copied_before_they_are_compressed(block: RamBlock) -> None:
