@@ -89,6 +89,18 @@ async def test_with_its_agreement_it_goes_over(tmp_path: Path) -> None:
         await two.there.wait_passes(2)
 
 
+async def test_a_daemon_that_keeps_it_at_rest_agrees_as_well(tmp_path: Path) -> None:
+    acknowledging = {"return-path": True, "switchover-ack": True}
+    async with pair(tmp_path) as two, await DaemonProcess.start(incoming="defer") as shelter:
+        await two.here.wait_running()
+        for daemon in (two.source, shelter):
+            await daemon.set_capabilities(acknowledging | {"events": True})
+        await shelter.execute("migrate-incoming", {"uri": "tcp:127.0.0.1:0"})
+        await two.source.execute("migrate", {"uri": await shelter.listening_uri()})
+        await two.source.wait_migration("completed")
+        await shelter.wait_migration("completed")
+
+
 async def test_pages_that_were_sent_before_go_as_edits(tmp_path: Path) -> None:
     async with pair(tmp_path, rate_mb_s=120.0) as two:
         await two.here.wait_passes(1)
