@@ -155,19 +155,21 @@ class LiveSaver:
             self._wait_for_peer()
             self._live.know_present()
             self._knows_present = True
-        self._live.stop()
-        if self._should_stop():
-            return True
-        try:
-            self._collect_rest()
-            fits = self._convergence.fits(self._stats.remaining_bytes, self._downtime_limit_s())
-        except BaseException:
-            self._live.start()
-            raise
-        if not fits:
-            self._convergence.went_on()
-            self._live.start()
-        return fits
+        # Who stops it for good meanwhile finds it running, or stopped for good.
+        with self._live.run_state_held():
+            self._live.stop()
+            if self._should_stop():
+                return True
+            try:
+                self._collect_rest()
+                fits = self._convergence.fits(self._stats.remaining_bytes, self._downtime_limit_s())
+            except BaseException:
+                self._live.start()
+                raise
+            if not fits:
+                self._convergence.went_on()
+                self._live.start()
+            return fits
 
     def send_stopped(self) -> None:
         """Send everything of a guest that stands still already.

@@ -1,5 +1,6 @@
 """When a running guest is stopped, and that it goes on if that was too early."""
 
+import contextlib
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -34,6 +35,9 @@ class Guest:
     def stop(self) -> None:
         self.is_running = False
         self.calls.append("stop")
+
+    def run_state_held(self) -> contextlib.AbstractContextManager[object]:
+        return contextlib.nullcontext()
 
     def collect(self) -> list[Pages]:
         count = self.written.pop(0)
