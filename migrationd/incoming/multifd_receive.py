@@ -294,8 +294,10 @@ class _Worker:
     def _into_buffer(self, packet: Packet, capacity: int) -> npt.NDArray[np.uint8]:
         if not len(self._buffer):
             self._buffer = np.empty(max(capacity, self._page_size), np.uint8)
-        self._receive_run(packet, address_of(self._buffer))
-        return self._buffer[: packet.data_bytes]
+        part = self._buffer[: packet.data_bytes]
+        # Not with the next header: what is wrong with this one is told before it comes.
+        self._receive(packet, (address_of(part), len(part)))
+        return part
 
     def _receive_run(self, packet: Packet, start: int) -> None:
         """Receive the data of a packet to one place, and the next header by the same call.
