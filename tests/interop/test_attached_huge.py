@@ -11,7 +11,7 @@ from tests.interop.test_cpr import listen, migrate
 from tests.interop.test_cpr import pair as cpr_pair
 from tests.support.ctl import ctl
 from tests.support.huge_pages import huge_pages
-from tests.support.workloads import pair
+from tests.support.workloads import goes_on, pair
 
 pytestmark = [
     pytest.mark.interop,
@@ -52,10 +52,8 @@ async def test_it_runs_on_and_has_lost_nothing(tmp_path: Path, huge: tuple[bool,
         await two.begin()
         await two.source.wait_migration("completed")
         last = two.here.progress()
-        after = await two.there.wait_passes(2)
+        await goes_on(two.there, last)
         assert mapped_huge(two.there.process.pid) is huge[1]
-        assert last is not None
-        assert after.place > last.place
 
 
 @pytest.mark.parametrize(
@@ -71,10 +69,8 @@ async def test_by_postcopy_a_huge_page_comes_whole(tmp_path: Path, preempt: bool
         await two.source.set_parameters({"max-postcopy-bandwidth": 0})
         await two.source.wait_migration("completed")
         last = two.here.progress()
-        after = await two.there.wait_passes(2)
+        await goes_on(two.there, last)
         assert mapped_huge(two.there.process.pid)
-        assert last is not None
-        assert after.place > last.place
         assert "postcopy-active" in statuses(two.destination)
         requests = (await two.source.query_migrate())["ram"]["postcopy-requests"]
         assert 1 <= requests <= 8, "one for each huge page at most"
@@ -116,10 +112,8 @@ async def test_its_memory_passes_to_another_process(tmp_path: Path) -> None:
         await migrate(two, tmp_path)
         await two.source.wait_migration("completed")
         last = two.here.progress()
-        after = await two.there.wait_passes(2)
+        await goes_on(two.there, last)
         assert mapped_huge(two.there.process.pid)
-        assert last is not None
-        assert after.place > last.place
 
 
 @pytest.mark.matrix

@@ -12,7 +12,7 @@ from tests.support.certificates import make_directory
 from tests.support.events import statuses
 from tests.support.relay import Relay
 from tests.support.stall import wait_stall
-from tests.support.workloads import Pair, compile_counter, needs_scan, pair
+from tests.support.workloads import Pair, compile_counter, goes_on, needs_scan, pair
 
 pytestmark = [pytest.mark.interop, needs_scan]
 
@@ -64,9 +64,7 @@ async def test_it_runs_on_before_its_memory_is_there(tmp_path: Path, preempt: bo
         await two.source.set_parameters({"max-postcopy-bandwidth": 0})
         await two.source.wait_migration("completed")
         await two.destination.wait_migration("completed")
-        after = await two.there.wait_passes(2)
-        assert last is not None
-        assert after.place > last.place
+        await goes_on(two.there, last)
         assert two.here.progress() == last, "the source stands still"
         wanted = ["setup", "active", "postcopy-device", "postcopy-active", "completed"]
         assert [status for status in statuses(two.destination) if status != "setup"] == wanted[1:]
@@ -87,9 +85,7 @@ async def test_a_program_in_c_does_so_as_well(tmp_path: Path) -> None:
         await begin(two, preempt=True)
         await two.source.wait_migration("completed")
         last = two.here.progress()
-        after = await two.there.wait_passes(2)
-        assert last is not None
-        assert after.place > last.place
+        await goes_on(two.there, last)
         assert two.here.progress() == last
 
 
@@ -104,9 +100,7 @@ async def test_its_pages_may_be_encrypted(tmp_path: Path, preempt: bool) -> None
         await two.source.wait_migration("completed")
         await two.destination.wait_migration("completed")
         last = two.here.progress()
-        after = await two.there.wait_passes(2)
-        assert last is not None
-        assert after.place > last.place
+        await goes_on(two.there, last)
         assert (await two.source.query_migrate())["ram"]["postcopy-requests"] >= 1
 
 
@@ -184,9 +178,7 @@ async def test_it_goes_on_to_the_next_host_by_precopy(tmp_path: Path) -> None:
         await two.destination.execute("migrate", {"uri": await daemon.listening_uri()})
         await two.destination.wait_migration("completed")
         last = two.there.progress()
-        after = await third.wait_passes(2)
-        assert last is not None
-        assert after.place > last.place
+        await goes_on(third, last)
 
 
 async def test_multifd_until_the_switch(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from migrationd.ctl.daemon_process import DaemonProcess
-from migrationd.ctl.dirtier_process import PROGRAM, DirtierProcess
+from migrationd.ctl.dirtier_process import PROGRAM, DirtierProcess, Progress
 from migrationd.linux.pagemap import can_scan
 from tests.support.starting import start_both
 
@@ -36,6 +36,13 @@ class Pair:
         )
         await self.source.set_parameters({"max-bandwidth": max_bandwidth})
         await self.source.execute("migrate", {"uri": await self.destination.listening_uri()})
+
+
+async def goes_on(there: DirtierProcess, last: Progress | None) -> None:
+    """Wait until it has made two passes there, behind where it was last elsewhere."""
+    after = await there.wait_passes(2)
+    assert last is not None
+    assert after.place > last.place
 
 
 @contextlib.asynccontextmanager
