@@ -70,16 +70,21 @@ async def run_sizes(
 ) -> None:
     """Measure guests of each size and print; how the cost grows, if there are several."""
     grown: dict[Cell, dict[int, dict[Pair, list[Sample]]]] = {cell: {} for cell in cells}
+    version = qemu_version(binary)
+    is_old = int(version.split(".")[0]) < 8
     for memory_mib in sizes_mib:
-        print(f"QEMU {qemu_version(binary)}, {memory_mib} MiB, tcp, {reps} interleaved repetitions")
+        print(f"QEMU {version}, {memory_mib} MiB, tcp, {reps} interleaved repetitions")
         for cell in cells:
-            grown[cell][memory_mib] = await measure(binary, memory_mib, reps, cell)
+            samples = await measure(binary, memory_mib, reps, cell, is_old=is_old)
+            grown[cell][memory_mib] = samples
     if len(sizes_mib) > 1:
         for cell in cells:
             print_growth(cell, grown[cell])
 
 
-async def measure(binary: str, memory_mib: int, reps: int, cell: Cell) -> dict[Pair, list[Sample]]:
+async def measure(
+    binary: str, memory_mib: int, reps: int, cell: Cell, *, is_old: bool
+) -> dict[Pair, list[Sample]]:
     """Measure one cell and print its table."""
     samples: dict[Pair, list[Sample]] = {pair: [] for pair in PAIRS}
     async with Bench(binary, memory_mib, cell.content, cell.channels, cell.method) as bench:
@@ -87,7 +92,6 @@ async def measure(binary: str, memory_mib: int, reps: int, cell: Cell) -> dict[P
             for pair in PAIRS if rep % 2 == 0 else PAIRS[::-1]:
                 samples[pair].append(await bench.sample(*pair))
         beyond = bench.beyond_guest_bytes
-    is_old = int(qemu_version(binary).split(".")[0]) < 8
     print_table(cell, memory_mib, samples, is_old=is_old)
     if beyond:
         peak_mib = max(beyond) / 2**20
