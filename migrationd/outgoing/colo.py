@@ -11,6 +11,7 @@ Reference: stream format 6.8; QEMU 11.1's statuses and COLO_EXIT.
 """
 
 import asyncio
+import functools
 import logging
 
 from migrationd.codec.colo import (
@@ -52,9 +53,13 @@ class ColoPhases(Phases):
     keeps_guest = True
     _said = b""
 
+    @functools.cached_property
+    def _lost(self) -> asyncio.Event:
+        """Set when the replica is given up."""
+        return asyncio.Event()
+
     async def send(self) -> None:
         """The stream, then checkpoint after checkpoint until it is told to end."""
-        self._lost = asyncio.Event()
         live = self._guest.live
         if live is None:
             raise MigrationError("only a guest that executes here can have a replica")
@@ -97,8 +102,7 @@ class ColoPhases(Phases):
     def interrupt(self) -> None:
         """As :class:`Phases`; also ends a wait for the end of a replica."""
         super().interrupt()
-        if (lost := getattr(self, "_lost", None)) is not None:
-            lost.set()
+        self._lost.set()
 
     def give_up_replica(self) -> None:
         """``x-colo-lost-heartbeat``: the guest goes on here, alone."""
