@@ -150,7 +150,7 @@ class Phases:
 
     def interrupt(self) -> None:
         """Wait for nobody's word any more: the migration is cancelled."""
-        self._continue.set()
+        self.continue_switchover()
 
     def set_max_bandwidth(self, bytes_per_s: int) -> None:
         """Change the limit at once; 0 is unlimited, as the rest of a stopped guest is anyway."""
