@@ -14,7 +14,6 @@ from migrationd.config import DaemonConfig
 from migrationd.daemon.shelter import Shelter
 from migrationd.errors import GuestError, QMPError, StoreError
 from migrationd.guest.attached import AttachedGuest
-from migrationd.guest.base import Live
 from migrationd.guest.held import HeldGuest
 from migrationd.guest.parked import ParkedGuest
 from migrationd.guest.run_state import PAUSED, PRELAUNCH, RUNNING, LazyHandOver, Owner
@@ -121,7 +120,7 @@ class RunControl:
             live = self.guest.live if self.guest is not None else None
             if live is None:
                 await self._choose(PAUSED, "STOP")
-            elif await asyncio.to_thread(_stop_running, live):
+            elif await asyncio.to_thread(live.stop):
                 self.tell_stopped()
 
     async def cont(self) -> None:
@@ -301,16 +300,3 @@ def _look_at(guest: HeldGuest) -> None:
         len(guest.devices),
     )
     guest.give_back_zeros()
-
-
-def _stop_running(live: Live) -> bool:
-    """Stop a guest that runs; False if it stands still already.
-
-    A migration or a snapshot may have stopped it for a moment, which is waited for: the guest
-    would go on behind it.
-    """
-    with live.run_state_held():
-        if not live.is_running:
-            return False
-        live.stop()
-        return True

@@ -165,19 +165,22 @@ class AttachedGuest(Owned):
             for block in self.ram:
                 block.memory.clear()
 
-    def stop(self) -> None:
-        """Stop it; when this returns it changes nothing any more.
+    def stop(self) -> bool:
+        """See :class:`Live`.
 
         Raises:
             GuestError: It does not stop in time; it is told to go on.
         """
         with self._run_state_lock:
+            if not self.is_running:
+                return False
             try:
                 self._link.request("stop")
             except GuestError:
                 self._go_on_after_all()
                 raise
             self.is_running = False
+            return True
 
     def start(self) -> None:
         """Let it run.

@@ -67,8 +67,13 @@ class Live(Protocol):
     def know_present(self) -> None:
         """Make ``present`` of every block say, in place, which pages may hold something."""
 
-    def stop(self) -> None:
-        """Stop it; when this returns it changes nothing any more.
+    def stop(self) -> bool:
+        """Stop it if it runs; when this returns it changes nothing any more.
+
+        Who holds its run state may have stopped it for a moment, which is waited for.
+
+        Returns:
+            Whether it ran.
 
         Raises:
             GuestError: It does not stop; it goes on.

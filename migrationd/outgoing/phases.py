@@ -337,9 +337,8 @@ class Phases:
             Whether it ran.
         """
         with live.run_state_held():
-            was_running = live.is_running
+            was_running = live.stop()
             if was_running:
-                live.stop()
                 loop.call_soon_threadsafe(self._observer.on_stopped)
             try:
                 yield was_running

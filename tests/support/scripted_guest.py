@@ -97,10 +97,11 @@ class ScriptedGuest:
         for block in self.ram:
             block.present[:] = True
 
-    def stop(self) -> None:
+    def stop(self) -> bool:
         """It writes nothing any more."""
-        self.is_running = False
+        was_running, self.is_running = self.is_running, False
         self._tracker.passes_left = min(self._tracker.passes_left, 1)
+        return was_running
 
     def start(self) -> None:
         """It may write again."""

@@ -25,9 +25,10 @@ class Workload:
     def run_state_held(self) -> threading.RLock:
         return self._lock
 
-    def stop(self) -> None:
+    def stop(self) -> bool:
         with self._lock:
-            self.is_running = False
+            was_running, self.is_running = self.is_running, False
+            return was_running
 
     def start(self) -> None:
         with self._lock:
