@@ -8,7 +8,7 @@ Reference: ``xen-save-devices-state`` and ``xen-load-devices-state`` of QEMU 11.
 import asyncio
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from migrationd.codec.constants import QEMU_VM_FILE_VERSION, QEMU_VM_SECTION_FULL
 from migrationd.codec.encode import StreamEncoder
@@ -17,7 +17,7 @@ from migrationd.codec.stream import StreamDecoder
 from migrationd.daemon.shelter import Shelter
 from migrationd.errors import QMPError, StreamUnsupported
 from migrationd.guest.attached import AttachedGuest
-from migrationd.guest.base import Guest
+from migrationd.guest.base import Guest, held_still
 from migrationd.guest.device import DeviceState
 from migrationd.guest.parked import ParkedGuest
 from migrationd.guest.run_state import Owner
@@ -69,21 +69,22 @@ class DeviceFiles:
             await self._save(guest, open_now(FileAddress(path, 0), _no_fds, keep=keep))
 
     async def _save(self, guest: ParkedGuest | AttachedGuest, channel: Channel) -> None:
+        loop = asyncio.get_running_loop()
+
+        def tell(event: str) -> None:
+            loop.call_soon_threadsafe(self._bus.emit, event, None)
+
+        def save() -> None:
+            if guest.live is None:
+                _write_devices(guest, channel)
+                return
+            still = held_still(guest.live, lambda: tell("STOP"), lambda: tell("RESUME"))
+            with still as was_running:
+                guest.live.save_devices(was_running=was_running)
+                _write_devices(guest, channel)
+
         try:
-            live = guest.live
-            was_running = live is not None and live.is_running
-            if live is not None and was_running:
-                await asyncio.to_thread(live.stop)
-                self._bus.emit("STOP", None)
-            try:
-                if isinstance(guest, AttachedGuest):
-                    await asyncio.to_thread(guest.save_devices, was_running=was_running)
-                dialect = dialect_of(guest.identity.machine, guest.seen)
-                await asyncio.to_thread(channel.send, encode_devices(guest, dialect))
-            finally:
-                if live is not None and was_running:
-                    await asyncio.to_thread(live.start)
-                    self._bus.emit("RESUME", None)
+            await asyncio.to_thread(save)
         finally:
             channel.close()
 
@@ -95,16 +96,16 @@ class DeviceFiles:
             StreamError: The file is none of these.
             GuestError: The workload cannot load them; it names device and field.
         """
-        guest = self._held()
-        if guest.live is not None and guest.live.is_running:
+        live = self._held().live
+        if live is not None and live.is_running:
             raise QMPError("Cannot update device state while vm is running")
         data = await asyncio.to_thread(_read, path)
-        if not isinstance(guest, AttachedGuest):
+        if live is None:
             raise QMPError("the devices of a parked guest are kept as they came")
         devices = decode_devices(data)
-        if guest.is_running or self._is_migrating():
+        if self._is_migrating():
             raise QMPError("Cannot update device state while vm is running")
-        await asyncio.to_thread(guest.complete, devices, None, guest.seen)
+        await asyncio.to_thread(_load_devices, live, devices)
 
     def _held(self) -> ParkedGuest | AttachedGuest:
         guest = self._guest()
@@ -113,6 +114,18 @@ class DeviceFiles:
         if self._is_migrating():
             raise QMPError("There's a migration process in progress")
         return guest
+
+
+def _write_devices(guest: ParkedGuest | AttachedGuest, channel: Channel) -> None:
+    dialect = dialect_of(guest.identity.machine, guest.seen)
+    channel.send(encode_devices(guest, dialect))
+
+
+def _load_devices(guest: AttachedGuest, devices: Sequence[DeviceState]) -> None:
+    with guest.run_state_held():
+        if guest.is_running:
+            raise QMPError("Cannot update device state while vm is running")
+        guest.complete(devices, None, guest.seen)
 
 
 def encode_devices(guest: Guest, dialect: Dialect) -> bytes:

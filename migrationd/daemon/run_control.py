@@ -148,14 +148,13 @@ class RunControl:
             guest.owner = Owner.HELD
             if isinstance(guest, ParkedGuest):
                 await self._record_next_run_state(guest, RUNNING)
-                self._bus.emit("RESUME", None)
+                self.tell_resumed()
                 return
         live = guest.live if guest is not None else None
         if live is None:
             await self._choose(RUNNING, "RESUME")
-        elif not live.is_running:
-            await asyncio.to_thread(live.start)
-            self._bus.emit("RESUME", None)
+        elif await asyncio.to_thread(live.start):
+            self.tell_resumed()
 
     async def _choose(self, run_state: str, event: str) -> None:
         guest = self.guest
@@ -182,11 +181,10 @@ class RunControl:
         if guest.live is None:
             return
         try:
-            await asyncio.to_thread(guest.live.start)
+            if await asyncio.to_thread(guest.live.start):
+                self.tell_resumed()
         except GuestError as error:
             log.error("the workload does not go on: %s", error)
-            return
-        self._bus.emit("RESUME", None)
 
     async def runs_lazily(self, guest: AttachedGuest) -> None:
         """Hold a workload, and let it run, whose memory is still on the way."""
@@ -215,11 +213,10 @@ class RunControl:
             guest.never_ran = wanted == PRELAUNCH
             return
         try:
-            await asyncio.to_thread(guest.start)
+            if await asyncio.to_thread(guest.start):
+                self.tell_resumed()
         except GuestError as error:
             log.error("the workload arrived, but does not start: %s", error)
-            return
-        self._bus.emit("RESUME", None)
 
     async def record_owner(
         self,

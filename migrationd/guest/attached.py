@@ -182,16 +182,23 @@ class AttachedGuest(Owned):
             self.is_running = False
             return True
 
-    def start(self) -> None:
-        """Let it run.
+    def start(self) -> bool:
+        """See :class:`Live`.
 
         Raises:
-            GuestError: It does not obey.
+            GuestError: It does not obey; it is told to stand still.
         """
         with self._run_state_lock:
-            self._link.request("start")
+            if self.is_running:
+                return False
+            try:
+                self._link.request("start")
+            except GuestError:
+                self._stand_still_after_all()
+                raise
             self.is_running = True
             self.never_ran = False
+            return True
 
     def run_state_held(self) -> contextlib.AbstractContextManager[object]:
         """While it is entered, only this thread stops and starts the guest; others wait."""
@@ -503,3 +510,10 @@ class AttachedGuest(Owned):
         except GuestError:
             # It is in its queue: a workload that only was slow takes both in order.
             return
+
+    def _stand_still_after_all(self) -> None:
+        try:
+            self._link.request("stop", timeout_s=0.5)
+        except GuestError:
+            # For all that is known it runs, or will: whoever sends it has to stop it first.
+            self.is_running = True

@@ -3,8 +3,8 @@
 An engine never asks which kind of guest it has.
 """
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -79,11 +79,16 @@ class Live(Protocol):
             GuestError: It does not stop; it goes on.
         """
 
-    def start(self) -> None:
-        """Let it execute.
+    def start(self) -> bool:
+        """Let it execute if it stands still.
+
+        Who holds its run state may have stopped it for a moment, which is waited for.
+
+        Returns:
+            Whether it stood still.
 
         Raises:
-            GuestError: It does not.
+            GuestError: It does not start.
         """
 
     def throttle(self, percentage: int) -> None:
@@ -109,6 +114,35 @@ class Live(Protocol):
         Raises:
             GuestError: A device cannot be saved.
         """
+
+
+@contextmanager
+def held_still(
+    live: Live, on_stopped: Callable[[], object], on_resumed: Callable[[], object]
+) -> Iterator[bool]:
+    """The guest stands still inside the block and goes on behind it, if it ran.
+
+    Args:
+        live: The guest; nobody else stops or starts it meanwhile.
+        on_stopped: Called on this thread when it was stopped.
+        on_resumed: The same when it goes on.
+
+    Yields:
+        Whether it ran.
+
+    Raises:
+        GuestError: It does not stop, or does not go on.
+    """
+    with live.run_state_held():
+        was_running = live.stop()
+        if was_running:
+            on_stopped()
+        try:
+            yield was_running
+        finally:
+            if was_running:
+                live.start()
+                on_resumed()
 
 
 class Guest(Protocol):

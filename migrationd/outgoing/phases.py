@@ -14,14 +14,13 @@ import asyncio
 import contextlib
 import logging
 import threading
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 
 from migrationd.clock import Clock
 from migrationd.codec.constants import FILE_HEADER_BYTES
 from migrationd.errors import ChannelError, GuestError
-from migrationd.guest.base import Guest, Live
+from migrationd.guest.base import Guest, Live, held_still
 from migrationd.guest.run_state import LazyHandOver
 from migrationd.migration.dialect import Dialect
 from migrationd.migration.stats import OutgoingStats
@@ -329,23 +328,15 @@ class Phases:
         if self._is_stopping and live is not None and not live.is_running:
             self._tell_stopped()
 
-    @contextlib.contextmanager
-    def _held_still(self, live: Live, loop: asyncio.AbstractEventLoop) -> Iterator[bool]:
-        """The guest stands still inside the block and goes on behind it; on the sending thread.
-
-        Yields:
-            Whether it ran.
-        """
-        with live.run_state_held():
-            was_running = live.stop()
-            if was_running:
-                loop.call_soon_threadsafe(self._observer.on_stopped)
-            try:
-                yield was_running
-            finally:
-                if was_running:
-                    live.start()
-                    loop.call_soon_threadsafe(self._observer.on_resumed)
+    def _held_still(
+        self, live: Live, loop: asyncio.AbstractEventLoop
+    ) -> contextlib.AbstractContextManager[bool]:
+        """See :func:`held_still`; on the sending thread."""
+        return held_still(
+            live,
+            lambda: loop.call_soon_threadsafe(self._observer.on_stopped),
+            lambda: loop.call_soon_threadsafe(self._observer.on_resumed),
+        )
 
     def _count_pass(self) -> None:
         self._stats.dirty_sync_count += 1

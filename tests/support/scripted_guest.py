@@ -103,9 +103,10 @@ class ScriptedGuest:
         self._tracker.passes_left = min(self._tracker.passes_left, 1)
         return was_running
 
-    def start(self) -> None:
+    def start(self) -> bool:
         """It may write again."""
-        self.is_running = True
+        was_running, self.is_running = self.is_running, True
+        return not was_running
 
     def throttle(self, percentage: int) -> None:
         """It does as the script says."""

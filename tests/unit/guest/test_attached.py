@@ -303,6 +303,48 @@ def test_a_workload_that_hangs_is_an_error_and_goes_on_later(
             process.kill()
 
 
+def counting(introduce: Callable[[str], AttachedGuest], on_started: str) -> AttachedGuest:
+    """A workload that was stopped, and does this when it is started again."""
+    program = textwrap.dedent(PROGRAM).replace(
+        'Workload("unit", ', f'Workload("unit", on_started=lambda: {on_started}, '
+    )
+    guest = introduce(program)
+    wait_until(lambda: guest.ram[0].memory.view[5 * 4096] > 0, "its first write")
+    guest.stop()
+    return guest
+
+
+def test_one_that_fails_as_it_starts_stands_still(
+    introduce: Callable[[str], AttachedGuest],
+) -> None:
+    guest = counting(introduce, "1 / 0")
+    with pytest.raises(GuestError, match="ZeroDivisionError"):
+        guest.start()
+    assert not guest.is_running
+    value = int(guest.ram[0].memory.view[5 * 4096])
+    time.sleep(0.05)
+    assert guest.ram[0].memory.view[5 * 4096] == value
+
+
+def test_one_that_may_run_is_stopped_before_it_leaves(
+    introduce: Callable[[str], AttachedGuest], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on = tmp_path / "go on"
+    is_time = f"__import__('os').path.exists({str(go_on)!r})"
+    hang = f"[time.sleep(0.01) for _ in iter(lambda: {is_time}, True)]"
+    guest = counting(introduce, hang)
+    with monkeypatch.context() as patched:
+        patched.setattr(workload_link, "REQUEST_WAIT_S", 0.2)
+        with pytest.raises(GuestError, match="does not answer"):
+            guest.start()
+    assert guest.is_running
+    go_on.touch()
+    assert guest.stop()
+    value = int(guest.ram[0].memory.view[5 * 4096])
+    time.sleep(0.05)
+    assert guest.ram[0].memory.view[5 * 4096] == value
+
+
 @pytest.mark.parametrize(
     ("messages", "text"),
     [

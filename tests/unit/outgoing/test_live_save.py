@@ -28,13 +28,15 @@ class Guest:
         self.calls: list[str] = []
         self.tracker = self
 
-    def start(self) -> None:
+    def start(self) -> bool:
         self.is_running = True
         self.calls.append("start")
+        return True
 
-    def stop(self) -> None:
+    def stop(self) -> bool:
         self.is_running = False
         self.calls.append("stop")
+        return True
 
     def run_state_held(self) -> contextlib.AbstractContextManager[object]:
         return contextlib.nullcontext()
