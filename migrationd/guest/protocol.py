@@ -50,7 +50,8 @@ MAX_STATE_BYTES = 1 << 30
 MAX_NOTE = 2048
 """Characters of the note that a workload keeps."""
 
-Name = Annotated[str, Field(min_length=1, max_length=255, pattern=r"^[\x21-\x7e]+$")]
+NAME_PATTERN = r"^[\x21-\x7e]{1,255}$"
+Name = Annotated[str, Field(min_length=1, max_length=255, pattern=NAME_PATTERN)]
 Descriptor = Literal["pagemap", "userfaultfd", "faults"]
 Json = dict[str, Any]
 

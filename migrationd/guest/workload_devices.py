@@ -5,11 +5,12 @@ destination which cannot load them refuses before the source stops.
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 
 from migrationd.errors import GuestError
 from migrationd.guest.device import DeviceState
-from migrationd.guest.protocol import Saved, SavedDevice
+from migrationd.guest.protocol import NAME_PATTERN, Saved, SavedDevice
 from migrationd.guest.run_state import GLOBAL_STATE, GLOBAL_STATE_BYTES, encode_run_state
 
 DECLARATIONS = "migrationd/declarations"
@@ -31,13 +32,15 @@ def declared_keys(devices: Sequence[Mapping[str, object]]) -> list[tuple[str, in
     """Names and instances of declared devices.
 
     Raises:
-        GuestError: A name is taken, or none.
+        GuestError: A name is taken, or none; or an instance is none.
     """
     keys: list[tuple[str, int]] = []
     for device in devices:
         name, instance_id = device.get("name"), device.get("instance_id")
         if not isinstance(name, str) or not isinstance(instance_id, int):
             raise GuestError("the workload declares a device without name or instance_id")
+        if re.fullmatch(NAME_PATTERN, name) is None or not 0 <= instance_id < 1 << 32:
+            raise GuestError(f"the workload declares device {name!r} instance {instance_id}")
         if name in _TAKEN or (name, instance_id) in keys:
             raise GuestError(f"device '{name}' instance {instance_id}: the name is taken")
         keys.append((name, instance_id))

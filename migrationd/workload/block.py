@@ -15,6 +15,7 @@ from enum import Enum
 from migrationd.errors import GuestError
 
 _MAP_FIXED = 0x10
+_LONGEST_MEMFD_NAME = 249
 _MAP_FAILED = ctypes.c_void_p(-1).value
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -164,7 +165,7 @@ class Block:
         if self._is_huge:
             flags |= os.MFD_HUGETLB
         try:
-            fd = os.memfd_create(f"migrationd-{self.name}", flags)
+            fd = os.memfd_create(f"migrationd-{self.name}"[:_LONGEST_MEMFD_NAME], flags)
         except (OSError, ValueError) as error:
             raise GuestError(f"block '{self.name}': {error}") from error
         try:

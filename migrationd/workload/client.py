@@ -38,6 +38,7 @@ from migrationd.workload.compare import problems
 from migrationd.workload.devices import RESERVED_INSTANCE_ID, Devices
 from migrationd.workload.gate import Gate
 from migrationd.workload.lifeline import Lifeline
+from migrationd.workload.names import check_name
 from migrationd.workload.vmstate import VMState
 
 VERSION = 1
@@ -80,6 +81,7 @@ class Workload:
         on_reset: Callable[[], None] | None = None,
         on_powerdown: Callable[[], None] | None = None,
     ) -> None:
+        check_name(name, "a workload")
         self.name = name
         self._on_loaded = on_loaded
         self._on_stopped = on_stopped
@@ -113,10 +115,11 @@ class Workload:
             Its memory, shared with the daemon and zero at first.
 
         Raises:
-            GuestError: There is such a block, or no memory.
+            GuestError: There is such a block, it cannot be called so, or there is no memory.
         """
         if self._is_attached:
             raise GuestError("blocks are added before the workload is attached")
+        check_name(name, "a RAM block")
         if any(block.name == name for block in self._blocks):
             raise GuestError(f"there is a block '{name}' already")
         page_bytes = huge_page_bytes() if huge else mmap.PAGESIZE
@@ -186,15 +189,18 @@ class Workload:
             timeout_s: How long to wait for the daemon to be there, and for its word.
 
         Raises:
-            GuestError: Nobody listens, or the daemon refused this workload.
+            GuestError: It is attached already, nobody listens, or the daemon refused it.
         """
+        if self._is_attached:
+            raise GuestError(f"the workload is attached to '{self._path}' already")
         sock = _connect(path, timeout_s)
         self._path = path
-        self._is_attached = True
         try:
             self._introduce(sock)
         except OSError as error:
+            sock.close()
             raise GuestError(f"guest socket '{path}': {error.strerror}") from error
+        self._is_attached = True
         threading.Thread(target=self._serve, args=(sock,), name="guest socket", daemon=True).start()
         if not self._begun.wait(timeout_s):
             raise GuestError(f"the daemon behind '{path}' does not take this workload")

@@ -3,7 +3,7 @@
     python -m migrationd.workload.compare OLD.json NEW.json
 
 The files hold what ``Workload.declarations()`` gives. Exit status 0: both ways work;
-1: at least one does not.
+1: at least one does not; 2: a file cannot be read or holds no declarations.
 """
 
 import argparse
@@ -26,6 +26,9 @@ def problems(source: Sequence[Declaration], destination: Sequence[Declaration]) 
     Returns:
         One line for each reason, naming the device and field; empty if it can.
     """
+    for side, devices in (("source", source), ("destination", destination)):
+        if not is_declarations(devices):
+            return [f"what the {side} has is no list of declarations"]
     there = {_key(device): device for device in destination}
     found: list[str] = []
     for device in source:
@@ -42,6 +45,11 @@ def problems(source: Sequence[Declaration], destination: Sequence[Declaration]) 
     return found
 
 
+def is_declarations(value: object) -> bool:
+    """Whether it is a list of declarations; it may come from anywhere."""
+    return isinstance(value, list) and all(map(_is_declaration, value))
+
+
 def _compare(source: Declaration, destination: Declaration, where: str) -> list[str]:
     version = source["version_id"]
     if version > destination["version_id"]:
@@ -54,7 +62,14 @@ def _compare(source: Declaration, destination: Declaration, where: str) -> list[
             f"{where}: version_id {version} is too old for the destination's minimum "
             f"{destination['minimum_version_id']}"
         ]
-    sent = _present(source, version)
+    return _compare_bodies(source, destination, version, where)
+
+
+def _compare_bodies(
+    source: Declaration, destination: Declaration, version: int, where: str
+) -> list[str]:
+    """Compare what the source writes with what the destination reads of this version."""
+    sent = _present(source, source["version_id"])
     wanted = _present(destination, version)
     found = []
     for index in range(max(len(sent), len(wanted))):
@@ -72,26 +87,24 @@ def _compare(source: Declaration, destination: Declaration, where: str) -> list[
             )
             break
         found += _compare_field(mine, theirs, f"{where}: field '{mine['name']}'")
-    known = {item["name"] for item in destination.get("subsections", ())}
-    found += [
-        f"{where}: subsection '{item['name']}' is not known at the destination"
-        for item in source.get("subsections", ())
-        if item["name"] not in known
-    ]
-    by_name = {item["name"]: item for item in destination.get("subsections", ())}
+    known = {item["name"]: item for item in destination.get("subsections", ())}
     for item in source.get("subsections", ()):
-        if item["name"] in by_name:
-            found += _compare(item, by_name[item["name"]], f"subsection '{item['name']}'")
+        name = f"subsection '{item['name']}'"
+        if item["name"] not in known:
+            found.append(f"{where}: {name} is not known at the destination")
+        else:
+            found += _compare(item, known[item["name"]], name)
     return found
 
 
 def _compare_field(mine: Declaration, theirs: Declaration, where: str) -> list[str]:
     left, right = mine["type"], theirs["type"]
-    for member in ("length", "count_field"):
+    for member in ("length", "count_field", "conditional"):
         if mine.get(member) != theirs.get(member):
             return [f"{where}: {member} {mine.get(member)} is {theirs.get(member)} there"]
     if isinstance(left, list) and isinstance(right, list) and left[0] == right[0] == "struct":
-        return _compare(left[1], right[1], where)
+        # No version of a structure is on the wire: it is read as the destination has it.
+        return _compare_bodies(left[1], right[1], right[1]["version_id"], where)
     if left != right:
         return [f"{where}: type {_type(left)} is {_type(right)} at the destination"]
     return []
@@ -111,6 +124,33 @@ def _key(device: Declaration) -> tuple[str, int]:
     return device["name"], device.get("instance_id", 0)
 
 
+def _is_declaration(value: object) -> bool:
+    if not isinstance(value, dict):
+        return False
+    fields, subsections = value.get("fields"), value.get("subsections", [])
+    numbers = (value.get("version_id"), value.get("minimum_version_id"))
+    return (
+        isinstance(value.get("name"), str)
+        and isinstance(value.get("instance_id", 0), int)
+        and all(isinstance(number, int) for number in numbers)
+        and isinstance(fields, list)
+        and all(map(_is_field, fields))
+        and isinstance(subsections, list)
+        and all(map(_is_declaration, subsections))
+    )
+
+
+def _is_field(value: object) -> bool:
+    if not isinstance(value, dict):
+        return False
+    signature = value.get("type")
+    is_known = isinstance(signature, str)
+    if isinstance(signature, list) and len(signature) == 2:
+        is_known = signature[0] != "struct" or _is_declaration(signature[1])
+    is_named = isinstance(value.get("name"), str) and isinstance(value.get("since", 0), int)
+    return is_known and is_named
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Compare two files; returns the exit status."""
     parser = argparse.ArgumentParser(
@@ -125,6 +165,10 @@ def main(arguments: list[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         print(f"cannot read a declaration: {error}", file=sys.stderr)  # noqa: T201
         return 2
+    for path, devices in ((options.old, old), (options.new, new)):
+        if not is_declarations(devices):
+            print(f"{path}: no list of declarations", file=sys.stderr)  # noqa: T201
+            return 2
     status = 0
     for text, source, destination in (("old to new", old, new), ("new to old", new, old)):
         found = problems(source, destination)

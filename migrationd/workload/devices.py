@@ -28,8 +28,10 @@ class Devices:
         """Declare a device; see :meth:`Workload.add_device`.
 
         Raises:
-            GuestError: That instance exists.
+            GuestError: That instance exists, or it is no number of one.
         """
+        if not isinstance(instance_id, int) or not 0 <= instance_id <= RESERVED_INSTANCE_ID:
+            raise GuestError(f"device '{state.name}': {instance_id!r} is no instance id")
         taken = {item.instance_id for item in self._devices if item.state.name == state.name}
         if instance_id == RESERVED_INSTANCE_ID:
             instance_id = max(taken, default=-1) + 1

@@ -148,7 +148,10 @@ class Raw:
 
     def encode(self, value: Any, what: str) -> tuple[bytes, Described]:  # noqa: ANN401
         """See :class:`Kind`."""
-        data = bytes(value)
+        try:
+            data = bytes(memoryview(value))
+        except TypeError as error:
+            raise GuestError(f"{what}: {error}") from None
         if len(data) != self.length:
             raise GuestError(f"{what}: {len(data)} bytes instead of {self.length}")
         return data, {}
@@ -222,11 +225,17 @@ class Field:
             GuestError: The value does not fit.
         """
         what = f"{what} field '{self.name}'"
-        value = getattr(obj, self.name)
+        try:
+            value = getattr(obj, self.name)
+        except AttributeError as error:
+            raise GuestError(f"{what}: {error}") from None
         if not self.is_array:
             body, more = self.kind.encode(value, what)
             return body, [self._described(len(body)) | more]
-        items: Sequence[Any] = value
+        try:
+            items = list(value)
+        except TypeError as error:
+            raise GuestError(f"{what}: {error}") from None
         if len(items) != (wanted := self._count(obj, what)):
             raise GuestError(f"{what}: {len(items)} elements instead of {wanted}")
         parts = [self.kind.encode(item, what) for item in items]
@@ -240,6 +249,8 @@ class Field:
         """
         what = f"field '{self.name}'"
         before = getattr(obj, self.name, None)
+        if before is None and isinstance(self.kind, Nested):
+            raise reader.error(f"{what}: there is nothing to load it into")
         if not self.is_array:
             value = self.kind.decode(reader, what, before)
             if self.must_equal and value != before:
@@ -325,13 +336,30 @@ def struct(name: str, state: "VMState", **more: Any) -> Field:  # noqa: ANN401
 
 
 def array(element: Field, length: int) -> Field:
-    """A fixed number of elements like this one, by its name."""
+    """A fixed number of elements like this one, by its name.
+
+    Raises:
+        GuestError: It has elements itself, or there cannot be so many.
+    """
+    _check_element(element)
+    if not 0 <= length <= MAX_ARRAY_ITEMS:
+        raise GuestError(f"field '{element.name}': {length} elements")
     return replace(element, length=length)
 
 
 def varray(element: Field, count_field: str) -> Field:
-    """As many elements as an earlier field says."""
+    """As many elements as an earlier field says.
+
+    Raises:
+        GuestError: It has elements itself.
+    """
+    _check_element(element)
     return replace(element, count_field=count_field)
+
+
+def _check_element(element: Field) -> None:
+    if element.is_array:
+        raise GuestError(f"field '{element.name}': an array of arrays; put the inner in a struct")
 
 
 def equal(field: Field) -> Field:

@@ -3,6 +3,8 @@
 import threading
 import time
 
+from migrationd.errors import GuestError
+
 _SLICE_S = 0.01
 """A throttled workload may run for this long, then rests in proportion."""
 
@@ -31,8 +33,14 @@ class Gate:
             return self.is_open
 
     def leave(self) -> None:
-        """Go out."""
+        """Go out.
+
+        Raises:
+            GuestError: Nobody is inside.
+        """
         with self._changed:
+            if not self._inside:
+                raise GuestError("nobody is inside: leave() without enter()")
             self._inside -= 1
             self._changed.notify_all()
 

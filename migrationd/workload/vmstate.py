@@ -18,6 +18,7 @@ from typing import Any
 
 from migrationd.errors import GuestError
 from migrationd.workload.fields import Described, Field, Reader
+from migrationd.workload.names import check_name
 
 SUBSECTION_MARK = 0x05
 """Byte before each subsection."""
@@ -53,8 +54,7 @@ class VMState:
 
     def __post_init__(self) -> None:
         name = self.name
-        if not name or len(name.encode()) > 255 or not name.isascii() or not name.isprintable():
-            raise GuestError(f"'{name}' is no name of a device: 1 to 255 printable characters")
+        check_name(name, "a device")
         if not 0 <= self.minimum_version_id <= self.version_id < 1 << 31:
             raise GuestError(
                 f"'{name}': version {self.version_id}, at least {self.minimum_version_id}"
@@ -67,6 +67,9 @@ class VMState:
                 raise GuestError(f"'{name}': '{item.name}' counts by a field that comes later")
             if item.since > self.version_id:
                 raise GuestError(f"'{name}': '{item.name}' is newer than version_id")
+        parts = [sub.state.name for sub in self.subsections]
+        if len(set(parts)) != len(parts):
+            raise GuestError(f"'{name}' declares a subsection twice")
         for sub in self.subsections:
             if not sub.state.name.startswith(f"{name}/"):
                 raise GuestError(f"a subsection of '{name}' is named '{name}/...'")

@@ -27,6 +27,9 @@ def test_instances_are_numbered_and_unique() -> None:
     assert devices.add(CLOCK, object(), RESERVED_INSTANCE_ID) == 8
     with pytest.raises(GuestError, match="a device 'clock' instance 7 already"):
         devices.add(CLOCK, object(), 7)
+    for number in (-1, 1 << 32, "7", None):
+        with pytest.raises(GuestError, match="is no instance id"):
+            devices.add(CLOCK, object(), number)  # type: ignore[arg-type]
 
 
 def test_what_one_saves_another_loads() -> None:

@@ -7,6 +7,7 @@ import pytest
 
 from migrationd.errors import GuestError
 from migrationd.workload import (
+    Subsection,
     VMState,
     array,
     boolean,
@@ -163,6 +164,15 @@ def test_what_cannot_be_loaded_is_named(body: bytes, version: int, text: str) ->
         ({"name": b"long!"}, "field 'name': 5 bytes instead of 4"),
         ({"queue": [1]}, "field 'queue': 1 elements instead of 2"),
         ({"count": -1}, "field 'count'"),
+        ({"count": 7}, "field 'queue': 2 elements instead of 7"),
+        ({"name": 4}, "field 'name': memoryview: a bytes-like object is required"),
+        ({"name": "text"}, "field 'name': memoryview: a bytes-like object is required"),
+        ({"ticks": 1.5}, "field 'ticks': 1.5 is no uint64"),
+        ({"ticks": 1 << 64}, "field 'ticks': 18446744073709551616 is no uint64"),
+        ({"offsets": None}, "field 'offsets': 'NoneType' object is not iterable"),
+        ({"offsets": [1, 2, "3"]}, "field 'offsets': '3' is no uint16"),
+        ({"timer": None}, "field 'at': 'NoneType' object has no attribute 'at'"),
+        ({"timer": Timer(0, armed=1)}, "field 'armed': 1 is no bool"),  # type: ignore[arg-type]
     ],
 )
 def test_what_cannot_be_saved_is_named(change: dict[str, object], text: str) -> None:
@@ -171,6 +181,12 @@ def test_what_cannot_be_saved_is_named(change: dict[str, object], text: str) -> 
         setattr(clock, name, value)
     with pytest.raises(GuestError, match=text):
         CLOCK.encode(clock)
+
+
+def test_a_structure_needs_an_object_to_be_loaded_into() -> None:
+    body, _ = CLOCK.encode(example())
+    with pytest.raises(GuestError, match="field 'timer': there is nothing to load it into"):
+        CLOCK.decode(body, SimpleNamespace(name=b"", timer=None), 2)
 
 
 def test_hooks_and_equal_fields() -> None:
@@ -189,10 +205,18 @@ def test_hooks_and_equal_fields() -> None:
         state.decode(body, SimpleNamespace(size=5), 1)
 
 
+def part(name: str) -> Subsection:
+    return subsection(name, needed=bool, fields=())
+
+
 @pytest.mark.parametrize(
     "declare",
     [
         lambda: VMState(""),
+        lambda: VMState("a device"),
+        lambda: VMState("x", fields=(array(u8("a"), -1),)),
+        lambda: VMState("x", fields=(array(array(u8("a"), 2), 3),)),
+        lambda: VMState("x", subsections=(part("x/y"), part("x/y"))),
         lambda: VMState("x", version_id=1, minimum_version_id=2),
         lambda: VMState("x", fields=(u8("a"), u8("a"))),
         lambda: VMState("x", fields=(u8("a", since=2),)),
