@@ -12,8 +12,10 @@
  *     }
  *
  * A program that can begin anew, or wants to hear that it should end, sets on_reset and
- * on_powerdown before it attaches. Fields are unsigned integers of 1, 2, 4 or 8 bytes. The messages are those of the guest
- * socket, see migrationd/guest/protocol.py. Link with -lpthread. Linux 6.7 or later.
+ * on_powerdown before it attaches. Fields are unsigned integers of 1, 2, 4 or 8 bytes; names are
+ * printable ASCII without spaces, quotes and backslashes. When its daemon is gone (is_gone), the
+ * program goes on alone, or attaches to the next one by mw_attach(). The messages are those of
+ * the guest socket, see migrationd/guest/protocol.py. Link with -lpthread. Linux 6.7 or later.
  */
 #ifndef MIGRATIOND_WORKLOAD_H
 #define MIGRATIOND_WORKLOAD_H
@@ -100,8 +102,23 @@ struct mw_workload {
     void *on_powerdown_argument;
 };
 
+/* Whether it can stand in a message as it is. */
+static inline bool mw_is_name(const char *name)
+{
+    size_t length = strlen(name);
+    for (size_t i = 0; i < length; i++)
+        if (name[i] <= ' ' || name[i] > '~' || name[i] == '"' || name[i] == '\\')
+            return false;
+    return length > 0 && length < 256;
+}
+
+/* NULL and errno on failure. */
 static inline struct mw_workload *mw_create(const char *name)
 {
+    if (!mw_is_name(name)) {
+        errno = EINVAL;
+        return NULL;
+    }
     struct mw_workload *w = calloc(1, sizeof(*w));
     if (!w)
         return NULL;
@@ -136,23 +153,31 @@ static inline bool mw_lock(struct mw_block *block)
     return false;
 }
 
+static inline int mw_empty_memfd(size_t size)
+{
+    int fd = memfd_create("migrationd-block", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+    if (fd < 0)
+        return -1;
+    /* The daemon maps it too: it must not shrink under its reads. */
+    if (ftruncate(fd, size) < 0 || fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW) < 0) {
+        close(fd);
+        return -1;
+    }
+    return fd;
+}
+
 /* Memory that is shared with the daemon, zero at first; NULL and errno on failure. */
 static inline void *mw_add_block(struct mw_workload *w, const char *name, size_t size)
 {
     long page = sysconf(_SC_PAGESIZE);
     size = (size + page - 1) / page * page;
-    if (w->block_count == MW_MAX_BLOCKS) {
-        errno = ENOSPC;
+    if (!mw_is_name(name) || w->block_count == MW_MAX_BLOCKS) {
+        errno = w->block_count == MW_MAX_BLOCKS ? ENOSPC : EINVAL;
         return NULL;
     }
-    int fd = memfd_create(name, MFD_CLOEXEC | MFD_ALLOW_SEALING);
+    int fd = mw_empty_memfd(size);
     if (fd < 0)
         return NULL;
-    /* The daemon maps it too: it must not shrink under its reads. */
-    if (ftruncate(fd, size) < 0 || fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW) < 0) {
-        close(fd);
-        return NULL;
-    }
     void *memory = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
     if (memory == MAP_FAILED) {
         close(fd);
@@ -163,12 +188,23 @@ static inline void *mw_add_block(struct mw_workload *w, const char *name, size_t
     return memory;
 }
 
-/* Declare a device; fields and state must live as long as the workload. */
+/* Declare a device; fields and state must live as long as the workload. -1 and errno on failure. */
 static inline int mw_add_device(struct mw_workload *w, const char *name, int version_id,
                                 const struct mw_field *fields, int field_count, void *state)
 {
     if (w->device_count == MW_MAX_DEVICES || field_count > MW_MAX_FIELDS) {
         errno = ENOSPC;
+        return -1;
+    }
+    bool is_known = mw_is_name(name) && version_id >= 0;
+    for (int i = 0; i < w->device_count; i++)
+        is_known = is_known && strcmp(w->devices[i].name, name) != 0;
+    for (int i = 0; i < field_count; i++) {
+        size_t size = fields[i].size;
+        is_known = is_known && (size == 1 || size == 2 || size == 4 || size == 8);
+    }
+    if (!is_known) {
+        errno = EINVAL;
         return -1;
     }
     w->devices[w->device_count++] =
@@ -215,13 +251,19 @@ static inline void mw_set_open(struct mw_workload *w, bool is_open)
     pthread_mutex_unlock(&w->lock);
 }
 
+/* Room for the descriptors of one message. */
+union mw_control {
+    char bytes[CMSG_SPACE(4 * sizeof(int))];
+    struct cmsghdr head;
+};
+
 static inline int mw_send(struct mw_workload *w, const char *text, const int *fds, int count)
 {
-    char control[CMSG_SPACE(4 * sizeof(int))] = {0};
+    union mw_control control = {0};
     struct iovec iov = {(void *)text, strlen(text)};
     struct msghdr message = {.msg_iov = &iov, .msg_iovlen = 1};
     if (count) {
-        message.msg_control = control;
+        message.msg_control = &control;
         message.msg_controllen = CMSG_SPACE(count * sizeof(int));
         struct cmsghdr *head = CMSG_FIRSTHDR(&message);
         head->cmsg_level = SOL_SOCKET;
@@ -249,6 +291,9 @@ static inline void mw_describe_fields(FILE *out, const struct mw_device *d, cons
 /* Watch all blocks for writes; without it the guest can only migrate while it is stopped. */
 static inline int mw_watch(struct mw_workload *w)
 {
+    if (w->userfaultfd >= 0)
+        close(w->userfaultfd); /* what it watched is free again */
+    w->userfaultfd = -1;
     int fd = syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK);
     if (fd < 0)
         return -1;
@@ -409,9 +454,24 @@ static inline bool mw_names(const char *text, const char *request)
     return strstr(text, wanted) != NULL;
 }
 
+static inline int mw_count(const char *text, const char *wanted)
+{
+    int count = 0;
+    for (; (text = strstr(text, wanted)); text += strlen(wanted))
+        count++;
+    return count;
+}
+
 /* Whether the source's devices are exactly these: names, versions and fields in order. */
 static inline bool mw_same_devices(struct mw_workload *w, const char *text)
 {
+    int field_count = 0;
+    for (int i = 0; i < w->device_count; i++)
+        field_count += w->devices[i].field_count;
+    /* What is not found below is more than these have. */
+    if (mw_count(text, "\"version_id\": ") != w->device_count ||
+        mw_count(text, "\"type\": ") != field_count)
+        return false;
     for (int i = 0; i < w->device_count; i++) {
         char wanted[320];
         const struct mw_device *d = &w->devices[i];
@@ -512,6 +572,18 @@ static inline bool mw_knows(const char *text)
     return false;
 }
 
+/* Put empty memory in the place of what is another process's; without it nothing can be done. */
+static inline void mw_renew(struct mw_block *block)
+{
+    int fd = mw_empty_memfd(block->size);
+    if (fd < 0 || mmap(block->memory, block->size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED,
+                       fd, 0) == MAP_FAILED)
+        abort();
+    close(block->fd);
+    block->fd = fd;
+    block->is_lent = false;
+}
+
 static inline void mw_tell(struct mw_workload *w, bool *flag)
 {
     pthread_mutex_lock(&w->lock);
@@ -525,9 +597,9 @@ static inline void *mw_serve(void *argument)
     struct mw_workload *w = argument;
     char *text = malloc(MW_PACKET_BYTES + 1);
     for (;;) {
-        char control[CMSG_SPACE(4 * sizeof(int))];
+        union mw_control control;
         struct iovec iov = {text, MW_PACKET_BYTES};
-        struct msghdr message = {.msg_iov = &iov, .msg_iovlen = 1, .msg_control = control,
+        struct msghdr message = {.msg_iov = &iov, .msg_iovlen = 1, .msg_control = &control,
                                  .msg_controllen = sizeof(control)};
         ssize_t length = recvmsg(w->socket, &message, MSG_CMSG_CLOEXEC);
         if (length < 0 && errno == EINTR)
@@ -535,14 +607,19 @@ static inline void *mw_serve(void *argument)
         if (length <= 0)
             break; /* the daemon is gone: a guest that runs goes on alone */
         text[length] = 0;
-        int fd = -1;
+        int fds[4], fd_count = 0;
         struct cmsghdr *head = CMSG_FIRSTHDR(&message);
-        if (head && head->cmsg_type == SCM_RIGHTS)
-            memcpy(&fd, CMSG_DATA(head), sizeof(fd));
+        if (head && head->cmsg_level == SOL_SOCKET && head->cmsg_type == SCM_RIGHTS) {
+            fd_count = (head->cmsg_len - CMSG_LEN(0)) / sizeof(int);
+            memcpy(fds, CMSG_DATA(head), fd_count * sizeof(int));
+        }
+        int fd = fd_count ? fds[0] : -1;
         long id = mw_number(text, "\"id\": ");
         const char *error = NULL;
         if (mw_names(text, "save")) {
             mw_save(w, id);
+            while (fd_count)
+                close(fds[--fd_count]);
             continue;
         }
         if (!mw_knows(text))
@@ -566,8 +643,10 @@ static inline void *mw_serve(void *argument)
             w->is_lazy = true;
         else if (mw_names(text, "whole"))
             w->is_lazy = w->ran_lazily = false;
-        else if (mw_names(text, "throttle"))
-            w->throttle_percentage = mw_number(text, "\"percentage\": ");
+        else if (mw_names(text, "throttle")) {
+            long percentage = mw_number(text, "\"percentage\": ");
+            w->throttle_percentage = percentage < 0 ? 0 : percentage > 99 ? 99 : percentage;
+        }
         else if (mw_names(text, "check") && !mw_same_devices(w, text))
             error = "the source's devices are not those of this program";
         else if (mw_names(text, "load") && !mw_load_devices(w, fd))
@@ -582,8 +661,8 @@ static inline void *mw_serve(void *argument)
             w->has_guest = true;
         for (int i = 0; !error && mw_names(text, "load") && i < w->block_count; i++)
             w->blocks[i].is_lent = false;
-        if (fd >= 0)
-            close(fd);
+        while (fd_count)
+            close(fds[--fd_count]);
         char reply[256];
         snprintf(reply, sizeof(reply), error ? "{\"id\": %ld, \"error\": \"%s\"}"
                                              : "{\"id\": %ld, \"return\": {}}", id, error);
@@ -597,9 +676,11 @@ static inline void *mw_serve(void *argument)
     if (w->ran_lazily)
         _exit(75); /* what is missing would read as zero: better no guest than a wrong one */
     for (int i = 0; i < w->block_count; i++)
-        if (w->blocks[i].is_lent) /* let go of it: it is the source's */
-            mmap(w->blocks[i].memory, w->blocks[i].size, PROT_READ | PROT_WRITE,
-                 MAP_SHARED | MAP_FIXED | MAP_ANONYMOUS, -1, 0);
+        if (w->blocks[i].is_lent)
+            mw_renew(&w->blocks[i]);
+    w->throttle_percentage = 0;
+    close(w->socket);
+    w->socket = -1;
     mw_tell(w, &w->is_gone);
     return NULL;
 }
@@ -610,6 +691,10 @@ static inline int mw_attach(struct mw_workload *w, const char *path)
 {
     struct sockaddr_un address = {.sun_family = AF_UNIX};
     pthread_t thread;
+    if (w->socket >= 0) {
+        errno = EISCONN;
+        return -1;
+    }
     if (strlen(path) >= sizeof(address.sun_path)) {
         errno = ENAMETOOLONG;
         return -1;
@@ -624,15 +709,23 @@ static inline int mw_attach(struct mw_workload *w, const char *path)
         setsockopt(w->socket, SOL_SOCKET, SO_SNDBUF, &longest, sizeof(longest));
         if (connect(w->socket, (struct sockaddr *)&address, sizeof(address)) == 0)
             break;
+        int reason = errno;
         close(w->socket);
-        if ((errno != ENOENT && errno != ECONNREFUSED) || attempt == 1000)
+        w->socket = -1;
+        errno = reason;
+        if ((reason != ENOENT && reason != ECONNREFUSED) || attempt == 1000)
             return -1;
         usleep(10000);
     }
-    if (mw_introduce(w) < 0)
+    w->has_begun = w->is_gone = false;
+    int reason = mw_introduce(w) < 0 ? errno : pthread_create(&thread, NULL, mw_serve, w);
+    if (reason) {
+        close(w->socket);
+        w->socket = -1;
+        errno = reason;
         return -1;
-    if (pthread_create(&thread, NULL, mw_serve, w))
-        return -1;
+    }
+    pthread_detach(thread);
     pthread_mutex_lock(&w->lock);
     while (!w->has_begun && !w->is_gone)
         pthread_cond_wait(&w->changed, &w->lock);
