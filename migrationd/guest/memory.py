@@ -24,6 +24,8 @@ TRIM_BYTES = 64 << 10
 """Shorter runs of zero pages are not worth a system call to give back."""
 
 _MAP_NORESERVE = 0x4000
+_BLOCK_BYTES = 512
+"""Of ``st_blocks``."""
 
 Bytes = npt.NDArray[np.uint8]
 Pages = npt.NDArray[np.int64]
@@ -213,6 +215,8 @@ def data_runs(fd: int, size: int, page_size: int) -> Pages:
     """
     runs: list[tuple[int, int]] = []
     at = 0
+    if _is_whole(fd, size):
+        runs, at = [(0, size // page_size)], size
     while at < size:
         try:
             begin = os.lseek(fd, at, os.SEEK_DATA)
@@ -225,6 +229,12 @@ def data_runs(fd: int, size: int, page_size: int) -> Pages:
             first = begin // page_size
             runs.append((first, -(-at // page_size) - first))
     return np.array(runs, np.int64).reshape(-1, 2)
+
+
+def _is_whole(fd: int, size: int) -> bool:
+    """Whether a memfd has no holes; a look for one keeps a processor for 10 ms per GiB."""
+    found = os.fstat(fd)
+    return found.st_size == size and found.st_blocks * _BLOCK_BYTES >= size
 
 
 class SharedMemory(MappedMemory):

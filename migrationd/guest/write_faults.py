@@ -9,16 +9,17 @@ Reference: the descriptors ``faults`` and ``userfaultfd`` of the guest socket.
 import bisect
 import contextlib
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from migrationd.errors import GuestError
 from migrationd.guest.ram_block import RamBlock
 from migrationd.linux.faults import FaultReader
 from migrationd.linux.priority import urgent_thread
-from migrationd.linux.userfaultfd import MODE_WP, register, unregister, write_protect
+from migrationd.linux.userfaultfd import MODE_WP, register, unregister, wake, write_protect
 
 _SLICE_BYTES = 32 << 20
-"""Changes hands in one call: the kernel lets no page fault of the workload pass meanwhile."""
+"""Changes hands, or is protected, in one call: meanwhile the kernel lets the workload map nothing,
+and where it changes hands no page fault pass."""
 
 
 class WriteFaults:
@@ -73,15 +74,12 @@ class WriteFaults:
         if not self._claim.locked():
             return
         with contextlib.suppress(GuestError):  # a workload that is gone waits for nothing
-            for block, address in self._blocks:
-                write_protect(self._faults, address, block.used_length, protect=False)
+            self._change_hands(self._faults, self._userfaultfd)
         if self._reader is not None and self._thread is not None:
             self._reader.end()
             self._thread.join()
             self._reader.close()
         self._reader = self._thread = None
-        with contextlib.suppress(GuestError):
-            self._change_hands(self._faults, self._userfaultfd)
         self._claim.release()
 
     def protect(self, block: int, first: int, count: int) -> None:
@@ -103,16 +101,17 @@ class WriteFaults:
     def _set(self, index: int, first: int, count: int, *, protect: bool) -> None:
         block, address = self._blocks[index]
         size = block.page_size
-        write_protect(self._faults, address + first * size, count * size, protect=protect)
+        for begin, length in _slices(address + first * size, count * size):
+            write_protect(self._faults, begin, length, protect=protect)
 
     def _change_hands(self, old: int, new: int) -> None:
-        for block, begin in self._blocks:
-            for at in range(0, block.used_length, _SLICE_BYTES):
-                length = min(_SLICE_BYTES, block.used_length - at)
+        for block, address in self._blocks:
+            for begin, length in _slices(address, block.used_length):
                 if old >= 0:
-                    unregister(old, begin + at, length)
+                    unregister(old, begin, length)  # nothing is protected then
+                    wake(old, begin, length)
                 if new >= 0:
-                    register(new, begin + at, length, MODE_WP)
+                    register(new, begin, length, MODE_WP)
 
     def _serve(self) -> None:
         assert self._reader is not None
@@ -123,3 +122,9 @@ class WriteFaults:
                     index = self._order[bisect.bisect_right(self._addresses, address) - 1]
                     block, begin = self._blocks[index]
                     self._on_fault(index, (address - begin) // block.page_size)
+
+
+def _slices(address: int, length: int) -> Iterator[tuple[int, int]]:
+    """Address and bytes of what one call is for."""
+    for begin in range(address, address + length, _SLICE_BYTES):
+        yield begin, min(_SLICE_BYTES, address + length - begin)

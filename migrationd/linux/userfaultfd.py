@@ -118,7 +118,7 @@ def register(fd: int, address: int, length: int, mode: int) -> None:
 def unregister(fd: int, address: int, length: int) -> None:
     """Watch a range no more; nothing in it is protected then.
 
-    Threads that wait for a protected page of it have to be woken before.
+    Threads that wait for a protected page of it still have to be woken.
 
     Raises:
         GuestError: The owner is gone, or the range is no memory of one kind.

@@ -115,6 +115,22 @@ def test_what_is_written_while_it_is_read_is_not_in_it(
         assert np.array_equal(found[0][: before.size], before)
 
 
+def test_a_guest_that_wrote_nothing_meanwhile_may_write_afterwards(
+    attached: tuple[AttachedGuest, Process],
+) -> None:
+    guest, _ = attached
+    memory = guest.memory_at_instant()
+    memory.arm()
+    guest.stop()
+    memory.freeze()
+    before = heap(guest).copy()
+    found = collect(guest, memory)
+    assert np.array_equal(found[0][: before.size], before)
+    guest.start()
+    wait_until(lambda: has_changed(guest, before, 1024), "that it writes every page")
+    memory.close()
+
+
 def test_a_guest_that_writes_more_than_may_wait_goes_on_when_something_was_sent(
     attached: tuple[AttachedGuest, Process], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,7 +10,14 @@ import numpy as np
 import pytest
 
 from migrationd.errors import GuestError
-from migrationd.guest.memory import AnonymousMemory, FileMemory, Memory, page_runs, united
+from migrationd.guest.memory import (
+    AnonymousMemory,
+    FileMemory,
+    Memory,
+    data_runs,
+    page_runs,
+    united,
+)
 
 PAGE = 4096
 
@@ -248,6 +255,26 @@ def test_united(one: list[int], other: list[int]) -> None:
     pages = united(np.array(one, np.int64), np.array(other, np.int64))
     assert pages.tolist() == sorted({*one, *other})
     assert pages.dtype == np.int64
+
+
+@pytest.mark.parametrize(
+    ("pages", "runs"),
+    [
+        ([], []),
+        ([0, 1, 2, 3], [[0, 4]]),
+        ([1, 3], [[1, 1], [3, 1]]),
+    ],
+    ids=["never touched", "no hole", "holes"],
+)
+def test_what_was_touched_of_a_memfd(pages: list[int], runs: list[list[int]]) -> None:
+    fd = os.memfd_create("touched")
+    try:
+        os.ftruncate(fd, 4 * mmap.PAGESIZE)
+        for page in pages:
+            os.pwrite(fd, b"x", page * mmap.PAGESIZE)
+        assert data_runs(fd, 4 * mmap.PAGESIZE, mmap.PAGESIZE).tolist() == runs
+    finally:
+        os.close(fd)
 
 
 def test_the_first_union_imports_nothing() -> None:
