@@ -157,3 +157,21 @@ class QMPError(MigrationdError):
         super().__init__(desc)
         self.desc = desc
         self.class_ = class_
+
+
+def forget_frames(error: BaseException) -> None:
+    """Let go of what the functions held that an error came through, as pages of a guest.
+
+    For an error that is kept after it was told.
+
+    Args:
+        error: The error; so are those that led to it.
+    """
+    found: list[BaseException | None] = [error]
+    seen: set[int] = set()
+    while found:
+        one = found.pop()
+        if one is not None and id(one) not in seen:
+            seen.add(id(one))
+            one.__traceback__ = None
+            found += (one.__cause__, one.__context__)

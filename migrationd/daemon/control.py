@@ -207,11 +207,11 @@ class GuestControl:
     def detached(self, guest: AttachedGuest) -> None:
         """The workload is gone; what it was doing fails by itself."""
         self._shelter.slot.put(None)
-        is_loading = self.incoming.lose(guest)
+        is_needed = self.incoming.lose(guest) or self.outgoing.lose(guest)
         if self._run.guest is guest:
             self._run.guest = None
             self._run.switchover_over()
-        if not is_loading and not self.outgoing.carries(guest):
+        if not is_needed:
             guest.close()
 
     def migrate_pause(self) -> None:

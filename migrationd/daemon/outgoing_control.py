@@ -88,9 +88,17 @@ class OutgoingControl:
         self._leaving: set[HeldGuest] = set()
         self.migration: OutgoingMigration | None = None
 
-    def carries(self, guest: HeldGuest) -> bool:
-        """Whether a migration of this guest has not ended."""
-        return guest in self._leaving
+    def lose(self, guest: HeldGuest) -> bool:
+        """A workload is gone.
+
+        Returns:
+            Whether a migration of it has not ended: it lets go of the guest.
+        """
+        if guest not in self._leaving:
+            return False
+        if self.migration is not None:
+            self.migration.lose_guest()
+        return True
 
     def migrate(self, channels: Sequence[MigrationChannel], *, resume: bool, fds: FdLookup) -> None:
         """Start an outgoing migration; it goes on as a task.

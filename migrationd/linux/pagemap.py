@@ -8,13 +8,14 @@ Reference: ``Documentation/admin-guide/mm/pagemap.rst``; Linux 6.7 and later.
 """
 
 import ctypes
+import errno
 import os
 import struct
 
 import numpy as np
 import numpy.typing as npt
 
-from migrationd.errors import GuestError
+from migrationd.errors import GuestError, WorkloadGone
 
 _PAGEMAP_SCAN = 0xC0606610
 _PM_SCAN_WP_MATCHING = 1 << 0
@@ -107,6 +108,8 @@ class WrittenScanner:
         buffer = (ctypes.c_char * len(argument)).from_buffer(argument)
         result = _ioctl(self._fd, _PAGEMAP_SCAN, ctypes.addressof(buffer))
         if result < 0:
+            if ctypes.get_errno() == errno.ESRCH:
+                raise WorkloadGone
             raise GuestError(f"PAGEMAP_SCAN: {os.strerror(ctypes.get_errno())}")
         return int(result)
 

@@ -31,6 +31,7 @@ class SnapshotPhases(Phases):
     """What one background snapshot sends; as :class:`Phases`, but the guest stays."""
 
     has_switchover = False
+    outlives_guest = True
     _memory: MemoryAtInstant | None = None
 
     async def send(self) -> None:

@@ -28,6 +28,8 @@ from migrationd.errors import (
     MigrationdError,
     MigrationError,
     PeerFailed,
+    WorkloadGone,
+    forget_frames,
 )
 from migrationd.guest.base import Guest
 from migrationd.migration.dialect import Dialect
@@ -43,6 +45,9 @@ from migrationd.outgoing.progress import POSTCOPY_STATUSES
 from migrationd.transport.channel import Channel
 
 log = logging.getLogger(__name__)
+
+_NEEDS_GUEST = ("setup", "active", "pre-switchover")
+"""Statuses in which the guest's process has still to answer."""
 
 PAUSABLE = ("postcopy-active", "postcopy-recover")
 """Statuses in which ``migrate-pause`` is possible."""
@@ -83,6 +88,7 @@ class OutgoingMigration:
         self._work: asyncio.Task[None] | None = None
         self._opening: asyncio.Future[Channel] | None = None
         self._is_yanked = False
+        self._loss: WorkloadGone | None = None
         self._may_have_package = False
 
     @property
@@ -118,24 +124,32 @@ class OutgoingMigration:
             open_channel: Connects to the destination; called again for further channels. None
                 if an earlier daemon began it: it waits in ``postcopy-paused`` to be resumed.
         """
-        self._work = asyncio.create_task(self._migrate(open_channel), name="outgoing")
+        work = self._work = asyncio.create_task(self._migrate(open_channel), name="outgoing")
         try:
-            await asyncio.wait((self._work,))
+            await asyncio.wait((work,))
         except asyncio.CancelledError:
             self.cancel()
             if self.is_in_postcopy:
-                self._work.cancel()
-            await asyncio.wait((self._work,))
-        if self._work.cancelled():
+                work.cancel()
+            await asyncio.wait((work,))
+        if work.cancelled():
             if self.is_in_postcopy:
                 log.warning("the guest's memory is not all at its destination, which runs it")
             else:
-                await self._settle_cancel()
-            return
-        error = self._work.exception()
-        if error is None:
-            return
+                await self._settle(None)
+        elif (error := work.exception()) is not None:
+            await self._settle(error)
+            # Both hold on to what was sent when it failed: a guest that ends must be given back.
+            self._work = None
+            forget_frames(error)
+
+    async def _settle(self, error: BaseException | None) -> None:
+        """Come to rest after an error, or after the task was cancelled: the guest stays here."""
         if self._status.status == "cancelling":
+            await self._settle_cancel()
+        elif self._loss is not None:
+            await self._settle_failure(self._loss)
+        elif error is None:
             await self._settle_cancel()
         elif isinstance(error, MigrationdError):
             await self._settle_failure(error)
@@ -154,6 +168,15 @@ class OutgoingMigration:
             self._progress.error = MigrationError("Switchover is interrupted")
         self._status.advance(Cause.CANCEL)
         self._interrupt()
+
+    def lose_guest(self) -> None:
+        """The process that is the guest has ended: one that was not sent yet cannot be.
+
+        Nothing where its devices and memory are here already: what is on its way arrives.
+        """
+        if self.status in _NEEDS_GUEST and not self._phases.outlives_guest:
+            self._loss = WorkloadGone()
+            self._interrupt()
 
     @property
     def is_in_postcopy(self) -> bool:
@@ -359,7 +382,7 @@ class OutgoingMigration:
         """Connect, unless the attempt is cut off, which ends no more than the attempt."""
         opening = self._opening = asyncio.ensure_future(open_channel())
         try:
-            if self._is_yanked or self.status == "cancelling":
+            if self._is_yanked or self._loss is not None or self.status == "cancelling":
                 # It was before this began. What is open already comes at once, to be closed.
                 await asyncio.wait((opening,), timeout=0)
                 opening.cancel()

@@ -68,6 +68,9 @@ class Phases:
     keeps_guest = False
     """Whether the guest stays, whatever the destination gets."""
 
+    outlives_guest = False
+    """Whether what is sent is whole without the guest's process."""
+
     has_switchover = True
     """Whether the stream tells of one."""
 

@@ -222,3 +222,29 @@ async def test_workloads_that_die_on_their_way_leave_nothing_behind(tmp_path: Pa
         before = held(daemon.pid)
         await die()
         await given_back(daemon.pid, before, "the memory of a dead workload is given back")
+
+
+@pytest.mark.parametrize("capabilities", [{}, {"multifd": True}, {"postcopy-ram": True}])
+async def test_one_that_dies_on_a_slow_way_is_missed_at_once(
+    capabilities: dict[str, bool], tmp_path: Path
+) -> None:
+    """What it had written would take minutes."""
+    async with workloads.pair(tmp_path, mib=64, incoming=capabilities) as two:
+        await two.here.wait_passes(1)
+        await two.begin(max_bandwidth=200 << 10, **capabilities)
+        await two.source.wait_migration("active")
+        two.here.process.kill()
+        info = await two.source.wait_migration("failed", timeout_s=20)
+        assert info["error-desc"] == "the workload is gone"
+        await two.destination.wait_migration("failed")
+        assert await two.destination.run_state() == "inmigrate"
+
+
+async def test_one_that_dies_while_its_user_is_asked(tmp_path: Path) -> None:
+    async with workloads.pair(tmp_path) as two:
+        await two.begin(pause_before_switchover=True)
+        await two.source.wait_migration("pre-switchover")
+        two.here.process.kill()
+        info = await two.source.wait_migration("failed")
+        assert info["error-desc"] == "the workload is gone"
+        await two.destination.wait_migration("failed")
