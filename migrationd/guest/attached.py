@@ -9,19 +9,18 @@ import os
 import threading
 from collections.abc import Sequence
 
-from migrationd.codec.cpr import CprEntry, CprState, encode_workload_tail
 from migrationd.errors import GuestError
 from migrationd.guest.base import GuestIdentity, SeenOnArrival
 from migrationd.guest.device import DeviceState
 from migrationd.guest.dirty import DirtyTracker, NoTracker, PagemapTracker
 from migrationd.guest.dirty_log import DirtyLog
 from migrationd.guest.fault_tracker import FaultTracker
-from migrationd.guest.handed import HandedMemory, duplicate_all, empty_memfd
+from migrationd.guest.handed import HandedMemory
 from migrationd.guest.huge_block import workload_block
 from migrationd.guest.instant import MemoryAtInstant
-from migrationd.guest.memory import Pages, SharedMemory, memory_page_bytes
+from migrationd.guest.memory import Pages, SharedMemory
 from migrationd.guest.owner_note import OwnerNote, decode_note, encode_note
-from migrationd.guest.protocol import Begin, Check, Keep, Remap, Throttle
+from migrationd.guest.protocol import Begin, Check, Keep, Throttle
 from migrationd.guest.ram_block import RamBlock, RamBlockSpec
 from migrationd.guest.run_state import (
     GLOBAL_STATE,
@@ -40,6 +39,7 @@ from migrationd.guest.workload_devices import (
     workload_description,
 )
 from migrationd.guest.workload_link import Introduced, WorkloadLink
+from migrationd.guest.workload_memory import WorkloadMemory
 from migrationd.guest.write_faults import WriteFaults
 
 LAZY_LOAD_WAIT_S = 60.0
@@ -94,6 +94,7 @@ class AttachedGuest(Owned):
                 made.memory.close()
             raise
         self.ram: tuple[WorkloadBlock, ...] = tuple(blocks)
+        self._memory = WorkloadMemory(link, introduced, self.ram)
         self._is_loaded = False
         self._lifeline = -1
         addresses = [block.address for block, _ in introduced.blocks]
@@ -396,15 +397,7 @@ class AttachedGuest(Owned):
         Raises:
             GuestError: There are too many descriptors.
         """
-        told = {
-            "machine": self.identity.machine,
-            "page_size": self._page_size,
-            "blocks": [[block.idstr, block.used_length] for block in self.ram],
-            "devices": self._introduced.hello.devices,
-        }
-        entries = tuple(CprEntry(block.idstr) for block in self.ram)
-        state = CprState(entries, encode_workload_tail(json.dumps(told).encode()))
-        return HandedMemory(state, duplicate_all([fd for _, fd in self._introduced.blocks]))
+        return self._memory.offer(self.identity.machine)
 
     def adopt(self, handed: HandedMemory) -> None:
         """Put memory of another process in the place of its own, for a destination.
@@ -412,15 +405,7 @@ class AttachedGuest(Owned):
         Raises:
             GuestError: It does not fit, or the workload does not obey.
         """
-        found = [handed.fd_of_block(block.idstr, block.used_length) for block in self.ram]
-        for block, fd in zip(self.ram, found, strict=True):
-            if memory_page_bytes(fd) > (block.backing_page_size or block.page_size):
-                raise GuestError(
-                    f"the memory of RAM block '{block.idstr}' is in huge pages, here it is not"
-                )
-        for index, fd in enumerate(found):
-            (own,) = duplicate_all([fd])
-            self._remap(index, own, is_lent=True)
+        self._memory.adopt(handed)
 
     def give_up_memory(self) -> None:
         """Let go of its memory, which is another process's now; it has empty memory then.
@@ -437,25 +422,7 @@ class AttachedGuest(Owned):
         Raises:
             GuestError: The workload does not obey.
         """
-        for index, block in enumerate(self.ram):
-            fd = empty_memfd(block.idstr, block.used_length, block.backing_page_size)
-            self._remap(index, fd, is_lent=False)
-
-    def _remap(self, index: int, fd: int, *, is_lent: bool) -> None:
-        """Replace a block's memory by that of a descriptor, which is owned from now on."""
-        block = self.ram[index]
-        memory: SharedMemory | None = None
-        try:
-            memory = SharedMemory(fd, block.used_length, block.page_size)
-            self._link.request("remap", Remap(block=block.idstr, is_lent=is_lent), (fd,))
-        except BaseException:
-            if memory is not None:
-                memory.close()
-            os.close(fd)
-            raise
-        old, block.memory = block.memory, memory
-        old.close()
-        self._introduced.replace_block(index, fd)
+        self._memory.renew()
 
     @property
     def next_run_state(self) -> str:
