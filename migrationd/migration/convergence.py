@@ -32,6 +32,9 @@ TINY_REST_S = 0.002
 STALL_S = 2.0
 """Without progress for this long it is called a stall."""
 
+STUCK_S = 4.0
+"""The same of passes whose rest shrinks and grows, and is never smaller than it was before."""
+
 MARGIN = 0.75
 """Share of the downtime limit that the rest may take: stopping, devices and start take time too."""
 
@@ -63,12 +66,14 @@ class Pass:
         covered_bytes: Dirty memory that it was about, which may be more than was sent (zero
             pages, edits) and says how long the rest will take; None for a first pass, which
             is about other memory than what is dirty.
+        waited_s: How long the next look was put off after that: a pass may be very short.
     """
 
     rest_bytes: int
     sent_bytes: int
     duration_s: float
     covered_bytes: int | None = None
+    waited_s: float = 0.0
 
     @property
     def done_bytes(self) -> int:
@@ -124,6 +129,8 @@ class Convergence:
         self._high_periods = 0
         self._period = Pass(0, 0, 0.0, 0)
         self._stalled_s = 0.0
+        self._best_rest: int | None = None
+        self._no_better_s = 0.0
         self._looks: list[tuple[float, int]] = []
         self._write_rate = 0.0
         self._hopeless_s = 0.0
@@ -155,9 +162,11 @@ class Convergence:
             self._write_rate = done.rest_bytes / max(done.duration_s, 1e-3)
         self._looks.clear()
         before, self._before = self._before, done
+        self._note_best(done)
         expected_s = self.expected_downtime_s(done.rest_bytes)
         if self.fits(done.rest_bytes, downtime_limit_s):
-            self.stall = None
+            if self._no_better_s < STUCK_S:
+                self.stall = None
             return self._choose_moment(done, expected_s)
         self._least_rest = None
         self._fitting_passes = 0
@@ -220,11 +229,18 @@ class Convergence:
         rate = self._available_bytes_per_s or min(self.bytes_per_s, self._last_rate)
         return rest_bytes / rate if rate else float("inf")
 
-    def went_on(self) -> None:
-        """The guest was stopped, but had written too much until then; it runs again."""
+    def went_on(self, rest_bytes: int, downtime_limit_s: float) -> None:
+        """The guest was stopped, but had written too much until then; it runs again.
+
+        Args:
+            rest_bytes: What was left then.
+            downtime_limit_s: As for :meth:`after`.
+        """
         self._least_rest = None
         self._fitting_passes = 0
         self._fitting_s = 0.0
+        if self._no_better_s >= STUCK_S:
+            self._tell_stall(rest_bytes, self._write_rate, downtime_limit_s)
 
     def _choose_moment(self, done: Pass, expected_s: float) -> Decision:
         """Whether another pass would make a rest that fits smaller."""
@@ -287,19 +303,31 @@ class Convergence:
     def _look_for_stall(self, before: Pass | None, done: Pass, limit_s: float) -> None:
         rest_before = before.rest_bytes if before is not None else done.done_bytes
         is_stuck = done.rest_bytes > GOOD_SHRINK * rest_before
-        self._stalled_s = self._stalled_s + done.duration_s if is_stuck else 0.0
+        elapsed_s = done.duration_s + done.waited_s
+        self._stalled_s = self._stalled_s + elapsed_s if is_stuck else 0.0
         if not is_stuck:
             self._hopeless_s = 0.0
         can_slow_down = (
             self._throttle is not None and self.throttle_percentage < self._throttle.maximum
         )
-        if self._stalled_s < STALL_S or can_slow_down:
+        is_stalled = self._stalled_s >= STALL_S or self._no_better_s >= STUCK_S
+        if not is_stalled or can_slow_down:
             if self._hopeless_s < STALL_S:
                 self.stall = None
             return
         # Who writes the same pages again seems to write less.
-        dirty = max(done.rest_bytes / max(done.duration_s, 1e-6), self._write_rate)
-        expected_s = self.expected_downtime_s(done.rest_bytes)
+        dirty = max(done.rest_bytes / max(elapsed_s, 1e-6), self._write_rate)
+        self._tell_stall(done.rest_bytes, dirty, limit_s)
+
+    def _note_best(self, done: Pass) -> None:
+        if self._best_rest is None or done.rest_bytes < GOOD_SHRINK * self._best_rest:
+            self._best_rest = done.rest_bytes
+            self._no_better_s = 0.0
+        else:
+            self._no_better_s += done.duration_s + done.waited_s
+
+    def _tell_stall(self, rest_bytes: int, dirty: float, limit_s: float) -> None:
+        expected_s = self.expected_downtime_s(rest_bytes)
         self.stall = _stall_text(dirty, self.bytes_per_s, expected_s, limit_s, self._others)
 
     @property

@@ -167,7 +167,7 @@ class LiveSaver:
                 self._live.start()
                 raise
             if not fits:
-                self._convergence.went_on()
+                self._convergence.went_on(self._stats.remaining_bytes, self._downtime_limit_s())
                 self._live.start()
             return fits
 
@@ -244,8 +244,10 @@ class LiveSaver:
             self._wait_for_peer()
             self._asked_s = None
         sending_s = self._clock.monotonic_s() - begin_s
+        waited_s = 0.0
         if sending_s < SHORTEST_PASS_S and not self._should_stop():
-            self._wait(SHORTEST_PASS_S - sending_s)
+            waited_s = SHORTEST_PASS_S - sending_s
+            self._wait(waited_s)
         self._rest = self._collect()
         stats.dirty_sync_count += 1
         self._on_pass()
@@ -253,7 +255,8 @@ class LiveSaver:
         rest_bytes = self._count(self._rest, elapsed_s)
         if self._convergence.is_dirty_limited:
             stats.limit_throttle_us = int(elapsed_s * self._throttled * 1e4)
-        return Pass(rest_bytes, stats.transferred_bytes - before, sending_s, covered_bytes)
+        sent_bytes = stats.transferred_bytes - before
+        return Pass(rest_bytes, sent_bytes, sending_s, covered_bytes, waited_s)
 
     def _collect_rest(self) -> None:
         """Add what was written since the last look to what is left."""

@@ -43,6 +43,33 @@ def test_a_promised_rate_counts_in_place_of_the_measured_one() -> None:
     assert convergence.after(slow, LIMIT_S, 0) is Decision.GO_ON
 
 
+def test_a_rest_that_goes_up_and_down_is_a_stall_as_well() -> None:
+    """Of a guest that writes in bursts as short as the passes, which are 10 ms apart."""
+    convergence = Convergence()
+    convergence.after(Pass(8 << 20, 32 << 20, 0.5), 0.001)
+    for number in range(450):
+        rest = (200 << 10) + (400 << 10) * (number % 2)
+        done = Pass(rest, rest, 0.004, rest, waited_s=0.006)
+        assert convergence.after(done, 0.001) is Decision.GO_ON
+        if number < 300:
+            assert convergence.stall is None
+    assert convergence.stall is not None
+    assert "1 ms are allowed" in convergence.stall
+    convergence.after(Pass(100 << 10, 200 << 10, 0.004, 200 << 10, 0.006), 0.001)
+    assert convergence.stall is None, "it has come nearer"
+
+
+def test_a_rest_that_fits_until_the_guest_is_stopped_is_a_stall_as_well() -> None:
+    convergence = Convergence()
+    convergence.after(Pass(GIB // 2, GIB, 1.0), LIMIT_S)
+    for _ in range(80):
+        while convergence.after(Pass(GIB // 10, GIB, 1.0), LIMIT_S) is Decision.GO_ON:
+            pass
+        convergence.went_on(GIB, LIMIT_S)
+    assert convergence.stall is not None
+    assert "1000 ms of downtime would be needed" in convergence.stall
+
+
 def test_extra_passes_are_bounded() -> None:
     convergence = Convergence()
     rest = GIB // 5
