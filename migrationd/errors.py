@@ -120,6 +120,17 @@ class WorkloadGone(GuestError):
         super().__init__("the workload is gone")
 
 
+class WorkloadRefused(GuestError):
+    """The process that is the guest answered a request with an error."""
+
+
+class WorkloadSilent(GuestError):
+    """The process that is the guest has a request that it did not answer in time."""
+
+    def __init__(self) -> None:
+        super().__init__("the workload does not answer")
+
+
 class MigrationError(MigrationdError):
     """A migration cannot go on."""
 

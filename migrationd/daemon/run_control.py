@@ -14,6 +14,7 @@ from migrationd.config import DaemonConfig
 from migrationd.daemon.shelter import Shelter
 from migrationd.errors import GuestError, QMPError, StoreError
 from migrationd.guest.attached import AttachedGuest
+from migrationd.guest.base import Live
 from migrationd.guest.held import HeldGuest
 from migrationd.guest.parked import ParkedGuest
 from migrationd.guest.run_state import PAUSED, PRELAUNCH, RUNNING, LazyHandOver, Owner
@@ -153,7 +154,22 @@ class RunControl:
         live = guest.live if guest is not None else None
         if live is None:
             await self._choose(RUNNING, "RESUME")
-        elif await asyncio.to_thread(live.start):
+        else:
+            await self._let_run(live)
+
+    async def _let_run(self, live: Live) -> None:
+        """Let a workload run, and tell if it stood still until now.
+
+        Raises:
+            GuestError: It does not start; one that is silent counts as running all the same.
+        """
+        try:
+            has_started = await asyncio.to_thread(live.start)
+        except GuestError:
+            if live.is_running:
+                self.tell_resumed()
+            raise
+        if has_started:
             self.tell_resumed()
 
     async def _choose(self, run_state: str, event: str) -> None:
@@ -181,8 +197,7 @@ class RunControl:
         if guest.live is None:
             return
         try:
-            if await asyncio.to_thread(guest.live.start):
-                self.tell_resumed()
+            await self._let_run(guest.live)
         except GuestError as error:
             log.error("the workload does not go on: %s", error)
 
@@ -213,8 +228,7 @@ class RunControl:
             guest.never_ran = wanted == PRELAUNCH
             return
         try:
-            if await asyncio.to_thread(guest.start):
-                self.tell_resumed()
+            await self._let_run(guest)
         except GuestError as error:
             log.error("the workload arrived, but does not start: %s", error)
 

@@ -9,7 +9,7 @@ import os
 import threading
 from collections.abc import Sequence
 
-from migrationd.errors import GuestError
+from migrationd.errors import GuestError, WorkloadRefused, WorkloadSilent
 from migrationd.guest.base import GuestIdentity, SeenOnArrival
 from migrationd.guest.device import DeviceState
 from migrationd.guest.dirty import DirtyTracker, NoTracker, PagemapTracker
@@ -187,15 +187,19 @@ class AttachedGuest(Owned):
         """See :class:`Live`.
 
         Raises:
-            GuestError: It does not obey; it is told to stand still.
+            GuestError: It does not obey. One that refuses is told to stand still; one that is
+                silent has the request, and counts as running: who sends it has to stop it.
         """
         with self._run_state_lock:
             if self.is_running:
                 return False
             try:
                 self._link.request("start")
-            except GuestError:
+            except WorkloadRefused:
                 self._stand_still_after_all()
+                raise
+            except WorkloadSilent:
+                self.is_running = True
                 raise
             self.is_running = True
             self.never_ran = False
@@ -482,5 +486,4 @@ class AttachedGuest(Owned):
         try:
             self._link.request("stop", timeout_s=0.5)
         except GuestError:
-            # For all that is known it runs, or will: whoever sends it has to stop it first.
             self.is_running = True

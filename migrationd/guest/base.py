@@ -88,7 +88,7 @@ class Live(Protocol):
             Whether it stood still.
 
         Raises:
-            GuestError: It does not start.
+            GuestError: It does not start; where it may have, it counts as running.
         """
 
     def throttle(self, percentage: int) -> None:
@@ -141,8 +141,11 @@ def held_still(
             yield was_running
         finally:
             if was_running:
-                live.start()
-                on_resumed()
+                try:
+                    live.start()
+                finally:
+                    if live.is_running:
+                        on_resumed()
 
 
 class Guest(Protocol):

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from migrationd.errors import GuestError
+from migrationd.errors import GuestError, WorkloadRefused, WorkloadSilent
 from migrationd.guest.memory import memory_page_bytes
 from migrationd.guest.protocol import (
     MAX_BLOCKS,
@@ -183,7 +183,9 @@ class WorkloadLink:
             The validated return, and descriptors, which belong to the caller.
 
         Raises:
-            GuestError: It refused, did not answer in time, is gone, or answered nonsense.
+            WorkloadRefused: It answered with an error.
+            WorkloadSilent: It did not answer in time.
+            GuestError: It is gone, or answered nonsense.
         """
         returns = REQUESTS[name][1]
         with self._lock:
@@ -199,7 +201,7 @@ class WorkloadLink:
             while True:
                 left_s = deadline_s - time.monotonic()
                 if left_s <= 0:
-                    raise GuestError("the workload does not answer")
+                    raise WorkloadSilent
                 self._socket.settimeout(left_s)
                 reply, received = self._receive(Reply)
                 if reply.id == number:
@@ -209,7 +211,7 @@ class WorkloadLink:
                     os.close(fd)
         try:
             if reply.error is not None:
-                raise GuestError(f"the workload: {reply.error}")
+                raise WorkloadRefused(f"the workload: {reply.error}")
             if received and name not in WITH_DESCRIPTORS:
                 raise GuestError(f"the workload answers {name} with descriptors")
             return _validated(returns, reply.return_ or {}, f"answer to {name}"), received
@@ -315,7 +317,7 @@ class WorkloadLink:
                 self._socket, MAX_PACKET_BYTES, _FDS, socket.MSG_CMSG_CLOEXEC
             )
         except TimeoutError:
-            raise GuestError("the workload does not answer") from None
+            raise WorkloadSilent from None
         except OSError as error:
             raise GuestError(f"the workload is gone: {error.strerror}") from error
         try:

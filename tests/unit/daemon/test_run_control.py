@@ -6,9 +6,12 @@ from collections.abc import Callable, Coroutine
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, cast
 
+import pytest
+
 from migrationd.clock import SystemClock
 from migrationd.config import DaemonConfig
 from migrationd.daemon.run_control import RunControl
+from migrationd.errors import WorkloadSilent
 from migrationd.guest.run_state import Owner
 from migrationd.qmp.event_bus import EventBus
 
@@ -48,6 +51,20 @@ def run_control(workload: Workload) -> tuple[RunControl, list[str]]:
         "HeldGuest", SimpleNamespace(live=workload, has_memory=True, owner=Owner.HELD)
     )
     return control, names
+
+
+async def test_one_that_does_not_say_that_it_runs_counts_as_running() -> None:
+    class Silent(Workload):
+        def start(self) -> bool:
+            super().start()
+            raise WorkloadSilent
+
+    workload = Silent()
+    control, events = run_control(workload)
+    await control.stop()
+    with pytest.raises(WorkloadSilent):
+        await control.cont()
+    assert events == ["STOP", "RESUME"]
 
 
 async def during_a_moment(

@@ -338,7 +338,9 @@ def test_one_that_may_run_is_stopped_before_it_leaves(
         with pytest.raises(GuestError, match="does not answer"):
             guest.start()
     assert guest.is_running
+    value = int(guest.ram[0].memory.view[5 * 4096])
     go_on.touch()
+    wait_until(lambda: int(guest.ram[0].memory.view[5 * 4096]) != value, "that it goes on")
     assert guest.stop()
     value = int(guest.ram[0].memory.view[5 * 4096])
     time.sleep(0.05)
