@@ -207,6 +207,8 @@ def build_config(values: Values) -> DaemonConfig:
         raise ConfigError("-ram-dir needs -name: the guest is found again by its name")
     if config.ram_dir is not None and config.attach_path is not None:
         raise ConfigError("-ram-dir is for a parked guest: an attached one keeps its own memory")
+    if config.keep and config.attach_path is not None:
+        raise ConfigError("-keep is for a parked guest: an attached one runs in one place only")
     if config.ram_prealloc_bytes and (config.ram_dir or config.attach_path) is not None:
         raise ConfigError(
             "-ram-prealloc makes anonymous memory ready: not with -ram-dir or an attached guest"

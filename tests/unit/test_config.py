@@ -46,6 +46,7 @@ def test_options_with_one_dash_or_two() -> None:
         ((*QMP, "-guest", "attach:"), "expects 'parked' or 'attach:PATH'"),
         ((*QMP, "-guest", "attach:/x,tracking=none"), "expects one of tracking=auto, tracking=p"),
         ((*QMP, "-guest", "attach:/x", "-name", "x", "-ram-dir", "/x"), "for a parked guest"),
+        ((*QMP, "-guest", "attach:/x", "-keep"), "-keep is for a parked guest"),
         ((*QMP, "-ram-prealloc", "1G", "-guest", "attach:/x"), "an attached guest"),
         ((*QMP, "-ram-prealloc", "1G", "-name", "x", "-ram-dir", "/x"), "not with -ram-dir"),
         ((*QMP, "-metrics", "9100"), "expects HOST:PORT"),
