@@ -272,13 +272,14 @@ class WorkloadBlock(RamBlock):
         self._map(first, len(data))
 
     def _place_runs(self, pages: Pages, data: Bytes) -> None:
-        ends = np.flatnonzero(np.diff(pages) != 1) + 1
-        begins = (0, *ends.tolist())
-        for begin, end in zip(begins, (*begins[1:], len(pages)), strict=True):
-            if end - begin > 1:
-                self._place_run(int(pages[begin]), data[begin:end])
+        pages, data = _ascending(pages, data)
+        begin = 0
+        for first, count in page_runs(pages).tolist():
+            if count > 1:
+                self._place_run(first, data[begin : begin + count])
             else:
-                self._place_one(int(pages[begin]), address_of(data[begin]))
+                self._place_one(first, address_of(data[begin]))
+            begin += count
 
     def _zero_run(self, first: int, count: int) -> None:
         assert self.received is not None
@@ -291,3 +292,14 @@ class WorkloadBlock(RamBlock):
     def _map(self, first: int, count: int) -> None:
         size = self.page_size
         map_pages(self._userfaultfd, self.address_there + first * size, count * size)
+
+
+def _ascending(pages: Pages, data: Bytes) -> tuple[Pages, Bytes]:
+    """The same pages in order: walks bring them downwards, and where they meet in any order."""
+    steps = np.diff(pages)
+    if (steps > 0).all():
+        return pages, data
+    if (steps < 0).all():
+        return pages[::-1], data[::-1]
+    order = np.argsort(pages)
+    return pages[order], data[order]

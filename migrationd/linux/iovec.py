@@ -379,7 +379,7 @@ def pwrite_rows(fd: int, rows: npt.NDArray[np.uint8], position: int) -> None:
 
     Args:
         fd: File.
-        rows: Shape ``(n, width)``; each row contiguous, rows at any distance.
+        rows: Shape ``(n, width)``; each row contiguous, rows at any distance, backwards too.
         position: Where the first row goes, bytes.
 
     Raises:
@@ -387,12 +387,10 @@ def pwrite_rows(fd: int, rows: npt.NDArray[np.uint8], position: int) -> None:
         ValueError: A row is not contiguous.
     """
     count, width = rows.shape
-    if count and (rows.strides[1] != 1 or rows.strides[0] < 0):
-        raise ValueError("each row must be contiguous, and rows must ascend")
+    if count and rows.strides[1] != 1:
+        raise ValueError("each row must be contiguous")
     vector = np.empty((count, 2), np.uint64)
-    vector[:, 0] = np.arange(count, dtype=np.uint64) * np.uint64(rows.strides[0]) + np.uint64(
-        address_of(rows)
-    )
+    vector[:, 0] = np.arange(count) * rows.strides[0] + address_of(rows)
     vector[:, 1] = width
     while len(vector):
         part = vector[:IOV_MAX]

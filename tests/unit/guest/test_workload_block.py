@@ -125,7 +125,9 @@ def test_a_page_that_is_waited_for_comes_whole(here: Here) -> None:
     assert here.block.received.nonzero()[0].tolist() == [5]
 
 
-@pytest.mark.parametrize("pages", [[10, 11, 12, 13], [20, 21, 40, 50, 51]])
+@pytest.mark.parametrize(
+    "pages", [[10, 11, 12, 13], [20, 21, 40, 50, 51], [13, 12, 11, 10], [21, 20, 40, 52, 51, 7]]
+)
 def test_batches_are_shown_where_they_belong(here: Here, pages: list[int]) -> None:
     here.watch()
     data = np.arange(len(pages), dtype=np.uint8).repeat(PAGE + 8).reshape(-1, PAGE + 8)[:, 8:]
