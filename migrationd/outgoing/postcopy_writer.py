@@ -1,7 +1,7 @@
 """Pages of the postcopy phase onto one channel: the push in short windows, requests between.
 
-The first record of each window carries its block's name, so that no window depends on the
-one before it, whoever wrote that one.
+A record carries its block's name where the one before it on the channel was of another block,
+whoever wrote that one.
 
 Reference: records and CONTINUE, stream format 2.1; pages on the preempt channel, 6.5.
 """
@@ -11,7 +11,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from migrationd.codec.constants import RAM_SAVE_FLAG_PAGE, RAM_SAVE_FLAG_ZERO
+from migrationd.codec.constants import (
+    RAM_SAVE_FLAG_CONTINUE,
+    RAM_SAVE_FLAG_PAGE,
+    RAM_SAVE_FLAG_ZERO,
+)
 from migrationd.codec.header import encode_cstr8
 from migrationd.codec.ram_encode import page_headers, zero_records
 from migrationd.guest.ram_block import RamBlock
@@ -56,6 +60,7 @@ class PageWriter:
         self._turn = threading.Lock()
         self._lock = threading.Lock()
         self._is_open = False
+        self._last_block = -1
         self._recent: list[_Prepared] = []
 
     def open(self, lead: bytes) -> None:
@@ -121,10 +126,10 @@ class PageWriter:
             for block, page in claimed:
                 if self._present[block][page]:
                     start = page * self._page_size
-                    parts.append(self._named_header(block, page))
+                    parts.append(self._header(RAM_SAVE_FLAG_PAGE, block, page))
                     parts.append(self._contents[block][start : start + self._page_size])
                 else:
-                    parts.append(self._zero_header(block, page) + _ZERO_FILL)
+                    parts.append(self._header(RAM_SAVE_FLAG_ZERO, block, page) + _ZERO_FILL)
             return claimed, self.channel.send_parts(parts) if parts else 0
 
     def push(self, batch: Batch, window_pages: int) -> tuple[int, int]:
@@ -176,10 +181,11 @@ class PageWriter:
     def _write_window(self, prepared: "_Prepared", begin: int, count: int) -> int:
         assert prepared.vector is not None
         batch = prepared.batch
-        header = self._named_header(batch.block, int(batch.pages[begin]))
-        self._lead_view[: len(header)] = header
+        header = self._header(RAM_SAVE_FLAG_PAGE, batch.block, int(batch.pages[begin]))
         window = prepared.vector[2 * begin : 2 * (begin + count)]
-        window[0] = self._lead_address, len(header)
+        if len(header) > 8:
+            self._lead_view[: len(header)] = header
+            window[0] = self._lead_address, len(header)
         size = len(header) + count * self._page_size + (count - 1) * 8
         address = prepared.address + 2 * begin * _IOVEC_BYTES
         return self.channel.send_window(window, address, size)
@@ -206,7 +212,7 @@ class PageWriter:
     def _write_some(self, block: int, pages: Pages) -> int:
         """Pages that hold something, without a prepared vector."""
         first = self._blocks[block].memory.read(pages[:1])
-        lead = self._named_header(block, int(pages[0])) + first.tobytes()
+        lead = self._header(RAM_SAVE_FLAG_PAGE, block, int(pages[0])) + first.tobytes()
         headers = page_headers(pages[1:], self._page_size)
         memory = self._blocks[block].memory.view
         return self.channel.send_pages(lead, headers, memory, pages[1:], self._page_size)
@@ -224,15 +230,15 @@ class PageWriter:
         return size
 
     def _write_zeros(self, block: int, pages: Pages) -> int:
-        lead = self._zero_header(block, int(pages[0])) + _ZERO_FILL
+        lead = self._header(RAM_SAVE_FLAG_ZERO, block, int(pages[0])) + _ZERO_FILL
         return self.channel.send_parts((lead, zero_records(pages[1:], self._page_size).tobytes()))
 
-    def _named_header(self, block: int, page: int) -> bytes:
-        word = page * self._page_size | RAM_SAVE_FLAG_PAGE
-        return word.to_bytes(8, "big") + self._names[block]
-
-    def _zero_header(self, block: int, page: int) -> bytes:
-        word = page * self._page_size | RAM_SAVE_FLAG_ZERO
+    def _header(self, flags: int, block: int, page: int) -> bytes:
+        """What a record begins with; written next, under the lock."""
+        word = page * self._page_size | flags
+        if block == self._last_block:
+            return (word | RAM_SAVE_FLAG_CONTINUE).to_bytes(8, "big")
+        self._last_block = block
         return word.to_bytes(8, "big") + self._names[block]
 
 

@@ -21,7 +21,6 @@ from migrationd.transport.channel import Channel
 
 PAGE = 4096
 PAGES = 64
-_RECORD_BYTES = PAGE + 8
 _NAME_BYTES = 2
 
 
@@ -34,22 +33,26 @@ def numbered_block() -> RamBlock:
     return block
 
 
-def take_pages(there: socket.socket, count: int, windows: int) -> list[int]:
+def take_pages(there: socket.socket, count: int) -> list[int]:
     """The next pages that arrive, each with the content that belongs to it."""
-    left = count * _RECORD_BYTES + windows * _NAME_BYTES
-    data = bytearray()
-    while len(data) < left:
-        part = there.recv(left - len(data))
+    return [_take_page(there) for _ in range(count)]
+
+
+def _take_page(there: socket.socket) -> int:
+    word = int.from_bytes(_take(there, 8), "big")
+    if not word & RAM_SAVE_FLAG_CONTINUE:
+        assert _take(there, _NAME_BYTES) == b"\1m"
+    assert _take(there, PAGE)[0] == word // PAGE + 1
+    return word // PAGE
+
+
+def _take(there: socket.socket, size: int) -> bytes:
+    data = b""
+    while len(data) < size:
+        part = there.recv(size - len(data))
         assert part, "the push ended too soon"
         data += part
-    found, at = [], 0
-    while at < len(data):
-        word = int.from_bytes(data[at : at + 8], "big")
-        at += 8 if word & RAM_SAVE_FLAG_CONTINUE else 8 + _NAME_BYTES
-        assert data[at] == word // PAGE + 1
-        found.append(word // PAGE)
-        at += PAGE
-    return found
+    return data
 
 
 class Pushed:
@@ -81,9 +84,9 @@ class Pushed:
         except ChannelClosed as error:
             self.errors.append(error)
 
-    def pages(self, count: int, windows: int) -> list[int]:
+    def pages(self, count: int) -> list[int]:
         """The next pages that arrive."""
-        return take_pages(self.there, count, windows)
+        return take_pages(self.there, count)
 
     def close(self) -> None:
         """End the push, however far it came."""
@@ -106,11 +109,11 @@ def pushed(request: pytest.FixtureRequest) -> Iterator[Pushed]:
 @pytest.mark.parametrize("pushed", [([9, 3, 30, 4, 11], 1)], indirect=True)
 def test_learned_pages_are_exempt_from_the_limit(pushed: Pushed) -> None:
     """At a byte per second the second of them would come after an hour, one at a time."""
-    assert pushed.pages(5, windows=1) == [9, 3, 30, 4, 11]
-    assert pushed.pages(1, windows=1) == [0], "what they sent is no debt of the others"
+    assert pushed.pages(5) == [9, 3, 30, 4, 11]
+    assert pushed.pages(1) == [0], "what they sent is no debt of the others"
     pushed.there.settimeout(0.3)
     with pytest.raises(TimeoutError):
-        pushed.pages(1, windows=1)
+        pushed.pages(1)
     assert pushed.schedule.remaining_pages == PAGES - 6
     pushed.stop.set()
     pushed.thread.join(20)
@@ -119,8 +122,8 @@ def test_learned_pages_are_exempt_from_the_limit(pushed: Pushed) -> None:
 
 @pytest.mark.parametrize("pushed", [([9], 0)], indirect=True)
 def test_without_a_limit_all_pages_come_once(pushed: Pushed) -> None:
-    assert pushed.pages(1, windows=1) == [9]
-    rest = pushed.pages(PAGES - 1, windows=1)
+    assert pushed.pages(1) == [9]
+    rest = pushed.pages(PAGES - 1)
     assert rest == [page for page in range(PAGES) if page != 9]
     pushed.thread.join(20)
     assert not pushed.errors
@@ -153,7 +156,7 @@ def test_a_batch_that_was_broken_off_goes_on_with_its_own_pages() -> None:
         assert schedule.next_batch(32) is batch
         assert [writer.push(batch, count)[0] for count in (4, 8, 16)] == [0, 7, 16]
         sent = [*range(4), 40, *range(41, 45), 8, 7, 6, 5, 4, *range(9, 32)]
-        assert take_pages(there, len(sent), windows=7) == sent
+        assert take_pages(there, len(sent)) == sent
     channel.close()
 
 
@@ -172,7 +175,7 @@ def test_requests_that_come_together_are_answered_in_one_write() -> None:
         assert answered == [(0, 9), (0, 5), (0, 3)]
         data = there.recv(1 << 16, socket.MSG_WAITALL | socket.MSG_DONTWAIT)
         assert len(data) == size
-        words = [int.from_bytes(data[at : at + 8], "big") for at in (0, 10 + PAGE, 10 + PAGE + 11)]
-        assert words == [9 * PAGE | 8, 5 * PAGE | 2, 3 * PAGE | 8]
+        words = [int.from_bytes(data[at : at + 8], "big") for at in (0, 10 + PAGE, 10 + PAGE + 9)]
+        assert words == [9 * PAGE | 8, 5 * PAGE | 0x22, 3 * PAGE | 0x28], "named once"
         assert schedule.remaining_pages == PAGES - 1 - 3
     channel.close()

@@ -67,7 +67,7 @@ def test_requests_that_come_together_are_answered_in_their_order(served: Served)
     served.there.sendall(data + encode_return_path(Shut(0)))
     served.server.run()
     expected = [9, *singles[:-1], 4, 30, 31, 5]
-    assert take_pages(served.pages, len(expected), windows=len(expected) - 1) == expected
+    assert take_pages(served.pages, len(expected)) == expected
     assert served.messages == [Pong(7)]
     assert served.stats.postcopy_requests == 1 + len(singles) + 4
     assert served.latency.count == len(expected) - 1, "two pages of one request"
