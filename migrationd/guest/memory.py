@@ -259,6 +259,15 @@ class SharedMemory(MappedMemory):
                 f"a memfd of {size} bytes that cannot be sealed and mapped: {error}"
             ) from error
         super().__init__(mapping, size, page_size)
+        # Memory in huge pages takes no write.
+        self._takes_writes = self.grain_bytes == max(page_size, mmap.PAGESIZE)
+
+    def place_run(self, first_page: int, data: Bytes) -> None:
+        """Place consecutive pages; raises as :meth:`write_run`."""
+        if self._takes_writes:
+            self.write_run(first_page, data)
+        else:
+            super().place_run(first_page, data)
 
     def clear(self) -> None:
         """Make everything zero, and give its memory back.
