@@ -34,6 +34,12 @@ listen meanwhile must not find this thread asking instead of taking the answers.
 
 _HELD_MS = 10
 
+_ANSWER_NS = 200_000
+"""An urgent page comes sooner than this, or it is under way among the others."""
+
+_GIVES_WAY_S = 100e-6
+"""What places the others leaves the interpreter to it for so long."""
+
 Wanted = tuple[int, int]
 """Index of the block, page."""
 
@@ -75,6 +81,7 @@ class MissingPages:
         self._is_watching = False
         self._urgent: UrgentPages | None = None
         self._urgent_fd = -1
+        self._faulted_ns = 0
         self.blocktime = Blocktime()
 
     @staticmethod
@@ -187,25 +194,28 @@ class MissingPages:
     def _watch_faults(self) -> None:
         reader = self._reader
         while reader.wait(leaves_faults_ms=_HELD_MS if self._is_held else None):
-            urgent = self._urgent
-            if urgent is not None and self._urgent_fd < 0:
-                self._urgent_fd = urgent.input_fd
+            has_input = reader.has_input
+            if self._urgent is not None and self._urgent_fd < 0:
+                self._urgent_fd = self._urgent.input_fd
                 reader.wait_for(self._urgent_fd)
-            while self._serve_once():
-                pass
+                has_input = True  # maybe received already
+            has_faults = reader.has_faults
+            while has_input or has_faults:
+                # First those that were waited for longest.
+                has_input = has_input and self._place_urgent()
+                has_faults = has_faults and not self._is_held and self._take_faults()
 
     @property
     def _is_held(self) -> bool:
         """Whether what was asked for has to come before more is."""
         return len(self._waits) >= _ASKED_MAX and self._ask is not None
 
-    def _serve_once(self) -> bool:
-        """Place what came, ask for what is missing; whether there may be more of it."""
-        faults = () if self._is_held else self._reader.read()
+    def _take_faults(self) -> bool:
+        """Ask for what is missing; whether there may be more of it."""
+        faults = self._reader.read()
         if faults:
             self._take(faults)
-        has_placed = self._urgent_fd >= 0 and self._place_urgent()
-        return has_placed or len(faults) == FAULTS_MAX
+        return len(faults) == FAULTS_MAX
 
     def _place_urgent(self) -> bool:
         """Place the pages of the preempt channel that are there; whether there were any."""
@@ -226,7 +236,7 @@ class MissingPages:
         return True
 
     def _take(self, faults: Sequence[tuple[int, int]]) -> None:
-        now_ns = time.perf_counter_ns()
+        self._faulted_ns = now_ns = time.perf_counter_ns()
         wanted: list[Wanted] = []
         for address, thread in faults:
             at = bisect_right(self._addresses, address) - 1
@@ -257,6 +267,12 @@ class MissingPages:
         if not self._waits:
             return
         now_ns = time.perf_counter_ns()
+        self._end_waits(index, page, now_ns)
+        has_own_channel = self._urgent_fd >= 0 and page is None
+        if has_own_channel and self._waits and now_ns - self._faulted_ns < _ANSWER_NS:
+            time.sleep(_GIVES_WAY_S)
+
+    def _end_waits(self, index: int, page: int | None, now_ns: int) -> None:
         with self._lock:
             keys = list(self._waits) if page is None else [(index, page)]
             for key in keys:

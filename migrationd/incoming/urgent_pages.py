@@ -51,7 +51,7 @@ class UrgentPages:
             self._place(self._channel.recv_into(self._decoder.free_view(), None))
 
     def place_now(self) -> bool:
-        """Place what is there, without waiting.
+        """Place what is there, without waiting; inside :meth:`held`.
 
         Returns:
             Whether anything was, be it the end.
@@ -59,9 +59,8 @@ class UrgentPages:
         Raises:
             MigrationdError: As :meth:`run`.
         """
-        try:
-            count = self._channel.recv_into(self._decoder.free_view(), 0)
-        except TimeoutError:
+        count = self._channel.recv_now(self._decoder.free_view())
+        if count < 0:
             return False
         self._place(count)
         return True

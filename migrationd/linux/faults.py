@@ -29,6 +29,10 @@ class FaultReader:
 
     Args:
         fd: The userfaultfd, non-blocking; not owned.
+
+    Attributes:
+        has_faults: Whether :meth:`wait` found some to read.
+        has_input: Whether it found input of another descriptor.
     """
 
     def __init__(self, fd: int) -> None:
@@ -41,6 +45,7 @@ class FaultReader:
         self._view = memoryview(self._data)
         self._address = ctypes.addressof(self._data)
         self._is_ended = self._leaves_faults = False
+        self.has_faults = self.has_input = False
 
     def wait(self, *, leaves_faults_ms: int | None = None) -> bool:
         """Wait until there may be faults to :meth:`read`, or something else is to be looked at.
@@ -54,9 +59,14 @@ class FaultReader:
         if self._leaves_faults != (leaves_faults_ms is not None):
             self._leaves_faults = not self._leaves_faults
             self._poll.modify(self._fd, 0 if self._leaves_faults else select.POLLIN)
+        self.has_faults = self.has_input = False
         for fd, _ in self._poll.poll(leaves_faults_ms):
-            if fd == self._bell:
+            if fd == self._fd:
+                self.has_faults = True
+            elif fd == self._bell:
                 os.eventfd_read(fd)
+            else:
+                self.has_input = True
         return not self._is_ended
 
     def wait_for(self, fd: int) -> None:

@@ -45,6 +45,9 @@ _sendmsg.restype = ctypes.c_ssize_t
 _recvmsg = _libc.recvmsg
 _recvmsg.argtypes = (ctypes.c_int, ctypes.POINTER(_Msghdr), ctypes.c_int)
 _recvmsg.restype = ctypes.c_ssize_t
+_recv_now = ctypes.PyDLL(None, use_errno=True).recv
+_recv_now.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+_recv_now.restype = ctypes.c_ssize_t
 _writev = _libc.writev
 _writev.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_int)
 _writev.restype = ctypes.c_ssize_t
@@ -290,6 +293,23 @@ def recv_vector(fd: int, vector: Vector) -> int:
     """
     head = _Msghdr(iov=vector.__array_interface__["data"][0], iovlen=min(len(vector), IOV_MAX))
     return _result(_recvmsg(fd, ctypes.byref(head), _MSG_DONTWAIT))
+
+
+def recv_now(fd: int, address: int, size: int) -> int:
+    """``recv`` without waiting, and without letting other threads run meanwhile.
+
+    For little: what is urgent has to wait to get the interpreter back, longer than this takes.
+
+    Returns:
+        Bytes received; 0 at the end of the input, -1 when nothing is there.
+
+    Raises:
+        OSError: As the call.
+    """
+    count = int(_recv_now(fd, address, size, _MSG_DONTWAIT))
+    if count < 0 and ctypes.get_errno() in (errno.EAGAIN, errno.EINTR):
+        return -1
+    return _result(count)
 
 
 def recv_vector_all(fd: int, vector: Vector) -> int:

@@ -13,6 +13,7 @@ Reference: error texts are those of QEMU's channels.
 
 import asyncio
 import contextlib
+import ctypes
 import functools
 import os
 import select
@@ -29,6 +30,7 @@ from migrationd.linux.iovec import (
     Window,
     address_of,
     page_vector,
+    recv_now,
     recv_vector,
     recv_vector_all,
     rest_of,
@@ -149,6 +151,26 @@ class Channel(SharedDescriptor):
         """
         with self._in_use:
             return self._receive(lambda: recv_vector(self._fd, vector), timeout_s)
+
+    def recv_now(self, view: memoryview) -> int:
+        """Receive the little that is there without waiting, inside :meth:`held`; sockets only.
+
+        Returns:
+            Bytes put into the view; 0 at the end of the input, -1 when nothing is there.
+
+        Raises:
+            ChannelClosed: The channel was shut down, or the peer broke it.
+        """
+        address = ctypes.addressof(ctypes.c_char.from_buffer(view))
+        try:
+            count = recv_now(self._fd, address, len(view))
+        except OSError as error:
+            raise self._broken("read from", error) from error
+        if count <= 0:
+            self._refuse_if_down()
+        else:
+            self.bytes_received += count
+        return count
 
     def recv_exactly(self, vector: Vector, size: int) -> int:
         """Fill a scatter vector, for as long as it takes; sockets only.

@@ -127,6 +127,13 @@ class TlsChannel(Channel):
             if not self._feed(self._cipher[:size]):
                 return 0
 
+    def recv_now(self, view: memoryview) -> int:
+        """As :meth:`Channel.recv_now`."""
+        try:
+            return self.recv_into(view, 0)
+        except TimeoutError:
+            return -1
+
     def gather(self, size_bytes: int) -> bool:
         """As :meth:`Channel.gather`; nobody knows how much of it is here already."""
         del size_bytes

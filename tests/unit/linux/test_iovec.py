@@ -2,6 +2,7 @@ import ctypes
 import errno
 import mmap
 import os
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from migrationd.linux.iovec import (
     packet_vector,
     page_vector,
     pwrite_rows,
+    recv_now,
     rest_of,
     run_vector,
     write_vector,
@@ -179,6 +181,20 @@ def test_rows_may_go_backwards(file_fd: int) -> None:
     rows = np.arange(32, dtype=np.uint8).reshape(4, 8)
     pwrite_rows(file_fd, rows[::-1], 0)
     assert os.pread(file_fd, 64, 0) == rows[::-1].tobytes()
+
+
+def test_what_is_there_is_received_without_waiting() -> None:
+    here, there = socket.socketpair()
+    into = np.zeros(8, np.uint8)
+    with here, there:
+        assert recv_now(here.fileno(), address_of(into), 8) == -1
+        there.sendall(b"abc")
+        assert recv_now(here.fileno(), address_of(into), 8) == 3
+        assert into.tobytes() == b"abc".ljust(8, b"\0")
+        there.close()
+        assert recv_now(here.fileno(), address_of(into), 8) == 0
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        recv_now(here.fileno(), address_of(into), 8)
 
 
 def test_packets_hold_their_header_and_their_runs() -> None:
