@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 
-from benchmarks.measure import cpu_s, percentile, warm_memory
+from benchmarks.measure import cpu_s, percentile, warm_memory, warm_shared_memory
 from migrationd.ctl.boot_guest import BootGuest
 from migrationd.ctl.daemon_process import DaemonProcess
 from migrationd.ctl.peer_process import PeerProcess
@@ -175,7 +175,6 @@ async def workload_run(
     load: Load, capabilities: Mapping[str, bool], bandwidth: int, settle_s: float = 0.5
 ) -> Result:
     """A workload from one daemon to another."""
-    warm_once((2 * load.mib + 512) << 20)
     async with contextlib.AsyncExitStack() as stack:
         directory = Path(
             stack.enter_context(tempfile.TemporaryDirectory(prefix="migrationd-bench-"))
@@ -199,6 +198,7 @@ async def workload_run(
         await source.wait_run_state("running", timeout_s=60)
         await asyncio.sleep(settle_s)
         uri = await destination.listening_uri()
+        warm_shared_memory((load.mib + RANGE_MIB) << 20)
         return await measured(source, destination, uri, report,
                               starts_postcopy="postcopy-ram" in capabilities)  # fmt: skip
 

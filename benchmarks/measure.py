@@ -78,6 +78,20 @@ def warm_memory(size_bytes: int) -> None:
         del pages
 
 
+def warm_shared_memory(size_bytes: int) -> None:
+    """:func:`warm_memory` for a workload that is to arrive: its memory comes in single pages.
+
+    Those are others than huge ones are made of. To be called right before: a machine may give
+    its host back what nobody has used for two seconds.
+    """
+    fd = os.memfd_create("warm")
+    try:
+        for _ in range(size_bytes // _RUN_BYTES):
+            os.write(fd, bytes(_RUN_BYTES))
+    finally:
+        os.close(fd)
+
+
 def fill_guest(pid: int, memory_bytes: int, start: int, content: str) -> None:
     """Write into a stopped QEMU's guest RAM.
 

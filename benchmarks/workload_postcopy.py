@@ -22,7 +22,7 @@ from statistics import median
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.measure import cpu_s, machine_cpu_s
+from benchmarks.measure import cpu_s, machine_cpu_s, warm_shared_memory
 from migrationd.ctl.boot_guest import BootGuest
 from migrationd.ctl.daemon_process import DaemonProcess
 from migrationd.ctl.qemu_process import QemuProcess, find_qemu, qemu_version
@@ -136,6 +136,7 @@ async def measure(cell: Cell, binary: Path, mib: int, directory: Path) -> Sample
         await source.set_parameters(
             {"max-bandwidth": 1 << 20, "max-postcopy-bandwidth": cell.push_bytes_per_s}
         )
+        warm_shared_memory((mib + 128) << 20)
         await source.execute("migrate", {"uri": uri})
         await source.wait_migration("active")
         pids = (source.pid, destination.pid, programs[1].pid)
