@@ -43,8 +43,9 @@ class _Rule:
     is_glob: bool
 
     def applies_to(self, identity: str) -> bool:
-        if self.is_glob:
-            return re.match(fnmatch.translate(self.match), identity) is not None
+        if self.is_glob:  # of QEMU's there are two: * and ?
+            pattern = fnmatch.translate(self.match.replace("[", "[[]"))
+            return re.match(pattern, identity) is not None
         return identity == self.match
 
 

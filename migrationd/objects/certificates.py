@@ -8,12 +8,43 @@ from typing import TypeVar
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
-from cryptography.x509.oid import ExtendedKeyUsageOID
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from migrationd.errors import ObjectError
 from migrationd.objects.base import read_small_file
 
 _CHAIN_LIMIT = 16
+
+_NAMES = {
+    NameOID.BUSINESS_CATEGORY: "businessCategory",
+    NameOID.COMMON_NAME: "CN",
+    NameOID.COUNTRY_NAME: "C",
+    NameOID.DN_QUALIFIER: "dnQualifier",
+    NameOID.DOMAIN_COMPONENT: "DC",
+    NameOID.EMAIL_ADDRESS: "EMAIL",
+    NameOID.GENERATION_QUALIFIER: "generationQualifier",
+    NameOID.GIVEN_NAME: "givenName",
+    NameOID.INITIALS: "initials",
+    NameOID.JURISDICTION_COUNTRY_NAME: "jurisdictionOfIncorporationCountryName",
+    NameOID.JURISDICTION_LOCALITY_NAME: "jurisdictionOfIncorporationLocalityName",
+    NameOID.JURISDICTION_STATE_OR_PROVINCE_NAME: "jurisdictionOfIncorporationStateOrProvinceName",
+    NameOID.LOCALITY_NAME: "L",
+    NameOID.ORGANIZATIONAL_UNIT_NAME: "OU",
+    NameOID.ORGANIZATION_NAME: "O",
+    NameOID.POSTAL_CODE: "postalCode",
+    NameOID.PSEUDONYM: "pseudonym",
+    NameOID.SERIAL_NUMBER: "serialNumber",
+    NameOID.STATE_OR_PROVINCE_NAME: "ST",
+    NameOID.STREET_ADDRESS: "street",
+    NameOID.SURNAME: "surName",
+    NameOID.TITLE: "title",
+    NameOID.USER_ID: "UID",
+    x509.ObjectIdentifier("2.5.4.13"): "description",
+    x509.ObjectIdentifier("2.5.4.20"): "telephoneNumber",
+    x509.ObjectIdentifier("2.5.4.41"): "name",
+    x509.ObjectIdentifier("1.3.6.1.5.5.7.8.5"): "XmppAddr",
+}
+"""What a QEMU, that is GnuTLS, calls the parts of a name: rules are written with these."""
 
 T = TypeVar("T", bound=x509.ExtensionType)
 
@@ -44,13 +75,39 @@ def check_certificates(authorities_path: str, own_path: str | None, *, is_server
 
 def distinguished_name(name: x509.Name) -> str:
     """A name as authorization objects are asked about it: in the certificate's order."""
-    parts = reversed(name.rdns)
-    return x509.Name([attribute for part in parts for attribute in part]).rfc4514_string()
+    return ",".join("+".join(map(_attribute_text, part)) for part in name.rdns)
 
 
 def name_of(certificate: bytes) -> str:
-    """Distinguished name of a certificate in DER."""
-    return distinguished_name(x509.load_der_x509_certificate(certificate).subject)
+    """Distinguished name of a certificate in DER.
+
+    Raises:
+        ObjectError: It cannot be read.
+    """
+    try:
+        return distinguished_name(x509.load_der_x509_certificate(certificate).subject)
+    except ValueError as error:
+        raise ObjectError(f"the name of the peer's certificate cannot be read: {error}") from None
+
+
+def _attribute_text(attribute: "x509.NameAttribute[str | bytes]") -> str:
+    """``CN=somebody``; what has no name is written as bytes: ``1.2.3.4=#0c0161``."""
+    if attribute.oid in _NAMES:
+        return attribute.rfc4514_string(_NAMES)
+    sequence = x509.Name([attribute]).public_bytes()
+    for _ in range(3):
+        sequence, _ = _content(sequence)
+    _, value = _content(sequence)
+    return f"{attribute.oid.dotted_string}=#{value.hex()}"
+
+
+def _content(der: bytes) -> tuple[bytes, bytes]:
+    """Content of the first element, and what follows it."""
+    size, start = der[1], 2
+    if size & 0x80:
+        start += size & 0x7F
+        size = int.from_bytes(der[2:start], "big")
+    return der[start : start + size], der[start + size :]
 
 
 def _load(path: str) -> list[x509.Certificate]:

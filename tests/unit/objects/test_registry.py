@@ -96,14 +96,15 @@ def test_authorization(registry: ObjectRegistry, refusal: Refusal) -> None:
         {"match": "CN=bad*", "policy": "deny", "format": "glob"},
         {"match": "CN=b*", "policy": "allow", "format": "glob"},
         {"match": "CN=c*", "policy": "allow"},
+        {"match": "CN=vm[1]?", "policy": "allow", "format": "glob"},
     ]
     registry.add("authz-list", "many", {"rules": rules})
     registry.add("authz-list", "open", {"policy": "allow"})
     registry.add("authz-list", "closed", {})
     asked = {name: _asker(registry, name) for name in ("one", "many", "open", "closed")}
     assert [asked["one"](text) for text in ("CN=a", "CN=ab")] == [True, False]
-    texts = ("CN=bad1", "CN=bee", "CN=cat", "CN=c*", "x")
-    assert [asked["many"](text) for text in texts] == [False, True, False, True, False]
+    texts = ("CN=bad1", "CN=bee", "CN=cat", "CN=c*", "x", "CN=vm[1]a", "CN=vm1a")
+    assert [asked["many"](text) for text in texts] == [False, True, False, True, False, True, False]
     assert asked["open"]("x")
     assert not asked["closed"]("x")
     assert refusal("authz-simple") == "Parameter 'identity' is missing"
