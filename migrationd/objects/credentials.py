@@ -1,10 +1,14 @@
 """What all TLS credentials have in common."""
 
 import ssl
+from typing import TYPE_CHECKING
 
 from migrationd.errors import ObjectError
 from migrationd.objects.base import Properties, UserObject, flag_of, text_of
 from migrationd.objects.priority import parse_priority
+
+if TYPE_CHECKING:
+    from migrationd.transport.tls_settings import WhyRefused
 
 
 class TlsCredentials(UserObject):
@@ -15,6 +19,7 @@ class TlsCredentials(UserObject):
         verify_peer: Whether the other end's certificate is checked.
         directory: Where the files are.
         chooses_suites: Whether ``priority`` may choose ciphers.
+        why_refused: What speaks against a chain of certificates that is valid, or None.
 
     Raises:
         ObjectError: ``endpoint`` is neither ``client`` nor ``server``.
@@ -30,6 +35,7 @@ class TlsCredentials(UserObject):
         self.is_server = endpoint == "server"
         self.verify_peer = flag_of(properties, "verify-peer", default=True)
         self.directory = text_of(properties, "dir")
+        self.why_refused: WhyRefused | None = None
         self._priority = text_of(properties, "priority") or "NORMAL"
 
     @property

@@ -98,7 +98,9 @@ class ObjectRegistry:
             ObjectError: There are none of this id, or they cannot be used.
         """
         credentials = self._credentials(credentials_id, is_server=False)
-        return TlsClient(credentials.context(), credentials.checks_names, host)
+        return TlsClient(
+            credentials.context(), credentials.checks_names, host, credentials.why_refused
+        )
 
     def tls_server(self, credentials_id: str, authorization_id: str | None) -> TlsServer:
         """TLS of the listening side.
@@ -117,7 +119,7 @@ class ObjectRegistry:
             if not isinstance(authorization, Authorization):
                 raise ObjectError(f"Cannot find authorization object '{authorization_id}'")
             authorize = partial(_authorize, authorization)
-        return TlsServer(credentials.context(), authorize)
+        return TlsServer(credentials.context(), authorize, credentials.why_refused)
 
     def _credentials(self, credentials_id: str, *, is_server: bool) -> TlsCredentials:
         credentials = self.find(credentials_id)

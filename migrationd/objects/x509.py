@@ -16,6 +16,7 @@ from migrationd.errors import ObjectError
 from migrationd.objects.base import FindObject, Properties, flag_of, text_of
 from migrationd.objects.certificates import check_certificates
 from migrationd.objects.credentials import TlsCredentials
+from migrationd.objects.revocation import Revocations
 from migrationd.objects.secret import secret_data
 
 
@@ -42,7 +43,7 @@ class X509Credentials(TlsCredentials):
         self._certificate = f"{directory}/{end}-cert.pem"
         self._key = f"{directory}/{end}-key.pem"
         self._has_own = self._find_own(end)
-        self._revocations = _optional(f"{directory}/ca-crl.pem")
+        revocations = _optional(f"{directory}/ca-crl.pem")
         self._dh_params = _optional(f"{directory}/dh-params.pem") if self.is_server else None
         if flag_of(properties, "sanity-check", default=True):
             check_certificates(
@@ -54,6 +55,8 @@ class X509Credentials(TlsCredentials):
         # Without one, OpenSSL would ask at the terminal.
         password = secret_data(password_id, find) if password_id is not None else b""
         self._context = self._load(password)
+        if revocations is not None and self.verify_peer:
+            self.why_refused = Revocations(revocations).why_refused
 
     @property
     def checks_names(self) -> bool:
@@ -90,12 +93,8 @@ class X509Credentials(TlsCredentials):
             raise ObjectError(
                 f"Unable to import certificate {self._authorities}: No certificate was found."
             ) from None
-        if self._revocations is not None:
-            try:
-                context.load_verify_locations(self._revocations)
-            except (ssl.SSLError, OSError):
-                raise ObjectError(f"Unable to import CRL {self._revocations}") from None
-            context.verify_flags |= ssl.VerifyFlags.VERIFY_CRL_CHECK_LEAF
+        # Whoever is in the file is trusted, also an authority that another one vouches for.
+        context.verify_flags |= ssl.VerifyFlags.VERIFY_X509_PARTIAL_CHAIN
         if self._has_own:
             self._load_own(context, password)
         if self._dh_params is not None:

@@ -37,7 +37,7 @@ from migrationd.linux.iovec import (
 )
 from migrationd.transport.channel import Channel
 from migrationd.transport.tls_reason import CertificateSeen, why_refused
-from migrationd.transport.tls_settings import TlsClient, TlsServer
+from migrationd.transport.tls_settings import TlsClient, TlsServer, WhyRefused
 
 HANDSHAKE_TIMEOUT_S = 30.0
 
@@ -56,6 +56,7 @@ class TlsChannel(Channel):
         server_side: Which end this is.
         host: Name that the server's certificate must be for; None checks no name.
         peer: The other end in words, for errors.
+        why_refused: Asked about the peer's certificates when they are valid.
 
     Raises:
         ConnectFailed: The descriptor cannot be used.
@@ -69,9 +70,11 @@ class TlsChannel(Channel):
         server_side: bool,
         host: str | None,
         peer: str,
+        why_refused: WhyRefused | None = None,
     ) -> None:
         super().__init__(fd)
         self._peer = peer
+        self._why_refused = why_refused
         self._received = ssl.MemoryBIO()
         self._to_send = ssl.MemoryBIO()
         self._seen = CertificateSeen(context)
@@ -112,10 +115,20 @@ class TlsChannel(Channel):
         finally:
             self._seen.forget()
         self._is_open = True
+        reason = self._why_refused(self._chain()) if self._why_refused is not None else None
+        if reason is not None:
+            raise self._failed(reason)
 
     def peer_certificate(self) -> bytes | None:
         """The other end's certificate in DER; None if it has none."""
         return self._tls.getpeercert(binary_form=True)
+
+    def _chain(self) -> list[bytes]:
+        """Certificates of the peer in DER up to whom we trust, its own first."""
+        if hasattr(self._tls, "get_verified_chain"):  # since 3.13
+            return list(self._tls.get_verified_chain())
+        chain = self._tls._sslobj.get_verified_chain() or ()  # type: ignore[attr-defined]
+        return [ssl.PEM_cert_to_DER_cert(certificate.public_bytes()) for certificate in chain]
 
     def recv_into(self, view: memoryview, timeout_s: float | None) -> int:
         """As :meth:`Channel.recv_into`."""
@@ -425,9 +438,8 @@ async def start_tls_client(
         raise ConnectFailed(
             f"TLS: {peer} has no host name to check the server's certificate for; set tls-hostname"
         )
-    return await _start(
-        channel, tls.context, peer, host=host if tls.checks_names else None, server_side=False
-    )
+    name = host if tls.checks_names else None
+    return await _start(channel, tls, peer, host=name, server_side=False)
 
 
 async def start_tls_server(channel: Channel, tls: TlsServer, peer: str) -> TlsChannel:
@@ -436,7 +448,7 @@ async def start_tls_server(channel: Channel, tls: TlsServer, peer: str) -> TlsCh
     Raises:
         MigrationdError: In one line: the certificate, the peer and the reason.
     """
-    secured = await _start(channel, tls.context, peer, host=None, server_side=True)
+    secured = await _start(channel, tls, peer, host=None, server_side=True)
     if tls.authorize is not None:
         try:
             tls.authorize(secured.peer_certificate())
@@ -447,12 +459,19 @@ async def start_tls_server(channel: Channel, tls: TlsServer, peer: str) -> TlsCh
 
 
 async def _start(
-    channel: Channel, context: ssl.SSLContext, peer: str, *, host: str | None, server_side: bool
+    channel: Channel, tls: TlsClient | TlsServer, peer: str, *, host: str | None, server_side: bool
 ) -> TlsChannel:
     if not channel.is_socket:
         channel.close()
         raise ConnectFailed("TLS needs a socket; this transport has no way back")
-    secured = TlsChannel(channel.detach(), context, server_side=server_side, host=host, peer=peer)
+    secured = TlsChannel(
+        channel.detach(),
+        tls.context,
+        server_side=server_side,
+        host=host,
+        peer=peer,
+        why_refused=tls.why_refused,
+    )
     try:
         await secured.handshake()
     except BaseException:

@@ -26,13 +26,32 @@ class Pair:
     key: ec.EllipticCurvePrivateKey
 
 
-def make_authority(name: str = "Test CA") -> Pair:
+def make_authority(name: str = "Test CA", issuer: Pair | None = None) -> Pair:
+    """An authority; another one vouches for it, or it does itself."""
     key = ec.generate_private_key(ec.SECP256R1())
     subject = _name(name)
-    builder = _builder(subject, subject, key, -1, 30)
+    above = issuer.certificate.subject if issuer else subject
+    builder = _builder(subject, above, key, -1, 30)
     builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=None), True)
     builder = builder.add_extension(_usage(signs_certificates=True), True)
-    return Pair(builder.sign(key, hashes.SHA256()), key)
+    return Pair(builder.sign(issuer.key if issuer else key, hashes.SHA256()), key)
+
+
+def make_revocations(
+    authority: Pair, revoked: tuple[Pair, ...] = (), *, days: tuple[float, float] = (-1, 30)
+) -> bytes:
+    """An authority's list of certificates that are not valid any more, in PEM."""
+    now = datetime.now(UTC)
+    builder = x509.CertificateRevocationListBuilder(
+        issuer_name=authority.certificate.subject,
+        last_update=now + timedelta(days=days[0]),
+        next_update=now + timedelta(days=days[1]),
+        revoked_certificates=[
+            x509.RevokedCertificateBuilder(pair.certificate.serial_number, now).build()
+            for pair in revoked
+        ],
+    )
+    return builder.sign(authority.key, hashes.SHA256()).public_bytes(Encoding.PEM)
 
 
 def make_leaf(
