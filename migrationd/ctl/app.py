@@ -6,10 +6,12 @@ Exit status: 0 when done, 1 when it failed, 2 for a usage error, 130 after Ctrl-
 """
 
 import asyncio
+import io
+import os
 import sys
 from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, NoReturn, TypeVar
 
 import typer
 from rich.console import Console
@@ -17,6 +19,7 @@ from rich.console import Console
 from migrationd import __version__
 from migrationd.ctl import file_commands, postcopy_commands
 from migrationd.ctl.client import ClientError, Monitor, connected, parse_size
+from migrationd.ctl.printable import printable
 from migrationd.ctl.progress import Progress
 from migrationd.ctl.status import read_status, show_status
 from migrationd.ctl.watch import follow, make_display
@@ -48,13 +51,23 @@ Info = dict[str, object]
 
 def main() -> None:
     """Run the command line; errors are one line on standard error."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Not every terminal's encoding has an arrow.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         app()
     except MigrationdError as error:
-        Console(stderr=True, soft_wrap=True).print(f"migrationctl: {error}", markup=False)
-        sys.exit(1)
+        _fail(str(error))
+    except OSError as error:
+        # Standard output, above all: what else can fail has an error of its own.
+        _fail(os.strerror(error.errno) if error.errno else str(error))
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _fail(text: str) -> NoReturn:
+    Console(stderr=True, soft_wrap=True).print(printable(f"migrationctl: {text}"), markup=False)
+    sys.exit(1)
 
 
 def _print_version(wanted: bool) -> None:
@@ -230,6 +243,8 @@ def resume(
     detach: Annotated[bool, typer.Option("--detach", "-d", help="do not follow it")] = False,
 ) -> None:
     """Send the parked guest where it is to run; or go on with a postcopy that is paused."""
+    if preempt and not lazy:
+        raise typer.BadParameter("it belongs to --lazy", param_hint="--preempt")
 
     async def action(monitor: Monitor) -> Progress | None:
         info = await monitor.query_migrate()

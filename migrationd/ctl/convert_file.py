@@ -6,6 +6,7 @@ from pathlib import Path
 
 from migrationd.clock import SystemClock
 from migrationd.ctl.file_guest import FileGuest
+from migrationd.ctl.new_file import new_file
 from migrationd.errors import ChannelError, StoreError
 from migrationd.guest.parked import ParkedGuest
 from migrationd.guest.run_state import RUNNING
@@ -22,7 +23,6 @@ from migrationd.store.libvirt_image import (
     is_libvirt_image,
     read_libvirt_image,
 )
-from migrationd.store.sidecar import sync_directory
 from migrationd.transport.channel import Channel
 from migrationd.transport.rate_limit import RateLimiter
 
@@ -59,35 +59,19 @@ def convert(source: Path, target: Path, wanted: Conversion) -> int:
     Raises:
         MigrationdError: The source is no migration file, or the target cannot be written.
     """
-    if target.exists() and not wanted.overwrite:
-        raise StoreError(f"'{target}' is there already; --force replaces it")
-    aside = target.with_name(f"{target.name}.part")
-    try:
-        fd = os.open(aside, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        try:
-            with FileGuest(source, position=wanted.position) as file:
-                guest = file.guest
-                if wanted.form == "mapped-ram":
-                    _write_mapped_ram(guest, fd, str(target))
-                elif wanted.form == "zstd":
-                    _write_zstd(guest, fd, wanted.level)
-                elif wanted.form == "libvirt":
-                    _write_libvirt(guest, fd, _domain(file.container.libvirt, wanted), str(target))
-                else:
-                    _write_plain(guest, fd)
-                guest.check_unchanged()
-            os.fsync(fd)
-            size = os.fstat(fd).st_size
-        finally:
-            os.close(fd)
-        os.rename(aside, target)
-        sync_directory(target.parent)
-    except OSError as error:
-        aside.unlink(missing_ok=True)
-        raise StoreError(f"'{target}': {error.strerror}") from error
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
+    with new_file(target, overwrite=wanted.overwrite) as fd:
+        with FileGuest(source, position=wanted.position) as file:
+            guest = file.guest
+            if wanted.form == "mapped-ram":
+                _write_mapped_ram(guest, fd, str(target))
+            elif wanted.form == "zstd":
+                _write_zstd(guest, fd, wanted.level)
+            elif wanted.form == "libvirt":
+                _write_libvirt(guest, fd, _domain(file.container.libvirt, wanted), str(target))
+            else:
+                _write_plain(guest, fd)
+            guest.check_unchanged()
+        size = os.fstat(fd).st_size
     return size
 
 

@@ -7,9 +7,11 @@ import numpy as np
 import numpy.typing as npt
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from migrationd.codec.constants import QEMU_VM_SECTION_FULL
 from migrationd.codec.device_fields import DeviceDescription, DeviceField, describe_devices
+from migrationd.ctl.printable import printable
 from migrationd.ctl.progress import size_text
 from migrationd.guest.device import DeviceState
 from migrationd.guest.memory import Pages, page_runs
@@ -139,9 +141,10 @@ def print_difference(
         )
         return
     for side, name in zip("-+", names, strict=True):
-        console.print(f"{side} {name}", highlight=False, markup=False)
+        console.print(f"{side} {printable(name)}", highlight=False, markup=False, soft_wrap=True)
     for name, one, other in difference.identity:
-        console.print(f"{name}: {one} → {other}", highlight=False, markup=False)
+        text = printable(f"{name}: {one} → {other}")
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
     for block in difference.blocks:
         if not block.is_equal:
             _print_block(block, console, everything=everything)
@@ -282,11 +285,11 @@ def _print_block(block: BlockDifference, console: Console, *, everything: bool) 
     if block.only_in is not None:
         where = "-+"[block.only_in]
         length = size_text(block.lengths[block.only_in] or 0)
-        text = f"{where} RAM block {block.idstr}, {length}"
+        text = f"{where} RAM block {printable(block.idstr)}, {length}"
         console.print(text, highlight=False, markup=False)
         return
     total = max(filter(None, block.lengths)) // block.page_size
-    text = f"RAM block {block.idstr}: {len(block.pages)} of {total} pages differ"
+    text = f"RAM block {printable(block.idstr)}: {len(block.pages)} of {total} pages differ"
     if block.lengths[0] != block.lengths[1]:
         text += f", lengths {block.lengths[0]} → {block.lengths[1]}"
     if block.first_byte is not None:
@@ -304,15 +307,15 @@ def _print_block(block: BlockDifference, console: Console, *, everything: bool) 
 
 def _print_device(device: DeviceDifference, console: Console, *, everything: bool) -> None:
     if device.only_in is not None:
-        text = f"{'-+'[device.only_in]} section {device.name}"
+        text = f"{'-+'[device.only_in]} section {printable(device.name)}"
         console.print(text, highlight=False, markup=False)
         return
-    text = f"section {device.name}: {len(device.fields)} fields differ"
+    text = f"section {printable(device.name)}: {len(device.fields)} fields differ"
     console.print(text, highlight=False, markup=False)
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 4))
     shown = device.fields if everything else device.fields[:SHOWN_FIELDS]
     for path, one, other in shown:
-        table.add_row(path, one, "→", other)
+        table.add_row(*(Text(printable(word)) for word in (path, one, "→", other)))
     console.print(table, highlight=False)
     if len(device.fields) > len(shown):
         rest = len(device.fields) - len(shown)

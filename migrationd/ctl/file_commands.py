@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from migrationd.ctl.client import parse_size
+from migrationd.ctl.printable import printable
 from migrationd.errors import MigrationdError
 
 console = Console()
@@ -69,7 +70,7 @@ def verify(file: File, offset: Offset = "0") -> None:
     for finding in findings:
         style = _LEVEL_STYLES[finding.level]
         console.print(f"{finding.level:8}", style=style, end="", highlight=False)
-        text = f"{finding.what:12} {finding.text}"
+        text = printable(f"{finding.what:12} {finding.text}")
         console.print(text, highlight=False, markup=False, soft_wrap=True)
     if any(finding.level == "error" for finding in findings):
         raise typer.Exit(1)
@@ -89,7 +90,9 @@ def diff(
         with FileGuest(one) as left, FileGuest(other) as right:
             difference = diff_files.compare(left.guest, right.guest)
     except MigrationdError as error:
-        Console(stderr=True, soft_wrap=True).print(f"migrationctl: {error}", markup=False)
+        Console(stderr=True, soft_wrap=True).print(
+            printable(f"migrationctl: {error}"), markup=False
+        )
         raise typer.Exit(2) from None
     if json:
         inspect_file.dump_json(diff_files.as_json(difference), console)
@@ -121,4 +124,5 @@ def convert(
         raise typer.BadParameter(f"'{to}', expected {', '.join(FORMS)}", param_hint="--to")
     wanted = Conversion(to, level, parse_size(offset), domain, force)
     size = write(source, target, wanted)
-    console.print(f"{target}: {to}, {size_text(size)}", highlight=False, markup=False)
+    text = printable(f"{target}: {to}, {size_text(size)}")
+    console.print(text, highlight=False, markup=False, soft_wrap=True)

@@ -18,7 +18,7 @@ from migrationd.codec.constants import (
 )
 from migrationd.codec.records import Command, Configuration, RamBlockList
 from migrationd.codec.stream import StreamDecoder, StreamLimits
-from migrationd.errors import StoreError, StreamUnsupported
+from migrationd.errors import StoreError, StreamError, StreamUnsupported
 from migrationd.guest.base import GuestIdentity, SeenOnArrival
 from migrationd.guest.device import DeviceState
 from migrationd.guest.memory import AnonymousMemory, FileMemory, Memory
@@ -73,6 +73,9 @@ class FileGuest(contextlib.AbstractContextManager["FileGuest"]):
                 # libvirt stops a guest before it saves it, and notes apart whether it ran.
                 was_running = self.container.libvirt.was_running
                 self.guest.choose_run_state(RUNNING if was_running else PAUSED)
+        except StreamError as error:
+            error.message = f"'{path}': {error.message}"
+            raise
         finally:
             os.close(fd)
 

@@ -170,6 +170,9 @@ def summarize(path: Path, *, position: int = 0) -> FileSummary:
             with PlainStream(fd, container, str(path)) as stream:
                 _StreamReader(stream.channel, summary).read()
         return summary
+    except StreamError as error:
+        error.message = f"'{path}': {error.message}"
+        raise
     finally:
         os.close(fd)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from migrationd.codec.constants import (
     QEMU_VM_SECTION_END,
@@ -17,6 +18,7 @@ from migrationd.codec.constants import (
 from migrationd.codec.device_fields import DeviceField
 from migrationd.codec.records import OpaqueSection
 from migrationd.ctl.file_summary import FileSummary
+from migrationd.ctl.printable import printable
 from migrationd.ctl.progress import size_text
 from migrationd.errors import StoreError, StreamCorrupt
 from migrationd.migration.dirty_bitmaps import DirtyBitmap
@@ -39,7 +41,7 @@ def print_summary(summary: FileSummary, console: Console) -> None:
     """Print everything but fields."""
     table = Table(box=None, show_header=False, pad_edge=False)
     for name, value in _facts(summary):
-        table.add_row(name, value)
+        table.add_row(name, _text(value))
     console.print(table, highlight=False)
     console.print()
     console.print(_block_table(summary), highlight=False)
@@ -132,18 +134,19 @@ def find_devices(summary: FileSummary, name: str) -> list[OpaqueSection]:
 
 def print_device(summary: FileSummary, section: OpaqueSection, console: Console) -> None:
     """Print the fields of one section."""
-    title = f"{section.idstr}, instance {section.instance_id}, version {section.version_id}"
-    console.print(f"{title}, {len(section.body)} bytes", style="bold", highlight=False)
+    title = f"{printable(section.idstr)}, instance {section.instance_id}"
+    title += f", version {section.version_id}, {len(section.body)} bytes"
+    console.print(title, style="bold", highlight=False, markup=False, soft_wrap=True)
     fields, problem = fields_of(summary, section)
     table = Table(box=None, pad_edge=False)
     table.add_column("offset", justify="right")
     for name in ("field", "type", "value"):
         table.add_column(name, overflow="fold")
     for offset, path, kind, value in _rows(fields):
-        table.add_row(str(offset), path, kind, value)
+        table.add_row(str(offset), *map(_text, (path, kind, value)))
     console.print(table, highlight=False)
     if problem:
-        console.print(f"note: {problem}", highlight=False)
+        console.print(f"note: {printable(problem)}", highlight=False, markup=False)
 
 
 def fields_of(summary: FileSummary, section: OpaqueSection) -> tuple[list[DeviceField], str | None]:
@@ -196,6 +199,11 @@ def _facts(summary: FileSummary) -> Iterator[tuple[str, str]]:
     )
 
 
+def _text(words: str) -> Text:
+    """Words of the file: neither markup nor a terminal's commands."""
+    return Text(printable(words))
+
+
 def _bitmap_text(bitmap: DirtyBitmap) -> str:
     words = [
         f"'{bitmap.name}' of node '{bitmap.node}'",
@@ -214,7 +222,7 @@ def _block_table(summary: FileSummary) -> Table:
         table.add_column(name, justify="right")
     for block in summary.blocks:
         table.add_row(
-            block.idstr,
+            _text(block.idstr),
             size_text(block.used_length),
             str(block.page_count),
             str(block.present_count),
@@ -237,7 +245,7 @@ def _device_table(summary: FileSummary) -> Table:
         if section.kind == QEMU_VM_SECTION_FULL and description is not None:
             count = str(len(description.fields(section.body)[0]))
         table.add_row(
-            section.idstr,
+            _text(section.idstr),
             KINDS[section.kind] + (f" × {len(run)}" if len(run) > 1 else ""),
             str(section.instance_id),
             str(section.version_id),

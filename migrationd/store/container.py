@@ -78,7 +78,7 @@ def read_container(fd: int, path: str, *, position: int = 0) -> Container:
     compression = next((name for magic, name in _MAGICS if head.startswith(magic)), "none")
     return Container(
         compression,
-        compression == "none" and _is_mapped_ram(head, path),
+        compression == "none" and _is_mapped_ram(head, path, position),
         position,
         libvirt,
         status.st_size,
@@ -102,7 +102,7 @@ def open_file(path: Path) -> int:
     return fd
 
 
-def _is_mapped_ram(head: bytes, path: str) -> bool:
+def _is_mapped_ram(head: bytes, path: str, position: int) -> bool:
     buffer = ReadBuffer(len(head) + 1, len(head) + 1)
     buffer.feed(head)
     try:
@@ -113,4 +113,6 @@ def _is_mapped_ram(head: bytes, path: str) -> bool:
     except NeedData:
         return False
     except StreamError as error:
+        if error.position is not None:
+            error.position += position
         raise StoreError(f"'{path}': {error}") from error

@@ -2,8 +2,11 @@
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import pytest
@@ -225,3 +228,61 @@ def test_a_file_that_claims_more_than_any_guest_is_refused_at_once(
         file.write(data[:at] + huge + data[at + 8 : at + 15] + (1 << 60).to_bytes(8, "big"))
         file.truncate(1 << 43)
     assert "the limit is" in verify(mapped)[0].text
+
+
+def test_the_source_may_be_called_as_the_target_with_part(stored: Path, tmp_path: Path) -> None:
+    source = stored.rename(tmp_path / "guest.part")
+    assert run("convert", source, tmp_path / "guest", "--to", "zstd").exit_code == 0
+    assert run("diff", source, tmp_path / "guest").exit_code == 0
+
+
+def test_a_name_is_printed_as_it_is(stored: Path, tmp_path: Path) -> None:
+    source = stored.rename(tmp_path / "a [red]guest \x1b[31m")
+    text = run("inspect", source).output
+    assert "a [red]guest \\x1b[31m" in text
+    assert "\x1b" not in text
+
+
+def test_damage_is_told_with_the_file(convert: Callable[[str], Path], stored: Path) -> None:
+    plain = convert("plain")
+    os.truncate(plain, 5000)
+    result = run("diff", stored, plain)
+    assert result.exit_code == 2
+    assert f"'{plain}': the input ended" in result.output
+    assert str(plain) in str(run("inspect", plain).exception)
+
+
+def test_preempt_belongs_to_lazy() -> None:
+    result = run("-s", "nowhere", "resume", "--preempt", "tcp:127.0.0.1:1")
+    assert result.exit_code == 2
+    assert "--lazy" in result.output
+
+
+def run_apart(
+    *arguments: object, stdout: int | IO[str] = subprocess.PIPE, encoding: str = "utf-8"
+) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", "from migrationd.ctl.app import main; main()"]
+    return subprocess.run(
+        [*command, *map(str, arguments)],
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONIOENCODING": encoding},
+    )
+
+
+def test_an_output_that_takes_nothing_is_told_in_a_line(stored: Path) -> None:
+    with open("/dev/full", "w") as full:
+        ended = run_apart("verify", stored, stdout=full)
+    assert ended.returncode == 1
+    assert ended.stderr == "migrationctl: No space left on device\n"
+
+
+def test_an_encoding_without_arrows_does_for_a_diff(
+    convert: Callable[[str], Path], tmp_path: Path
+) -> None:
+    one, other = convert("plain"), tmp_path / "other"
+    other.write_bytes(one.read_bytes().replace(b"pc-i440fx-10.0", b"pc-i440fx-10.1"))
+    ended = run_apart("diff", one, other, encoding="ascii")
+    assert (ended.returncode, ended.stderr) == (1, "")
+    assert "pc-i440fx-10.0 \\u2192 pc-i440fx-10.1" in ended.stdout
