@@ -69,13 +69,14 @@ class Store:
 
     def delete(self, key: bytes) -> bool:
         """Write that a key is gone."""
-        place = self._index.get(key)
+        place = self._index.pop(key, None)
         if place is None:
             return False
-        self._make_room(RECORD.size + len(key))
-        del self._index[key]
         self._live_bytes -= RECORD.size + len(key) + place[1]
-        self._write(RECORD.pack(len(key), DELETED) + key)
+        if self.end + RECORD.size + len(key) <= len(self._memory):
+            self._write(RECORD.pack(len(key), DELETED) + key)
+        else:
+            self._compact()
         return True
 
     def clear(self) -> None:
@@ -108,6 +109,10 @@ class Store:
             return
         if self._live_bytes + needed > len(self._memory):
             raise CommandError("OOM the block is full")
+        self._compact()
+
+    def _compact(self) -> None:
+        """Write what the index has, and nothing else."""
         kept = [(key, self.get(key) or b"") for key in self._index]
         self.clear()
         for key, value in kept:
@@ -225,9 +230,18 @@ class Connection(asyncio.Protocol):
         self._server.connections.discard(self)
 
     def data_received(self, data: bytes) -> None:
+        """A client says something."""
+        self._data += data
+        self._serve()
+
+    def _serve(self) -> None:
         """Perform what is complete; a server that was stopped answers nothing any more."""
         workload = self._server.workload
-        self._data += data
+        if rest_s := workload.rest_s:
+            # Throttled, so that its memory can be sent: its clients wait.
+            self.transport.pause_reading()
+            asyncio.get_running_loop().call_later(rest_s, self._go_on)
+            return
         if not workload.try_enter():
             self.transport.abort()
             return
@@ -238,6 +252,11 @@ class Connection(asyncio.Protocol):
         self.transport.write(replies)
         if len(self._data) > MAX_PENDING_BYTES:
             self.transport.abort()
+
+    def _go_on(self) -> None:
+        if not self.transport.is_closing():
+            self.transport.resume_reading()
+            self._serve()
 
     def _perform(self) -> Iterator[bytes]:
         while self._data:

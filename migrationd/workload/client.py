@@ -162,12 +162,20 @@ class Workload:
             self._gate.leave()
 
     def try_enter(self) -> bool:
-        """As the beginning of ``active()``, for an event loop: never waits.
+        """As the beginning of ``active()``, for an event loop: never waits, see :attr:`rest_s`.
 
         Returns:
             False if the workload may not run now; otherwise :meth:`leave` has to follow.
         """
         return self._gate.try_enter()
+
+    @property
+    def rest_s(self) -> float:
+        """Seconds that a throttled workload has to rest from now on.
+
+        ``active()`` does; whoever uses :meth:`try_enter` waits so long before it.
+        """
+        return self._gate.rest_s
 
     def leave(self) -> None:
         """The end of what :meth:`try_enter` began."""

@@ -20,7 +20,8 @@ class Gate:
 
     def enter(self) -> None:
         """Wait until the gate is open and go in."""
-        self._rest()
+        if rest_s := self.rest_s:
+            time.sleep(rest_s)
         with self._changed:
             while not self.is_open:
                 self._changed.wait()
@@ -61,11 +62,12 @@ class Gate:
         """Be shut for this share of the time from now on."""
         self._percentage = min(99, max(0, percentage))
 
-    def _rest(self) -> None:
-        """Wait where a throttled gate is shut: after each slice, in proportion."""
+    @property
+    def rest_s(self) -> float:
+        """Seconds that a throttled gate is still shut: after each slice, in proportion."""
         share = self._percentage / 100
-        if share:
-            cycle_s = _SLICE_S / (1 - share)
-            at_s = time.monotonic() % cycle_s
-            if at_s > _SLICE_S:
-                time.sleep(cycle_s - at_s)
+        if not share:
+            return 0.0
+        cycle_s = _SLICE_S / (1 - share)
+        at_s = time.monotonic() % cycle_s
+        return cycle_s - at_s if at_s > _SLICE_S else 0.0

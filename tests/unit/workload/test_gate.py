@@ -48,3 +48,16 @@ def test_a_throttled_gate_lets_in_for_its_share_of_the_time() -> None:
         gate.leave()
     # Whatever else runs here, it is not more than a quarter, and a slice at each end.
     assert time.thread_time() - begin_s < 0.4 / 4 + 0.02
+
+
+def test_who_never_waits_is_told_how_long_to_rest() -> None:
+    gate = Gate()
+    assert gate.rest_s == 0
+    gate.throttle(99)
+    # The gate is shut for 0.99 of each second.
+    rests = []
+    while not rests:
+        rests = [rest_s for rest_s in (gate.rest_s,) if rest_s]
+    assert 0 < rests[0] <= 0.99 + 1e-9
+    gate.throttle(0)
+    assert gate.rest_s == 0
