@@ -3,7 +3,8 @@
     python -m benchmarks.files [--reps N] [--memory MIB] [--qemu BINARY] [--directory DIR]
 
 Saves are interleaved with those of a QEMU that holds the same guest, and with direct
-writes of the same size by one loop of ``pwrite``: what the disk gives at that moment.
+writes of the same size by one loop of ``pwrite``: what the disk gives at that moment. Each of
+them is first in its turn: a disk is slower at first after a pause.
 migrationd syncs a file before it says that the migration completed, QEMU does not; where
 nothing is said of it, migrationd's times include the sync and QEMU's do not.
 """
@@ -177,10 +178,14 @@ async def _report_saves(
 ) -> None:
     taken: dict[str, list[Taken]] = {name: [] for name in holders}
     disk = []
-    for _ in range(reps):
-        disk.append(files.disk())
-        for name, peer in holders.items():
-            taken[name].append(await files.saved(peer, kind))
+    order = ["disk", *holders]
+    for number in range(reps):
+        first = number % len(order)
+        for name in order[first:] + order[:first]:
+            if name == "disk":
+                disk.append(files.disk())
+            else:
+                taken[name].append(await files.saved(holders[name], kind))
     for name, samples in taken.items():
         wall, cpu = (median(getattr(s, field) for s in samples) for field in ("wall_s", "cpu_s"))
         print(f"  save {kind.name:22} {name:11} {payload / wall / 1e9:5.2f} GB/s of pages, "

@@ -1,6 +1,7 @@
 """``migrationctl convert``: a guest from one form of migration file into another."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,12 +9,16 @@ from migrationd.clock import SystemClock
 from migrationd.ctl.file_guest import FileGuest
 from migrationd.ctl.new_file import new_file
 from migrationd.errors import ChannelError, StoreError
+from migrationd.guest.base import GuestIdentity
+from migrationd.guest.device import DeviceState
+from migrationd.guest.memory import FileMemory, Memory
 from migrationd.guest.parked import ParkedGuest
+from migrationd.guest.ram_block import RamBlockSpec
 from migrationd.guest.run_state import RUNNING
 from migrationd.migration.dialect import dialect_of
 from migrationd.migration.stats import OutgoingStats
 from migrationd.outgoing.device_save import free_section_id, stream_head, stream_tail
-from migrationd.outgoing.mapped_ram_save import MappedRamSaver
+from migrationd.outgoing.mapped_ram_save import MappedRamSaver, guest_layout
 from migrationd.outgoing.ram_save import RamSaver
 from migrationd.store.compressed import Compressor
 from migrationd.store.container import open_file
@@ -60,10 +65,12 @@ def convert(source: Path, target: Path, wanted: Conversion) -> int:
         MigrationdError: The source is no migration file, or the target cannot be written.
     """
     with new_file(target, overwrite=wanted.overwrite) as fd:
-        with FileGuest(source, position=wanted.position) as file:
+        places = _Places(fd) if wanted.form == "mapped-ram" else None
+        allocate = places.allocate if places is not None else None
+        with FileGuest(source, position=wanted.position, allocate=allocate) as file:
             guest = file.guest
-            if wanted.form == "mapped-ram":
-                _write_mapped_ram(guest, fd, str(target))
+            if places is not None:
+                _write_mapped_ram(guest, fd, str(target), is_in_place=places.are_used)
             elif wanted.form == "zstd":
                 _write_zstd(guest, fd, wanted.level)
             elif wanted.form == "libvirt":
@@ -75,7 +82,40 @@ def convert(source: Path, target: Path, wanted: Conversion) -> int:
     return size
 
 
-def _write_mapped_ram(guest: ParkedGuest, fd: int, path: str) -> None:
+class _Places:
+    """A stream's pages go straight to their places in the mapped-ram file that is written.
+
+    Args:
+        fd: The file; it stays the caller's.
+
+    Attributes:
+        are_used: Whether they did: those of a mapped-ram file are where they are.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self.are_used = False
+
+    def allocate(
+        self,
+        identity: GuestIdentity,
+        early: Sequence[DeviceState],
+        specs: Sequence[RamBlockSpec],
+    ) -> ParkedGuest:
+        """A guest whose blocks are the file's; as for :class:`FileGuest`."""
+        page_size = specs[0].page_size if specs else 4096
+        layout = guest_layout(identity, early, specs, page_size, uuid=identity.uuid)
+        os.ftruncate(self._fd, layout.tail_position)
+        self.are_used = True
+
+        def allocate(index: int, spec: RamBlockSpec) -> Memory:
+            position = layout.blocks[index].pages_position
+            return FileMemory(self._fd, position, spec.used_length, spec.page_size)
+
+        return ParkedGuest.create(identity, specs, allocate)
+
+
+def _write_mapped_ram(guest: ParkedGuest, fd: int, path: str, *, is_in_place: bool) -> None:
     saver = MappedRamSaver(
         fd,
         guest,
@@ -84,7 +124,10 @@ def _write_mapped_ram(guest: ParkedGuest, fd: int, path: str) -> None:
         writers=2,
     )
     saver.begin()
-    saver.save_pages()
+    if is_in_place:
+        saver.keep_pages()
+    else:
+        saver.save_pages()
     saver.finish()
     saver.read_back(path)
 

@@ -4,22 +4,22 @@ Reference: stream format 8.3. QEMU writes the same file page by page, with ``mul
 several channels.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from migrationd.codec.records import Configuration, OpaqueSection
 from migrationd.errors import MigrationError
-from migrationd.guest.base import Guest, Live
+from migrationd.guest.base import Guest, GuestIdentity, Live
 from migrationd.guest.device import DeviceState
 from migrationd.guest.guest_file import GuestFile
 from migrationd.guest.instant import Piece
 from migrationd.guest.memory import FileMemory, page_runs
-from migrationd.guest.ram_block import RamBlock
+from migrationd.guest.ram_block import RamBlock, RamBlockSpec
 from migrationd.migration.dialect import Dialect
 from migrationd.outgoing.device_save import EMPTY_VMDESCRIPTION
-from migrationd.store.mapped_ram import plan_layout
+from migrationd.store.mapped_ram import Layout, plan_layout
 from migrationd.store.mapped_ram_writer import MappedRamWriter
 from migrationd.store.page_writer import CHUNK_BYTES, PageSource, PageWriter
 
@@ -58,17 +58,10 @@ class MappedRamSaver:
         chunk_bytes: Callable[[], int] = lambda: CHUNK_BYTES,
         on_written: Callable[[int, int], None] = lambda _bytes, _pages: None,
     ) -> None:
-        identity = guest.identity
-        if identity.machine is None:
-            raise MigrationError("a guest without a machine type cannot be in a mapped-ram file")
         self._guest = guest
         self._dialect = dialect
-        self._layout = plan_layout(
-            Configuration(identity.machine, identity.target_page_bits, None, uuid),
-            [device.to_section() for device in guest.devices if device.is_early],
-            [(block.idstr, block.used_length) for block in guest.ram],
-            guest.page_size,
-            position=position,
+        self._layout = guest_layout(
+            guest.identity, guest.devices, guest.ram, guest.page_size, uuid=uuid, position=position
         )
         self._writer = MappedRamWriter(fd, self._layout, position=position)
         self._fd = fd
@@ -119,6 +112,15 @@ class MappedRamSaver:
             writer.write()
         finally:
             writer.close()
+        return self._zero_count()
+
+    def keep_pages(self) -> int:
+        """The pages are in the file already, at the places of :func:`guest_layout`.
+
+        Returns:
+            Zero pages.
+        """
+        self._present = [block.present for block in self._guest.ram]
         return self._zero_count()
 
     def save_pieces(self, pieces: Iterable[Piece]) -> int:
@@ -197,6 +199,39 @@ class MappedRamSaver:
 
     def _sections(self, is_wanted: Callable[[DeviceState], bool]) -> list[OpaqueSection]:
         return [device.to_section() for device in self._guest.devices if is_wanted(device)]
+
+
+def guest_layout(
+    identity: GuestIdentity,
+    devices: Sequence[DeviceState],
+    blocks: Sequence[RamBlock | RamBlockSpec],
+    page_size: int,
+    *,
+    uuid: bytes | None,
+    position: int = 0,
+) -> Layout:
+    """Where a guest goes in a file.
+
+    Args:
+        identity: Its configuration.
+        devices: Its sections; those that precede RAM count.
+        blocks: Its blocks, in order.
+        page_size: Target page size in bytes.
+        uuid: As for :class:`MappedRamSaver`.
+        position: As for :class:`MappedRamSaver`.
+
+    Raises:
+        MigrationError: The guest cannot be in such a file.
+    """
+    if identity.machine is None:
+        raise MigrationError("a guest without a machine type cannot be in a mapped-ram file")
+    return plan_layout(
+        Configuration(identity.machine, identity.target_page_bits, None, uuid),
+        [device.to_section() for device in devices if device.is_early],
+        [(block.idstr, block.used_length) for block in blocks],
+        page_size,
+        position=position,
+    )
 
 
 def page_source(

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
+from migrationd.ctl import file_guest
 from migrationd.ctl.app import app
 from migrationd.ctl.diff_files import differing_pages
 from migrationd.ctl.file_guest import FileGuest
@@ -69,6 +70,22 @@ def test_every_form_holds_the_same_guest(
     assert run("convert", target, again, "--to", "mapped-ram").exit_code == 0
     assert run("diff", stored, again).exit_code == 0
     assert not list(tmp_path.glob("*.part"))
+
+
+@pytest.mark.parametrize("form", [form for form in FORMS if form != "mapped-ram"])
+def test_a_stream_goes_into_a_mapped_ram_file_without_memory_for_its_pages(
+    form: str,
+    convert: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    source, target = convert(form), tmp_path / "again.mapped-ram"
+    with monkeypatch.context() as patched:
+        patched.delattr(file_guest, "AnonymousMemory")
+        result = run("convert", source, target, "--to", "mapped-ram")
+    assert result.exit_code == 0, result.output + str(result.exception)
+    assert [f for f in verify(target) if f.level == "error"] == []
+    assert run("diff", source, target).exit_code == 0
 
 
 def test_a_save_image_keeps_its_domain(convert: Callable[[str], Path], tmp_path: Path) -> None:
