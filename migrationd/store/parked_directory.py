@@ -14,6 +14,7 @@ that somebody put there without a sidecar is a guest too: QEMU may have written 
 import contextlib
 import fcntl
 import os
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -147,6 +148,9 @@ class ParkedDirectory:
             self._take_lock()
             if not self._is_template:
                 self.remove_part()
+        except OSError as error:
+            self.close()
+            raise StoreError(f"'{self._part}': {error.strerror}") from error
         except BaseException:
             self.close()
             raise
@@ -211,12 +215,15 @@ class ParkedDirectory:
                 sidecar was written for.
         """
         try:
-            fd = os.open(self._ram, os.O_RDONLY | os.O_CLOEXEC)
+            # Not blocking: nobody waits for the other end of a FIFO.
+            fd = os.open(self._ram, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except FileNotFoundError:
             return None
         except OSError as error:
             raise StoreError(f"'{self._ram}': {error.strerror}") from error
         try:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise StoreError(f"'{self._ram}' is no regular file")
             sidecar = read_sidecar(self._sidecar) or Sidecar(self._name)
             contents = read_contents(fd, str(self._ram), ram_limit_bytes=ram_limit_bytes)
             self._compare(sidecar, os.fstat(fd).st_size, contents.metadata_crc32)
@@ -344,8 +351,10 @@ class ParkedDirectory:
             raise StoreError(f"-ram-dir '{self._path}': {error.strerror}") from error
         if kind == fcntl.LOCK_SH:
             return
-        os.ftruncate(self._lock, 0)
-        os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
+        # Who holds it is a word for people: a full disk must not keep a guest from being found.
+        with contextlib.suppress(OSError):
+            os.ftruncate(self._lock, 0)
+            os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
 
     def _compare(self, sidecar: Sidecar, file_bytes: int, metadata_crc32: int) -> None:
         if sidecar.name != self._name:

@@ -53,8 +53,9 @@ def read_sidecar(path: Path) -> Sidecar | None:
         StoreError: It cannot be read or is not a guest's record.
     """
     try:
-        with open(path, "rb") as file:
-            raw = file.read(_LIMIT_BYTES + 1)
+        # Not blocking: what is no file is read as an empty one.
+        with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
+            raw = file.read(_LIMIT_BYTES + 1) or b""
     except FileNotFoundError:
         return None
     except OSError as error:

@@ -1,3 +1,4 @@
+import errno
 import multiprocessing
 import os
 import threading
@@ -339,3 +340,30 @@ def test_no_thread_is_left(tmp_path: Path) -> None:
     new.abandon()
     os.close(new.fd)
     assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("suffix", ["mapped-ram", "json"])
+def test_nobody_waits_for_the_other_end_of_a_fifo(suffix: str, tmp_path: Path) -> None:
+    path = store_guest(tmp_path)
+    path.with_suffix(f".{suffix}").unlink()
+    os.mkfifo(path.with_suffix(f".{suffix}"))
+    with pytest.raises(StoreError, match=rf"vm1\.{suffix}' is n"):
+        found(ParkedDirectory(tmp_path, "vm1"))
+
+
+def test_an_unfinished_guest_that_cannot_be_removed_is_a_store_error(tmp_path: Path) -> None:
+    (tmp_path / "vm1.mapped-ram.part").mkdir()
+    with pytest.raises(StoreError, match=r"vm1\.mapped-ram\.part': Is a directory"):
+        ParkedDirectory(tmp_path, "vm1")
+
+
+def test_a_full_disk_does_not_keep_a_guest_from_being_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store_guest(tmp_path)
+
+    def no_room(fd: int, data: bytes, position: int) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "pwrite", no_room)
+    found(ParkedDirectory(tmp_path, "vm1"))
