@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, TypeVar, TypeVarTuple
 
 from migrationd.codec.postcopy import encode_ping
-from migrationd.errors import ChannelError, MigrationCancelled
+from migrationd.errors import ChannelClosed, ChannelError, MigrationCancelled
 from migrationd.outgoing.device_save import READY_PING
 from migrationd.outgoing.postcopy import OpenChannel, PostcopyLink
 from migrationd.outgoing.return_path import ReturnPath
@@ -30,6 +30,9 @@ T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
 _READY_WAIT_S = 30.0
+
+_BEGINNING_BYTES = 16 << 20
+"""More than sockets take in before somebody reads: who closes later has read."""
 
 _LAST_WORD_S = 0.2
 """How long a destination that closed may take to have said why."""
@@ -112,8 +115,12 @@ class OutgoingConnection:
             MigrationdError: What ended it; the destination's own word first.
         """
         if not has_return_path:
-            await send()
-            await self.on_thread(self.channel.finish)
+            try:
+                await send()
+                await self.on_thread(self.channel.finish)
+            except ChannelClosed as error:
+                self._explain(error)
+                raise
             return
         self._return_path = ReturnPath(self.channel, self.tail_started.is_set, self.on_pong)
         read = self.link.read if self.link else self._return_path.run
@@ -132,12 +139,23 @@ class OutgoingConnection:
                     reader.result()
                 raise
             await reader
+        except ChannelClosed as error:
+            self._explain(error)
+            raise
         finally:
             self._stop.set()
             self.break_off()
             for task in (reader, sender):
                 task.cancel()
             await asyncio.gather(reader, sender, return_exceptions=True)
+
+    def _explain(self, error: ChannelClosed) -> None:
+        """Say what the end of a connection that has just begun may mean."""
+        channels = [self.channel, *(self.multifd.channels if self.multifd is not None else ())]
+        why = self.channel.why_silent
+        has_begun = sum(channel.bytes_sent for channel in channels) < _BEGINNING_BYTES
+        if why is not None and has_begun and not self._stop.is_set():
+            error.args = (f"{error}; {why}",)
 
     async def wait_peer_ready(self) -> None:
         """Wait for the answer to :func:`ready_ping`.

@@ -66,6 +66,9 @@ class Channel(SharedDescriptor):
         ConnectFailed: The descriptor is none, or there are too many.
     """
 
+    why_silent: str | None = None
+    """What it may mean that the peer closes before it says anything; None: nothing special."""
+
     def __init__(
         self, fd: int, *, command: Command | None = None, is_durable: bool = False
     ) -> None:

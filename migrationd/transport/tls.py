@@ -89,6 +89,8 @@ class TlsChannel(Channel):
         self._is_drained = False
         self._has_ended = False
         self._is_open = False
+        self._is_server = server_side
+        self._has_heard = False
         self._host = host
 
     async def handshake(self, timeout_s: float = HANDSHAKE_TIMEOUT_S) -> None:
@@ -118,6 +120,16 @@ class TlsChannel(Channel):
         reason = self._why_refused(self._chain()) if self._why_refused is not None else None
         if reason is not None:
             raise self._failed(reason)
+
+    @property
+    def why_silent(self) -> str | None:  # type: ignore[override]
+        """A server may ask who we are when we think that the handshake is over."""
+        if self._is_server or self._has_heard or self._is_down:
+            return None
+        return (
+            "a destination that closes right after the TLS handshake may have refused our "
+            "certificate (its ca-cert.pem or tls-authz): its log says why"
+        )
 
     def peer_certificate(self) -> bytes | None:
         """The other end's certificate in DER; None if it has none."""
@@ -379,6 +391,7 @@ class TlsChannel(Channel):
         if self._to_send.pending and self._send_lock.acquire(blocking=False):
             self._send_lock.release()
             self._flush()
+        self._has_heard = self._has_heard or done > 0
         return done
 
     def _feed(self, data: bytes | memoryview) -> bool:

@@ -275,6 +275,27 @@ async def test_a_bad_client_is_refused_and_the_next_one_let_in(
     add_fault(request.config, name, reasons[trouble], "guest runs at its source, then comes")
 
 
+@pytest.mark.parametrize("return_path", [True, False])
+async def test_a_destination_that_does_not_let_us_in_is_named_as_such(
+    return_path: bool, tmp_path: Path, closing: list[object], qemu_host: Host
+) -> None:
+    """It says so to its own log alone: what is known here is what it may be."""
+    words = objects(make_directory(tmp_path / "pki"))
+    daemon = await holding(qemu_host, tmp_path, closing, words)
+    rule = ("-object", "authz-simple,id=who,identity=CN=somebody else")
+    host = replace(qemu_host, arguments=(*qemu_host.arguments, *words, *rule))
+    target = await host.start("QEMU B", incoming="defer", paused=True)
+    closing.append(target)
+    capabilities = {"events": True, "return-path": return_path}
+    await target.set_parameters({"tls-authz": "who"})
+    uri = await listen(target, "tcp", tmp_path / "x", capabilities)
+    await settle(daemon, capabilities)
+    await daemon.execute("migrate", {"uri": uri})
+    await daemon.wait_migration("failed")
+    assert "may have refused our certificate" in str((await daemon.query_migrate())["error-desc"])
+    assert await daemon.run_state() == "paused"
+
+
 @pytest.mark.parametrize("is_allowed", [True, False])
 async def test_authorization_asks_for_the_name_that_qemu_asks_for(
     is_allowed: bool, tmp_path: Path, closing: list[object], qemu_host: Host
