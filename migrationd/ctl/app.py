@@ -276,6 +276,7 @@ def cancel(context: typer.Context) -> None:
 
     async def action(monitor: Monitor) -> Progress:
         await monitor.execute("migrate_cancel")
+        await _refuse_to_wait_where_a_guest_arrives(monitor)
         try:
             with make_display(console) as display:
                 return await asyncio.wait_for(
@@ -285,6 +286,15 @@ def cancel(context: typer.Context) -> None:
             raise ClientError(f"not cancelled within {_CANCEL_TIMEOUT_S:.0f} s") from None
 
     _exit_as(_with_monitor(context, action), "cancelled")
+
+
+async def _refuse_to_wait_where_a_guest_arrives(monitor: Monitor) -> None:
+    # A destination does not cancel: it would be waited for in vain.
+    status = (await monitor.query_migrate()).get("status")
+    if status in (None, "completed", "failed", "cancelled"):
+        return
+    if (await monitor.query("query-status")).get("status") == "inmigrate":
+        raise ClientError("this end takes a guest: it is cancelled where the guest comes from")
 
 
 def _none_means_cancelled(monitor: Monitor) -> Callable[[], Coroutine[object, object, Info]]:

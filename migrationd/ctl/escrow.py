@@ -141,6 +141,7 @@ async def _say_how_long(stops: EventListener, starts: EventListener, console: Co
         f"the guest goes on at its destination, it stood still for "
         f"{(started - stopped) * 1000:.0f} ms",
         highlight=False,
+        soft_wrap=True,
     )
 
 

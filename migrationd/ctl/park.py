@@ -80,6 +80,7 @@ async def park(source: Monitor, daemon: Monitor, plan: ParkPlan, console: Consol
         f"parked: the daemon holds the guest, run state '{run_state}', "
         f"{size_text(last.total_bytes)} of RAM; migrationctl resume sends it on",
         highlight=False,
+        soft_wrap=True,
     )
     return last
 

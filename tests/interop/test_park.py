@@ -32,6 +32,7 @@ async def test_a_guest_is_parked_and_runs_on(
     code, text = await ctl("-s", str(source.qmp_path), "park", str(daemon.qmp_path), *options)
     assert code == 0, text
     assert "parked: the daemon holds the guest, run state 'paused', 64.3 MiB of RAM" in text
+    assert text.rstrip().endswith("; migrationctl resume sends it on")
     before = source.serial
     code, text = await ctl("-s", str(source.qmp_path), "park", str(daemon.qmp_path), *options)
     assert code == 1
@@ -42,3 +43,12 @@ async def test_a_guest_is_parked_and_runs_on(
     code, text = await ctl("-s", str(daemon.qmp_path), "resume", uri)
     assert code == 0, text
     await check_runs_on(before, target, host)
+
+
+async def test_a_cancel_where_a_guest_is_awaited_does_not_wait(closing: list[object]) -> None:
+    daemon = await DaemonProcess.start(incoming="tcp:127.0.0.1:0")
+    closing.append(daemon)
+    await daemon.qmp.disconnect()
+    code, text = await ctl("-s", str(daemon.qmp_path), "cancel")
+    assert code == 1, text
+    assert "it is cancelled where the guest comes from" in text
