@@ -1,5 +1,6 @@
 """``migrationctl convert``: a guest from one form of migration file into another."""
 
+import errno
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,7 +9,7 @@ from pathlib import Path
 from migrationd.clock import SystemClock
 from migrationd.ctl.file_guest import FileGuest
 from migrationd.ctl.new_file import new_file
-from migrationd.errors import ChannelError, StoreError
+from migrationd.errors import ChannelError, MigrationdError, StoreError
 from migrationd.guest.base import GuestIdentity
 from migrationd.guest.device import DeviceState
 from migrationd.guest.memory import FileMemory, Memory
@@ -65,21 +66,33 @@ def convert(source: Path, target: Path, wanted: Conversion) -> int:
         MigrationdError: The source is no migration file, or the target cannot be written.
     """
     with new_file(target, overwrite=wanted.overwrite) as fd:
-        places = _Places(fd) if wanted.form == "mapped-ram" else None
-        allocate = places.allocate if places is not None else None
-        with FileGuest(source, position=wanted.position, allocate=allocate) as file:
-            guest = file.guest
-            if places is not None:
-                _write_mapped_ram(guest, fd, str(target), is_in_place=places.are_used)
-            elif wanted.form == "zstd":
-                _write_zstd(guest, fd, wanted.level)
-            elif wanted.form == "libvirt":
-                _write_libvirt(guest, fd, _domain(file.container.libvirt, wanted), str(target))
-            else:
-                _write_plain(guest, fd)
-            guest.check_unchanged()
-        size = os.fstat(fd).st_size
-    return size
+        try:
+            _convert(source, target, fd, wanted)
+        except MigrationdError as error:
+            if _is_full(error.__cause__) and f"'{target}'" not in str(error):
+                raise StoreError(f"'{target}': {error}") from error
+            raise
+        return os.fstat(fd).st_size
+
+
+def _convert(source: Path, target: Path, fd: int, wanted: Conversion) -> None:
+    places = _Places(fd) if wanted.form == "mapped-ram" else None
+    allocate = places.allocate if places is not None else None
+    with FileGuest(source, position=wanted.position, allocate=allocate) as file:
+        guest = file.guest
+        if places is not None:
+            _write_mapped_ram(guest, fd, str(target), is_in_place=places.are_used)
+        elif wanted.form == "zstd":
+            _write_zstd(guest, fd, wanted.level)
+        elif wanted.form == "libvirt":
+            _write_libvirt(guest, fd, _domain(file.container.libvirt, wanted), str(target))
+        else:
+            _write_plain(guest, fd)
+        guest.check_unchanged()
+
+
+def _is_full(cause: BaseException | None) -> bool:
+    return isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class _Places:

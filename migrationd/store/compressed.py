@@ -188,7 +188,9 @@ class Compressor:
         self.channel.close()
         self._thread.join()
         if self._error is not None:
-            raise StoreError(f"compressing: {self._error}") from self._error
+            error = self._error
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise StoreError(f"compressing: {reason}") from error
 
     def _pump(self) -> None:
         try:

@@ -1,7 +1,9 @@
 """inspect, verify, diff and convert on small files of every form."""
 
+import errno
 import json
 import os
+import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -293,6 +295,24 @@ def test_an_output_that_takes_nothing_is_told_in_a_line(stored: Path) -> None:
         ended = run_apart("verify", stored, stdout=full)
     assert ended.returncode == 1
     assert ended.stderr == "migrationctl: No space left on device\n"
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_target_that_gets_too_large_is_told_with_its_name(
+    form: str, convert: Callable[[str], Path], tmp_path: Path
+) -> None:
+    source, target = convert("plain"), tmp_path / "large"
+    domain = ["--domain", tmp_path / "domain.xml"] if form == "libvirt" else []
+    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (256, most))
+    try:
+        result = run("convert", source, target, "--to", form, *domain)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+    assert result.exit_code == 1
+    assert f"'{target}': " in str(result.exception)
+    assert os.strerror(errno.EFBIG) in str(result.exception)
+    assert not target.exists()
 
 
 def test_an_encoding_without_arrows_does_for_a_diff(
