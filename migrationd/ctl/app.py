@@ -2,12 +2,14 @@
 
 All but ``demo`` and the commands on files speak QMP to ``--socket`` and work with migrationd
 and with QEMU alike.
-Exit status: 0 when done, 1 when it failed, 2 for a usage error, 130 after Ctrl-C.
+Exit status: 0 when done, 1 when it failed, 2 for a usage error, 130 after Ctrl-C; a demo ends with
+143 after SIGTERM.
 """
 
 import asyncio
 import io
 import os
+import signal
 import sys
 from collections.abc import Callable, Coroutine
 from pathlib import Path
@@ -63,6 +65,9 @@ def main() -> None:
         _fail(os.strerror(error.errno) if error.errno else str(error))
     except KeyboardInterrupt:
         sys.exit(130)
+    except asyncio.CancelledError:
+        # A demo has ended what it started.
+        sys.exit(128 + signal.SIGTERM)
 
 
 def _fail(text: str) -> NoReturn:

@@ -1,6 +1,8 @@
 """The demo itself, and its guest between two QEMUs without us: the measure for everything else."""
 
+import asyncio
 import io
+import signal
 
 import pytest
 from rich.console import Console
@@ -9,6 +11,7 @@ from migrationd.ctl.boot_guest import BootGuest, check_run
 from migrationd.ctl.demo import DemoPlan, run_demo
 from migrationd.ctl.demo_workload import run_workload_demo
 from migrationd.ctl.qemu_process import QemuProcess
+from tests.support.ctl import start_ctl
 from tests.support.releases import qemu_binary
 from tests.support.workloads import needs_scan
 
@@ -55,3 +58,15 @@ async def test_boot_guest_moves_between_two_qemus(machine: str, architecture: st
         await target.execute("stop")
         memory = await target.pmemsave(guest.counted_address, guest.counted_bytes)
         assert check_run(source.serial + target.serial, memory).passes > 4
+
+
+async def test_a_demo_that_is_told_to_end_says_nothing_of_its_insides() -> None:
+    qemu_binary()
+    demo = await start_ctl("demo", "--fill", "32M")
+    assert demo.stdout is not None
+    async with asyncio.timeout(60):
+        await demo.stdout.readline()
+        demo.terminate()
+        text = (await demo.stdout.read()).decode()
+        assert await demo.wait() == 128 + signal.SIGTERM
+    assert "Traceback" not in text
