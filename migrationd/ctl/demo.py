@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import hashlib
 import signal
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from rich.console import Console
@@ -68,13 +68,20 @@ async def run_demo(plan: DemoPlan, console: Console) -> None:
         PeerError: Something could not be started, or a migration failed.
         GuestError: The guest has lost something.
     """
+    with cancelled_by_sigterm():
+        async with contextlib.AsyncExitStack() as stack:
+            await _Demo(plan, console, stack).run()
+
+
+@contextlib.contextmanager
+def cancelled_by_sigterm() -> Iterator[None]:
+    """SIGTERM cancels the current task: what it started is ended too."""
     task = asyncio.current_task()
     assert task is not None
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, task.cancel)
     try:
-        async with contextlib.AsyncExitStack() as stack:
-            await _Demo(plan, console, stack).run()
+        yield
     finally:
         loop.remove_signal_handler(signal.SIGTERM)
 

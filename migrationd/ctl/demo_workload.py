@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from migrationd.ctl.daemon_process import DaemonProcess
+from migrationd.ctl.demo import cancelled_by_sigterm
 from migrationd.ctl.dirtier_process import PROGRAM, DirtierProcess
 from migrationd.ctl.peer_process import PeerError
 from migrationd.ctl.progress import Progress, duration_text, rate_text, size_text
@@ -44,6 +45,7 @@ async def run_workload_demo(console: Console, bandwidth_bytes_per_s: int) -> Non
         console.print(text, highlight=False, soft_wrap=True)
 
     async with contextlib.AsyncExitStack() as stack:
+        stack.enter_context(cancelled_by_sigterm())
         here = await _start(stack, incoming=None)
         there = await _start(stack, incoming="tcp:127.0.0.1:0")
         before = await here.work.wait_passes(1)

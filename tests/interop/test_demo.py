@@ -60,13 +60,18 @@ async def test_boot_guest_moves_between_two_qemus(machine: str, architecture: st
         assert check_run(source.serial + target.serial, memory).passes > 4
 
 
-async def test_a_demo_that_is_told_to_end_says_nothing_of_its_insides() -> None:
-    qemu_binary()
-    demo = await start_ctl("demo", "--fill", "32M")
+@pytest.mark.parametrize(
+    "options", [("--fill", "32M"), pytest.param(("--workload",), marks=needs_scan)]
+)
+async def test_a_demo_that_is_told_to_end_leaves_nothing(options: tuple[str, ...]) -> None:
+    if options[0] == "--fill":
+        qemu_binary()
+    demo = await start_ctl("demo", *options)
     assert demo.stdout is not None
     async with asyncio.timeout(60):
         await demo.stdout.readline()
         demo.terminate()
+        # It ends when nobody has the pipe any more.
         text = (await demo.stdout.read()).decode()
         assert await demo.wait() == 128 + signal.SIGTERM
     assert "Traceback" not in text
