@@ -18,7 +18,7 @@ from migrationd.codec.constants import (
 )
 from migrationd.codec.records import Command, Configuration, RamBlockList
 from migrationd.codec.stream import StreamDecoder, StreamLimits
-from migrationd.errors import StoreError, StreamError, StreamUnsupported
+from migrationd.errors import StoreError, StreamUnsupported
 from migrationd.guest.base import GuestIdentity, SeenOnArrival
 from migrationd.guest.device import DeviceState
 from migrationd.guest.memory import AnonymousMemory, FileMemory, Memory
@@ -29,7 +29,7 @@ from migrationd.incoming.loader import Arrival, Pause, StreamLoader
 from migrationd.incoming.mapped_ram import map_guest
 from migrationd.linux.meminfo import available_bytes
 from migrationd.store.compressed import PlainStream
-from migrationd.store.container import Container, open_file, read_container
+from migrationd.store.container import Container, opened
 from migrationd.store.mapped_ram_reader import RAM_LIMIT_BYTES, read_contents
 from migrationd.transport.channel import Channel
 
@@ -60,9 +60,8 @@ class FileGuest(contextlib.AbstractContextManager["FileGuest"]):
     """
 
     def __init__(self, path: Path, *, position: int = 0, allocate: Allocate | None = None) -> None:
-        fd = open_file(path)
-        try:
-            self.container: Container = read_container(fd, str(path), position=position)
+        with opened(path, position=position) as (fd, container):
+            self.container: Container = container
             if self.container.is_mapped_ram:
                 contents = read_contents(fd, str(path), position=self.container.position)
                 self.guest = map_guest(fd, contents)
@@ -73,11 +72,6 @@ class FileGuest(contextlib.AbstractContextManager["FileGuest"]):
                 # libvirt stops a guest before it saves it, and notes apart whether it ran.
                 was_running = self.container.libvirt.was_running
                 self.guest.choose_run_state(RUNNING if was_running else PAUSED)
-        except StreamError as error:
-            error.message = f"'{path}': {error.message}"
-            raise
-        finally:
-            os.close(fd)
 
     def __exit__(self, *_: object) -> None:
         self.guest.close()

@@ -4,7 +4,6 @@ A mapped-ram file is not read through: its bitmaps say it. A stream is decoded f
 first byte to its last, and each page is counted with what came last for it.
 """
 
-import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -44,7 +43,7 @@ from migrationd.guest.run_state import PAUSED, RUNNING, decode_run_state
 from migrationd.migration.dirty_bitmaps import DirtyBitmap, bitmaps_of
 from migrationd.pageops.xbzrle import decode_page
 from migrationd.store.compressed import PlainStream
-from migrationd.store.container import Container, open_file, read_container
+from migrationd.store.container import Container, opened
 from migrationd.store.mapped_ram_reader import RAM_LIMIT_BYTES, read_bitmap, read_contents
 from migrationd.transport.channel import Channel
 
@@ -160,9 +159,7 @@ def summarize(path: Path, *, position: int = 0) -> FileSummary:
         StreamError: Its stream is damaged; with the position.
         ChannelError: It cannot be read.
     """
-    fd = open_file(path)
-    try:
-        container = read_container(fd, str(path), position=position)
+    with opened(path, position=position) as (fd, container):
         summary = FileSummary(path, container)
         if container.is_mapped_ram:
             _read_mapped_ram(fd, summary)
@@ -170,11 +167,6 @@ def summarize(path: Path, *, position: int = 0) -> FileSummary:
             with PlainStream(fd, container, str(path)) as stream:
                 _StreamReader(stream.channel, summary).read()
         return summary
-    except StreamError as error:
-        error.message = f"'{path}': {error.message}"
-        raise
-    finally:
-        os.close(fd)
 
 
 def _read_mapped_ram(fd: int, summary: FileSummary) -> None:

@@ -5,7 +5,9 @@ zstd        28 b5 2f fd         a compressed plain stream; gzip, bzip2 and xz ar
 libvirt     LibvirtQemudSave    save image: a head, then any of these
 """
 
+import contextlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -100,6 +102,27 @@ def open_file(path: Path) -> int:
         os.close(fd)
         raise StoreError(f"'{path}' is no regular file")
     return fd
+
+
+@contextlib.contextmanager
+def opened(path: Path, *, position: int = 0) -> Iterator[tuple[int, Container]]:
+    """A migration file: its descriptor, and what it is wrapped in.
+
+    Args:
+        path: The file; errors of its stream inside the block get its name.
+        position: As for :func:`read_container`.
+
+    Raises:
+        StoreError: As :func:`open_file` and :func:`read_container`.
+    """
+    fd = open_file(path)
+    try:
+        yield fd, read_container(fd, str(path), position=position)
+    except StreamError as error:
+        error.message = f"'{path}': {error.message}"
+        raise
+    finally:
+        os.close(fd)
 
 
 def _is_mapped_ram(head: bytes, path: str, position: int) -> bool:
