@@ -21,7 +21,7 @@ from rich.console import Console
 from migrationd import __version__
 from migrationd.ctl import file_commands, postcopy_commands
 from migrationd.ctl.client import ClientError, Monitor, connected, parse_size
-from migrationd.ctl.printable import printable
+from migrationd.ctl.printable import say_error
 from migrationd.ctl.progress import Progress
 from migrationd.ctl.status import read_status, show_status
 from migrationd.ctl.watch import follow, make_display
@@ -71,7 +71,7 @@ def main() -> None:
 
 
 def _fail(text: str) -> NoReturn:
-    Console(stderr=True, soft_wrap=True).print(printable(f"migrationctl: {text}"), markup=False)
+    say_error(text)
     sys.exit(1)
 
 

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from migrationd.ctl.client import parse_size
-from migrationd.ctl.printable import printable
+from migrationd.ctl.printable import printable, say_error
 from migrationd.errors import MigrationdError
 
 console = Console()
@@ -90,9 +90,7 @@ def diff(
         with FileGuest(one) as left, FileGuest(other) as right:
             difference = diff_files.compare(left.guest, right.guest)
     except MigrationdError as error:
-        Console(stderr=True, soft_wrap=True).print(
-            printable(f"migrationctl: {error}"), markup=False
-        )
+        say_error(str(error))
         raise typer.Exit(2) from None
     if json:
         inspect_file.dump_json(diff_files.as_json(difference), console)

@@ -1,5 +1,7 @@
 """Words of a peer, a file or a user, safe to print."""
 
+from rich.console import Console
+
 
 def printable(text: str) -> str:
     """The text with escapes for what a terminal would act on, and for what has no character.
@@ -14,3 +16,9 @@ def printable(text: str) -> str:
         else letter.encode("unicode_escape").decode("ascii")
         for letter in text
     )
+
+
+def say_error(text: str) -> None:
+    """Say on standard error, in a line, why a command failed."""
+    console = Console(stderr=True, soft_wrap=True)
+    console.print(printable(f"migrationctl: {text}"), markup=False)
